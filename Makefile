@@ -1,0 +1,30 @@
+# make train: fine-tune the embedded tiny Llama on 4 ranks (TP2 x DP2), merge it, ask it a question.   make test: ruff and pytest.
+# PYTHON=python3.12 picks the interpreter of .venv. Inside an activated environment that has torch 2.9 and torch_xla 2.9 (a Neuron
+# machine's, say) that one is used, and only what it lacks is installed.
+PYTHON ?= python3
+OUT ?= output
+USABLE := $(shell test -n "$$VIRTUAL_ENV" && "$$VIRTUAL_ENV/bin/python" -c \
+	'from importlib.metadata import version as v; assert all(v(p).startswith("2.9.") for p in ("torch", "torch-xla"))' 2>/dev/null && echo yes)
+VENV := $(if $(USABLE),$(VIRTUAL_ENV),.venv)
+PY := $(VENV)/bin/python
+READY := $(VENV)/.markstep-ready
+
+.PHONY: train test clean
+train: $(READY)
+	@if [ -e $(OUT) ]; then echo "error: $(OUT) exists: move it away, or choose another: make train OUT=..." >&2; exit 1; fi
+	$(PY) -m torch.distributed.run --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 --max_seq_length 256 \
+	  --max_steps 60 --do_eval --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_ratio 0.05 --output_dir $(OUT)
+	$(PY) -m tools.merge_checkpoint $(OUT)/checkpoint-60 $(OUT)/merged
+	$(PY) -m tools.generate --model $(OUT)/merged --instruction "What is the capital of France?" --max_new_tokens 40
+
+test: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+$(READY): setup.cfg pyproject.toml
+	@if [ "$(VENV)" = .venv ] && [ ! -x $(PY) ]; then $(PYTHON) -m venv .venv; fi
+	$(PY) -m pip install --disable-pip-version-check --quiet --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

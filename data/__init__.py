@@ -1,0 +1,1 @@
+"""Records -> tokens and labels -> packed rows -> batches of each rank."""

@@ -1,0 +1,1 @@
+"""Llama in parallel layers, LoRA, and weights in Hugging Face's format."""

@@ -1,0 +1,50 @@
+"""LoRA adapters in peft's format: adapter_config.json and adapter_model.safetensors."""
+import json
+from pathlib import Path
+
+import torch
+
+from model.lora import LoraConfig
+from model.weights import SafetensorsFiles
+from parallel.layers import Shard
+
+PEFT_PREFIX = "base_model.model."
+
+
+def peft_name(name: str) -> str:
+    """model.layers.0.self_attn.q_proj.lora_A.weight -> the name of that factor in adapter_model.safetensors."""
+    return PEFT_PREFIX + name
+
+
+def adapter_config(config: LoraConfig, base_model: str) -> dict:
+    """The contents of peft's adapter_config.json."""
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
+            "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none",
+            "fan_in_fan_out": False, "use_rslora": config.use_rslora, "target_modules": list(config.target_modules)}
+
+
+class PeftAdapter:
+    """An adapter directory in peft's format: its LoraConfig as `config`, and its factors, read lazily by our names."""
+
+    def __init__(self, directory: Path):
+        path = Path(directory) / "adapter_config.json"
+        if not path.is_file():
+            raise ValueError(f"{directory} has no adapter_config.json: a directory saved by peft was expected")
+        values = json.loads(path.read_text())
+        unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+                       if values.get(key)]
+        if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or unsupported:
+            raise ValueError(f"{path}: only plain LoRA is read; here: {values.get('peft_type')}, bias "
+                             f"{values.get('bias')}, {', '.join(unsupported) or 'no other options'}")
+        targets = values["target_modules"]
+        self.config = LoraConfig(values["r"], values["lora_alpha"], values.get("lora_dropout", 0.0),
+                                 (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+                                 values.get("use_rslora", False))
+        self._files = SafetensorsFiles(directory, "adapter_model")
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the file holds exactly the factors `expected` (our names and global shapes)."""
+        self._files.check({peft_name(name): shape for name, shape in expected.items()})
+
+    def read(self, name: str, shard: Shard) -> torch.Tensor:
+        return self._files.read(peft_name(name), shard).float()

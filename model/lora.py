@@ -1,0 +1,141 @@
+"""LoRA (https://arxiv.org/abs/2106.09685) on column- and row-parallel layers.
+
+y = W x + (alpha / r) B A dropout(x), with alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732). Of the pair, the factor
+that meets the divided dimension is divided with it and the other is replicated. The reduction over the tensor parallel group
+stands between A and B, where the tensors are r wide: only there are the replicated factor's gradients whole on every rank.
+"""
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from parallel.collectives import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, Shard
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """peft's settings of the same names; `target_modules` are Hugging Face module names or their last parts."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: tuple[str, ...]
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (self.r ** 0.5 if self.use_rslora else self.r)
+
+
+class RowSeeds:
+    """The dropout seed of each row of the current batch, [batch] on the device; shared by a model's LoRA layers."""
+
+    values: torch.Tensor | None = None
+
+
+class LoraLinear(nn.Module):
+    """A parallel layer with a low-rank update beside it; parameters `base_layer.*`, `lora_A.weight`, `lora_B.weight`."""
+
+    def __init__(self, base_layer: ColumnParallelLinear | RowParallelLinear, config: LoraConfig, name: str, seeds: RowSeeds):
+        super().__init__()
+        group, device = base_layer.tensor_parallel_group, base_layer.weight.device
+        self.base_layer, self.scaling, self.dropout, self.seeds = base_layer, config.scaling, config.lora_dropout, seeds
+        self.salt = zlib.crc32(name.encode()) & 0x7FFFFFFF
+        self.by_row = isinstance(base_layer, RowParallelLinear)
+        self.lora_A, self.lora_B = ParallelLayer(group), ParallelLayer(group)
+        self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), 1 if self.by_row else None, torch.float32, device)
+        self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), None if self.by_row else 0, torch.float32, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        group = self.base_layer.tensor_parallel_group
+        low = F.linear(self._drop(x), self.lora_A.weight.to(x.dtype))
+        if self.by_row:
+            low = reduce_from_tensor_model_parallel_region(low, group)
+        else:
+            low = copy_to_tensor_model_parallel_region(low, group)
+        return self.base_layer(x) + F.linear(low * self.scaling, self.lora_B.weight.to(x.dtype))
+
+    def _drop(self, x):
+        if not self.dropout or not self.training:
+            return x
+        first_feature = self.lora_A.rank_index * x.shape[-1] if self.by_row else torch.zeros_like(self.lora_A.rank_index)
+        keep = keep_mask(self.seeds.values, x.shape[1], x.shape[2], first_feature, self.salt, self.dropout)
+        return x * keep.to(x.dtype) / (1 - self.dropout)
+
+
+def keep_mask(row_seeds: torch.Tensor, sequence: int, features: int, first_feature: torch.Tensor, salt: int,
+              probability: float) -> torch.Tensor:
+    """bool [batch, sequence, features]: False with `probability`, a hash of row, position, feature and layer (`salt`).
+
+    No generator: the mask of a feature is the same whichever rank holds it, in a recomputation, and after a resume. Two rounds of
+    the 32-bit finaliser "lowbias32" (C. Wellons, https://nullprogram.com/blog/2018/07/31/), in wrapping int32 arithmetic.
+    """
+    device = row_seeds.device
+    position = torch.arange(sequence, device=device, dtype=torch.int32)
+    feature = torch.arange(features, device=device, dtype=torch.int32) + first_feature.to(torch.int32)
+    row = _mix(row_seeds.to(torch.int32) ^ salt)
+    token = _mix(row.unsqueeze(1) ^ (position * 0x1E3779B1).unsqueeze(0))
+    bits = _mix(token.unsqueeze(2) ^ (feature * 0x35EBCA6B).view(1, 1, -1))
+    return (bits & 0x7FFFFFFF) >= int(probability * 2**31)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261       # 0x846CA68B as a signed number
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> RowSeeds:
+    """Put LoRA on the target modules and freeze everything else, in place.
+
+    Raises ValueError for a target that names no parallel linear layer, with those that exist. Returns the seeds that dropout
+    reads: set `values` before a forward pass in training.
+    """
+    linear = {name: module for name, module in model.named_modules()
+              if isinstance(module, ColumnParallelLinear | RowParallelLinear)}
+    for target in config.target_modules:
+        if not any(_matches(name, target) for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ValueError(f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}")
+    seeds = RowSeeds()
+    model.requires_grad_(False)
+    for name, module in linear.items():
+        if any(_matches(name, target) for target in config.target_modules):
+            if name == "lm_head" and model.config.tie_word_embeddings:
+                raise ValueError("--lora_target_modules: lm_head shares its weight with the embedding in this model "
+                                 "(tie_word_embeddings), so it cannot have an update of its own")
+            model.set_submodule(name, LoraLinear(module, config, name, seeds))
+    return seeds
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def hf_name(name: str) -> str:
+    """The Hugging Face name of a parameter of the model that LoRA was added to."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_lora(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def initial_factor(name: str, shard: Shard, seed: int) -> torch.Tensor:
+    """The first value of a factor, this rank's slice, fp32: peft's kaiming_uniform_(a=sqrt(5)) for A, zeros for B.
+
+    Drawn over the whole shape by a generator of the name's own, so that it does not depend on the topology.
+    """
+    if ".lora_B." in name:
+        return torch.zeros(shard.shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+    bound = shard.global_shape[1] ** -0.5
+    return torch.empty(shard.global_shape).uniform_(-bound, bound, generator=generator)[shard.slices].clone()
+
+
+def lora_delta(factor_a: torch.Tensor, factor_b: torch.Tensor, config: LoraConfig) -> torch.Tensor:
+    """scaling * B A in fp32, [out, in]: what merging adds to the base weight. factor_a [r, in], factor_b [out, r]."""
+    return (factor_b.float() @ factor_a.float()) * config.scaling

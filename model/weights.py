@@ -1,0 +1,136 @@
+"""Weights in Hugging Face's safetensors format -> this rank's slices, read lazily; and random ones by the same interface."""
+import json
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from model.llama import Llama, LlamaConfig
+from model.lora import hf_name, initial_factor, is_lora
+from parallel.layers import Shard, named_shards
+from parallel.mesh import ALONE, Group
+
+
+def resolve(model_id: str) -> Path:
+    """The local directory of `model_id`: itself, or the snapshot of that hub id, downloaded into the hub's cache."""
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        raise ValueError(f"--model_id {model_id}: no such directory")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+    except Exception as error:          # the hub's errors share no base class, and each says in its first line what was wrong
+        raise ValueError(f"--model_id {model_id}: no directory of that name, and the hub does not give it: "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+class SafetensorsFiles:
+    """The tensors of `directory`/`stem`.safetensors, or of the files that `stem`.safetensors.index.json lists.
+
+    Headers are read at once, tensors when they are asked for, and of those only the slices. Raises ValueError for what is missing
+    or damaged.
+    """
+
+    def __init__(self, directory: Path, stem: str = "model"):
+        directory = Path(directory)
+        index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
+        if index.is_file():
+            listed = json.loads(index.read_text())["weight_map"]
+            paths = [directory / name for name in sorted(set(listed.values()))]
+        elif single.is_file():
+            listed, paths = None, [single]
+        else:
+            raise ValueError(f"{directory} has neither {single.name} nor {index.name}: weights in safetensors were expected")
+        self.directory, self._file_of, self.shapes = directory, {}, {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path} cannot be read: {error}") from None
+            for name in file.keys():    # noqa: SIM118  (a safe_open object is not iterable)
+                self._file_of[name], self.shapes[name] = file, tuple(file.get_slice(name).get_shape())
+        lost = sorted(set(listed or ()) - set(self.shapes))
+        if lost:
+            raise ValueError(f"{index} lists {lost[0]} in {listed[lost[0]]}, which does not hold it")
+
+    def check(self, expected: dict[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
+        """Raise ValueError unless names and shapes are those of `expected`; `ignored` endings may be there besides."""
+        missing = sorted(set(expected) - set(self.shapes))
+        extra = sorted(name for name in set(self.shapes) - set(expected) if not name.endswith(ignored or ("\0",)))
+        for names, problem in ((missing, "is missing"), (extra, "is not part of the model")):
+            if names:
+                more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+                raise ValueError(f"{self.directory}: the weight {names[0]} {problem}{more}")
+        for name, shape in expected.items():
+            if self.shapes[name] != shape:
+                raise ValueError(f"{self.directory}: the weight {name} has shape {list(self.shapes[name])}; "
+                                 f"the config asks for {list(shape)}")
+
+    def read(self, name: str, shard: Shard) -> torch.Tensor:
+        """The slice `shard` of the tensor, in the file's dtype."""
+        stored = self._file_of[name].get_slice(name)
+        return stored[shard.slices] if shard.global_shape else stored[...]
+
+
+class RandomWeights:
+    """Weights as Hugging Face initialises them: normal(0, initializer_range), norms 1, biases 0.
+
+    Each is drawn over its whole shape by a generator of the name's own: the same on every topology.
+    """
+
+    def __init__(self, config: LlamaConfig, seed: int):
+        self._std, self._seed = config.initializer_range, seed
+
+    def check(self, expected, ignored=()):
+        """Every name and shape can be drawn."""
+
+    def read(self, name: str, shard: Shard) -> torch.Tensor:
+        if len(shard.global_shape) == 1:
+            return torch.zeros(shard.shape) if name.endswith("bias") else torch.ones(shard.shape)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (self._seed << 32))
+        return torch.empty(shard.global_shape).normal_(0, self._std, generator=generator)[shard.slices].clone()
+
+
+def open_weights(directory: Path, config: LlamaConfig, random_seed: int | None) -> SafetensorsFiles | RandomWeights:
+    """The model's weights: those in `directory`, or random ones where a seed is given."""
+    return SafetensorsFiles(directory) if random_seed is None else RandomWeights(config, random_seed)
+
+
+def base_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face's name and shape of every weight of the model."""
+    return {name: shard.global_shape for name, _, shard in named_shards(Llama(config), ALONE)}
+
+
+def check_weights(config: LlamaConfig, weights: SafetensorsFiles | RandomWeights) -> None:
+    """Raise ValueError for a weight that is missing, unexpected or of another shape. Reads headers only."""
+    # Old files carry a buffer of the rotary embedding; files of tied models may carry the head beside the embedding.
+    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
+    weights.check(base_shapes(config), ignored)
+
+
+def fill(model: nn.Module, group: Group, weights: SafetensorsFiles | RandomWeights, device, seed: int,
+         adapter=None) -> None:
+    """Give every parameter of the model its value on `device`, in place: this rank's slice and nothing else is read.
+
+    LoRA factors start as peft's do (drawn by `seed`), or with the values of `adapter` (a
+    model.adapters.PeftAdapter). What is trained is kept in fp32, what is
+    frozen in the model's dtype.
+    """
+    if adapter is not None:
+        adapter.check({name: shard.global_shape for name, _, shard in named_shards(model, group) if is_lora(name)})
+    modules = dict(model.named_modules())
+    for name, parameter, shard in list(named_shards(model, group)):
+        if not is_lora(name):
+            value = weights.read(hf_name(name), shard)
+        else:
+            value = adapter.read(name, shard) if adapter else initial_factor(name, shard, seed)
+        value = value.to(torch.float32 if parameter.requires_grad else model.dtype)
+        owner, leaf = name.rsplit(".", 1)
+        filled = nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
+        setattr(modules[owner], leaf, filled)
+    model.tie_weights()
+    model.to(device)
+

@@ -1,0 +1,1 @@
+"""Ranks, the mesh they form, collectives, and the layers sharded over it."""

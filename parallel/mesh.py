@@ -1,0 +1,49 @@
+"""The pp x dp x tp grid of ranks: integers and replica groups only.
+
+Tensor parallel ranks are neighbours (they communicate most), then data parallel, then pipeline stages, as in Megatron-LM and
+neuronx-distributed: rank = (pp_rank * dp + dp_rank) * tp + tp_rank.
+"""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Group:
+    """One rank's place in one way of dividing the world.
+
+    `replica_groups` lists every group of the division (XLA wants all of them in each collective); `index` is the position of
+    this rank in its own. `size()` and `rank()` are named as in torch's ProcessGroup.
+    """
+
+    replica_groups: list[list[int]]
+    index: int
+
+    def size(self) -> int:
+        return len(self.replica_groups[0])
+
+    def rank(self) -> int:
+        return self.index
+
+
+ALONE = Group([[0]], 0)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid as one rank sees it: its tensor and data parallel groups, and the world."""
+
+    rank: int
+    world_size: int
+    tp: Group
+    dp: Group
+
+    @classmethod
+    def create(cls, rank: int, world_size: int, tensor_parallel_size: int = 1) -> "Mesh":
+        """The mesh at `rank`; raises ValueError where the world cannot be divided."""
+        tp = tensor_parallel_size
+        if tp < 1 or world_size % tp:
+            raise ValueError(f"the world size {world_size} is not divisible by --tensor_parallel_size {tp}: "
+                             f"start a multiple of {tp} ranks, or choose a divisor of {world_size}")
+        dp = world_size // tp
+        tp_groups = [list(range(d * tp, (d + 1) * tp)) for d in range(dp)]
+        dp_groups = [list(range(t, world_size, tp)) for t in range(tp)]
+        return cls(rank, world_size, Group(tp_groups, rank % tp), Group(dp_groups, rank // tp))

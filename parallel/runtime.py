@@ -1,0 +1,200 @@
+"""Where ranks live: a process each on Neuron, a thread each of one process on XLA:CPU.
+
+`launch(function, world_size)` runs `function(runtime)` once a rank. The same function runs in both worlds; what differs is
+here: how a rank finds its device, what a barrier is, and how a traced graph is cut off and executed (`mark_step`).
+
+XLA:CPU lets the members of a collective meet by the executable that they run. So rank 0 compiles first and the others find its
+executable in the cache; a rank that traced another graph would never arrive, and XLA would abort the process after some
+seconds. `mark_step` compares the graphs of all ranks before anything is executed and raises GraphMismatch instead.
+"""
+import gc
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+
+
+class GraphMismatch(RuntimeError):
+    """Ranks traced different graphs between two mark_steps."""
+
+
+def on_neuron() -> bool:
+    """Whether this machine's ranks are NeuronCores: the Neuron SDK is installed and PJRT_DEVICE does not say CPU."""
+    return importlib.util.find_spec("torch_neuronx") is not None and os.environ.get("PJRT_DEVICE", "NEURON") == "NEURON"
+
+
+def leaves_at_once() -> bool:
+    """Whether this process has nothing to do: under torchrun on a CPU, local rank 0 hosts the ranks of all others.
+
+    Needs no torch: the processes that leave do so before they import anything heavy.
+    """
+    if on_neuron() or "LOCAL_RANK" not in os.environ:
+        return False
+    if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
+        raise ValueError("several nodes need Neuron devices: XLA:CPU's ranks live in one process; use one node")
+    return os.environ["LOCAL_RANK"] != "0"
+
+
+def requested_world_size(flag: int | None) -> int:
+    """The number of ranks: torchrun's WORLD_SIZE where it started us, else --world_size, else 1."""
+    started = os.environ.get("WORLD_SIZE")
+    if started is None:
+        return flag or 1
+    if flag and flag != int(started):
+        raise ValueError(f"--world_size {flag} contradicts torchrun, which started {started} ranks: leave the flag out")
+    return int(started)
+
+
+def prepare_environment(world_size: int) -> None:
+    """Set what XLA:CPU needs for `world_size` virtual devices; on Neuron, nothing. Before torch_xla is imported."""
+    if on_neuron():
+        return
+    # Measured on torch_xla 2.9: fewer threads than ranks that wait in a collective is a deadlock, and with donated buffers the
+    # first rank's sync waits for the others.
+    os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(world_size), "NPROC": str(4 * world_size),
+                   "XLA_THREAD_POOL_SIZE": str(4 * world_size), "XLA_ENABLE_PARAM_ALIASING": "0"}
+    # torch_xla would take torchrun's variables for a world of processes, and ours is one.
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
+class Runtime:
+    """One rank's view of where it runs: `rank`, `world_size` and `device` (a torch.device)."""
+
+    def __init__(self, rank: int, world_size: int, device):
+        self.rank, self.world_size, self.device = rank, world_size, device
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. The host waits; the device does not."""
+        raise NotImplementedError
+
+    def mark_step(self) -> None:
+        """End the graph traced since the last call, and start to execute it. Returns before the device has finished."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """The host waits until the device has executed everything that was marked."""
+        from torch_xla.core.xla_model import wait_device_ops
+        wait_device_ops()
+
+    def compilations(self) -> int:
+        """How many graphs this process has compiled so far (all ranks of a CPU run live in one process)."""
+        from torch_xla.debug.metrics import metric_data
+        data = metric_data("CompileTime")
+        return data[0] if data else 0
+
+
+class ThreadRuntime(Runtime):
+    """A rank that is a thread with a virtual device of XLA:CPU."""
+
+    def __init__(self, rank, world_size, device, shared_barrier: threading.Barrier):
+        super().__init__(rank, world_size, device)
+        self._barrier = shared_barrier
+
+    def barrier(self):
+        self._barrier.wait()
+
+    def mark_step(self):
+        import torch_xla
+        self._barrier.wait()
+        if self.rank == 0:
+            self._check_graphs()
+            torch_xla.sync()
+        self._barrier.wait()
+        if self.rank != 0:
+            torch_xla.sync()
+
+    def _check_graphs(self):
+        hashes = _pending_graphs(self.world_size)
+        odd = [rank for rank, graph in enumerate(hashes) if graph != hashes[0]]
+        if odd:
+            raise GraphMismatch(
+                f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))} of {self.world_size} traced another graph than "
+                "rank 0 before this mark_step. All ranks must run the same operations: what depends on the rank must be data "
+                "in a tensor of shape [1] or more, never a Python branch, a shape or a constant.")
+
+
+class ProcessRuntime(Runtime):
+    """A rank that is a process with a NeuronCore."""
+
+    def barrier(self):
+        import torch_xla.core.xla_model as xla_model
+        xla_model.rendezvous("markstep")
+
+    def mark_step(self):
+        import torch_xla
+        torch_xla.sync()
+
+
+def _pending_graphs(world_size: int) -> list[bytes]:
+    """A hash of the graph that each rank has traced and not yet executed, computed by rank 0 while the others wait.
+
+    Python's garbage collector knows the live tensors; what was alive before the ranks started is frozen and not walked. Sorted
+    by creation, because the collector's order depends on its generations.
+    """
+    import torch
+    import torch_xla
+    live = [[] for _ in range(world_size)]
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "xla":
+            live[thing.device.index].append(thing)
+            if thing.is_leaf and thing.grad is not None:
+                live[thing.device.index].append(thing.grad)
+    backend = torch_xla._XLAC
+    graphs = []
+    for tensors in live:
+        unique = {backend._xla_get_tensor_id(tensor): tensor for tensor in tensors}
+        graphs.append(backend._get_graph_hash([unique[key] for key in sorted(unique)]))
+    return graphs
+
+
+def launch(function: Callable[[Runtime], object], world_size: int) -> None:
+    """Run `function(runtime)` on every rank; the first error of any rank ends the others and is raised here."""
+    if on_neuron():
+        _launch_process(function)
+    else:
+        _launch_threads(function, world_size)
+
+
+def _launch_process(function):
+    import torch.distributed
+    import torch_xla
+    import torch_xla.distributed.xla_backend  # noqa: F401  (registers the backend "xla")
+    import torch_xla.runtime as xla_runtime
+    torch.distributed.init_process_group("xla")
+    function(ProcessRuntime(xla_runtime.global_ordinal(), xla_runtime.world_size(), torch_xla.device()))
+
+
+def _launch_threads(function, world_size):
+    prepare_environment(world_size)
+    import torch
+    import torch_xla
+    import torch_xla.runtime as xla_runtime
+    from torch_xla._internal import pjrt
+    from torch_xla.core.xla_model import get_xla_supported_devices, set_replication
+
+    gc.collect()
+    gc.freeze()
+    barrier = threading.Barrier(world_size)
+    errors: list[BaseException] = []
+
+    def host_rank(_):
+        try:
+            torch.autograd.set_multithreading_enabled(False)    # this thread's backward stays on this thread's device
+            device = torch_xla.device()
+            set_replication(device, get_xla_supported_devices())
+            xla_runtime._init_world_size_ordinal()
+            function(ThreadRuntime(xla_runtime.global_ordinal(), world_size, device, barrier))
+        except threading.BrokenBarrierError:
+            pass                                                # another rank's error ended this one
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    try:
+        pjrt.spawn_threads(host_rank)
+    finally:
+        gc.unfreeze()
+    if errors:
+        raise errors[0]
+

@@ -1,0 +1,77 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from parallel.runtime import leaves_at_once, requested_world_size
+from tests.on_ranks import ROOT, on_ranks
+
+
+def collectives(runtime):
+    """Sums and gathers over subgroups, and how often the process compiled."""
+    from parallel.collectives import all_gather, all_reduce, all_reduce_in_place, all_reduce_max
+    from parallel.mesh import Mesh
+    mesh = Mesh.create(runtime.rank, runtime.world_size, 2)
+    for _ in range(3):
+        x = torch.tensor([float(runtime.rank), 1.0]).to(runtime.device)
+        both = [x + 1, x + 2]
+        all_reduce_in_place(both, mesh.dp)
+        result = [all_reduce(x, mesh.tp), all_reduce_max(x, mesh.dp), all_gather(x, mesh.tp, 0), *both]
+        runtime.mark_step()
+        result = [tensor.cpu().tolist() for tensor in result]
+        runtime.barrier()
+    return result, runtime.compilations()
+
+
+def test_collectives_over_groups_in_one_compilation():
+    for rank, (result, compilations) in enumerate(on_ranks(collectives, 4)):
+        pair, column = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
+        assert result[0] == [sum(pair), 2]
+        assert result[1] == [max(column), 1]
+        assert result[2] == [pair[0], 1, pair[1], 1]
+        assert result[3] == [sum(column) + 2, 4] and result[4] == [sum(column) + 4, 6]
+        assert compilations == 1
+
+
+def divergent(runtime):
+    x = torch.ones(4, 4).to(runtime.device)
+    y = x @ x if runtime.rank == 2 else x + x
+    runtime.mark_step()
+    return y.cpu()
+
+
+def failing(runtime):
+    if runtime.rank == 1:
+        raise RuntimeError("rank one has had enough")
+    runtime.barrier()
+
+
+@pytest.mark.parametrize("function, message", [
+    (divergent, "GraphMismatch: rank 2 of 4 traced another graph than rank 0"),
+    (failing, "RuntimeError: rank one has had enough"),
+])
+def test_one_ranks_error_ends_all_and_is_shown(function, message):
+    with pytest.raises(AssertionError, match=message):
+        on_ranks(function, 4)
+
+
+def test_torchrun_on_a_cpu_is_hosted_by_local_rank_0(monkeypatch):
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert leaves_at_once()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not leaves_at_once()
+    assert requested_world_size(None) == 8
+    with pytest.raises(ValueError, match="--world_size 4 contradicts torchrun"):
+        requested_world_size(4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="several nodes need Neuron"):
+        leaves_at_once()
+
+
+def test_processes_that_leave_import_no_torch():
+    code = ("import os, sys; os.environ |= {'LOCAL_RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}\n"
+            "import parallel.runtime as r; assert r.leaves_at_once(); assert 'torch' not in sys.modules")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

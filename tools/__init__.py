@@ -1,0 +1,1 @@
+"""Programs around a training run; each is run as `python -m tools.<name>`."""

@@ -1,0 +1,1 @@
+"""Flags, the training loop, the optimizer, checkpoints and metrics."""

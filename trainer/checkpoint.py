@@ -1,0 +1,175 @@
+"""Checkpoints: `OUT/checkpoint-<step>/`, complete when it has that name.
+
+    manifest.json          format, version, step, topology, what the run was (identity), flags, bytes of each file
+    rank-<n>.safetensors   `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32: the slices of rank n;
+                           its metadata entry `shards` says for each name: global_shape, dim, parts, index, replicas
+    config.json, tokenizer files, generation_config.json: the model's, so that a merged model needs no other source for them
+
+Only the ranks of the first data parallel replica write: the others hold the same. Under LoRA the frozen base is not stored but
+named in the manifest. Everything is written to `checkpoint-<step>.incomplete` and renamed at the end.
+"""
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model.lora import LoraConfig
+from parallel.layers import Shard
+from parallel.mesh import Mesh
+from parallel.runtime import Runtime
+
+FORMAT, VERSION = "markstep checkpoint", 1
+KINDS = ("parameter", "exp_avg", "exp_avg_sq")
+MODEL_FILES = ("config.json", "generation_config.json")
+
+
+class Checkpoint:
+    """A complete checkpoint, opened for reading: headers at once, tensors when asked for.
+
+    Raises ValueError where `path` is no checkpoint, or one of its files is missing, truncated or unreadable.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        manifest = self.path / "manifest.json"
+        if not manifest.is_file() or self.path.name.endswith(".incomplete"):
+            raise ValueError(f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a manifest.json was expected")
+        try:
+            self.manifest = json.loads(manifest.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{manifest} is damaged: {error}") from None
+        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
+            raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
+                             f"this program reads {FORMAT!r} version {VERSION}")
+        for name, size in self.manifest["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                raise ValueError(f"{file} is missing: the checkpoint is damaged")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} has {file.stat().st_size} bytes of {size}: the checkpoint is truncated")
+        self.step: int = self.manifest["step"]
+        self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if (
+            lora := self.manifest["identity"]["lora"]) else None
+
+    @cached_property
+    def _slices(self) -> dict[str, list]:
+        """name -> [(shard, open file)], every slice of the whole once."""
+        found: dict[str, dict[int, tuple]] = {}
+        for name in self.manifest["files"]:
+            try:
+                file = safe_open(self.path / name, framework="pt")
+                shards = json.loads(file.metadata()["shards"])
+            except (SafetensorError, OSError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path / name} is damaged: {error}") from None
+            for key, values in shards.items():
+                shard = Shard(**values | {"global_shape": tuple(values["global_shape"])})
+                found.setdefault(key, {}).setdefault(shard.index, (shard, file))
+        return {name: [slices[index] for index in sorted(slices)] for name, slices in found.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The global shape of each stored parameter."""
+        return {name: slices[0][0].global_shape for name, slices in self._slices.items()}
+
+    def read(self, kind: str, name: str, shard: Shard | None = None) -> torch.Tensor:
+        """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote its parts."""
+        slices = self._slices[name]
+        for stored, file in slices:
+            if shard is not None and stored.slices == shard.slices:
+                return file.get_tensor(f"{kind}/{name}")
+        parts = [file.get_tensor(f"{kind}/{name}") for _, file in slices]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=slices[0][0].dim)
+        return whole if shard is None else whole[shard.slices].clone()
+
+    def check(self, identity: dict) -> None:
+        """Raise ValueError unless the checkpoint is of the run that `identity` describes."""
+        for key, here in json.loads(json.dumps(identity)).items():
+            there = self.manifest["identity"].get(key)
+            if there != here:
+                raise ValueError(f"{self.path} is of another run: its {key} is {there}, and that of these flags is {here}")
+
+    def restore(self, optimizer, shards: dict[str, Shard]) -> int:
+        """Give the optimizer's parameters and moments their stored values, in place; returns the number of steps done."""
+        for name, parameter in optimizer.parameters.items():
+            device = parameter.device
+            parameter.data = self.read("parameter", name, shards[name]).to(device)
+            optimizer.exp_avg[name] = self.read("exp_avg", name, shards[name]).to(device)
+            optimizer.exp_avg_sq[name] = self.read("exp_avg_sq", name, shards[name]).to(device)
+        return self.step
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the checkpoints in a directory, oldest first."""
+    found = [(int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*")
+             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return sorted(found)
+
+
+def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
+    """The checkpoint that --resume asks for; ValueError where checkpoints of another run are in the way."""
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file: a directory was expected")
+    present = list_checkpoints(output_dir)
+    if resume is None:
+        if present:
+            raise ValueError(f"--output_dir {output_dir} holds {present[-1][1].name} of another run: "
+                             "pass --resume latest to go on with it, or another --output_dir")
+        return None
+    if resume == "latest" and not present:
+        raise ValueError(f"--resume latest: {output_dir} holds no checkpoint-<step>")
+    checkpoint = Checkpoint(present[-1][1] if resume == "latest" else Path(resume))
+    later = [path.name for step, path in present if step > checkpoint.step]
+    if later:
+        raise ValueError(f"--resume {resume}: {output_dir} holds the later {later[-1]}, which would be overwritten: "
+                         "pass --resume latest, or another --output_dir")
+    return checkpoint
+
+
+def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer, shards: dict[str, Shard]) -> None:
+    """Write `OUT/checkpoint-<step>`; called by every rank after a mark_step. The host waits for the device here."""
+    final = Path(job.config.output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(final.name + ".incomplete")
+    if runtime.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    runtime.barrier()
+    if mesh.dp.rank() == 0:
+        tensors = {}
+        for name, parameter in optimizer.parameters.items():
+            values = zip(KINDS, (parameter, optimizer.exp_avg[name], optimizer.exp_avg_sq[name]), strict=True)
+            tensors |= {f"{kind}/{name}": value.detach().cpu() for kind, value in values}
+        described = json.dumps({name: asdict(shard) for name, shard in shards.items()})
+        file = partial / f"rank-{runtime.rank:05d}.safetensors"
+        save_file(tensors, file, metadata={"shards": described})
+        _flush(file)
+    runtime.barrier()
+    if runtime.rank == 0:
+        for name in MODEL_FILES:
+            if (job.model_directory / name).is_file():
+                shutil.copyfile(job.model_directory / name, partial / name)
+        job.tokenizer.save_pretrained(partial)
+        manifest = {
+            "format": FORMAT, "version": VERSION, "step": step, "world_size": mesh.world_size,
+            "tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(), "identity": job.identity,
+            "config": asdict(job.config), "files": {path.name: path.stat().st_size for path in sorted(partial.glob("rank-*"))}}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _flush(partial / "manifest.json")
+        os.rename(partial, final)
+        _flush(final.parent)
+        for _, old in list_checkpoints(final.parent)[: -(job.config.save_total_limit or step)]:
+            shutil.rmtree(old)
+    runtime.barrier()
+
+
+def _flush(path: Path) -> None:
+    """Wait until the disk has a file, or a directory's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,119 @@
+"""The flags: one frozen dataclass, from which Hugging Face's parser makes the command line.
+
+Names and meanings are those of Hugging Face's TrainingArguments and of the LoRA tutorial for Trainium; booleans are taken bare or
+with true/false.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
+ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+def _flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    # model
+    model_id: str | None = _flag(None, "Directory or hub id of a Hugging Face Llama; default: a tiny one with random weights.")
+    random_weights: bool = _flag(False, "Start from random weights: of --model_id, only config and tokenizer are read.")
+    bf16: bool = _flag(False, "Compute in bfloat16; what is trained is kept in fp32, frozen weights in bfloat16.")
+    gradient_checkpointing: bool = _flag(False, "Recompute each decoder layer in the backward instead of keeping activations.")
+    # LoRA
+    lora_r: int = _flag(16, "Rank of the LoRA update; 0 trains all weights.")
+    lora_alpha: float = _flag(32.0, "The update is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = _flag(0.0, "Probability of zeroing a feature of the update's input.")
+    lora_target_modules: str = _flag(ALL_LINEAR, "Linear layers that get an update, by Hugging Face name, separated by commas.")
+    use_rslora: bool = _flag(False, "Scale the update by lora_alpha / sqrt(lora_r).")
+    adapter_name_or_path: str | None = _flag(None, "Directory of a peft adapter to go on from; it sets the LoRA flags.")
+    # data
+    dataset: str | None = _flag(None, "JSONL file or hub id with instruction, context, response; default: the embedded sample.")
+    max_seq_length: int = _flag(1024, "Tokens per row; longer examples are truncated.")
+    packing: bool = _flag(True, "Fill rows with several examples that do not see each other; false: an example a row, padded.")
+    validation_split_percentage: int = _flag(5, "Per cent of the examples held out for --do_eval.")
+    # parallelism
+    tensor_parallel_size: int = _flag(1, "Ranks that share the weights of each layer.")
+    pipeline_parallel_size: int = _flag(1, "Stages that share the layers; only 1 is implemented.")
+    zero_1: bool = _flag(False, "Divide the optimizer's state over data parallel ranks; not implemented.")
+    world_size: int | None = _flag(None, "Ranks hosted by this process on a CPU, where torchrun did not start it; default 1.")
+    # training
+    do_train: bool = _flag(True, "Train.")
+    do_eval: bool = _flag(False, "Hold out a part of the data; report its loss before the first step and after the last.")
+    num_train_epochs: int = _flag(3, "Passes over the data.")
+    max_steps: int = _flag(-1, "Optimizer steps in all, in place of --num_train_epochs, where positive.")
+    per_device_train_batch_size: int = _flag(1, "Rows of a micro-batch on each data parallel rank.")
+    per_device_eval_batch_size: int = _flag(1, "Rows of an evaluation batch on each data parallel rank.")
+    gradient_accumulation_steps: int = _flag(1, "Micro-batches of an optimizer step.")
+    learning_rate: float = _flag(2e-4, "Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = _flag("linear", "Course of the learning rate after warmup.")
+    warmup_ratio: float = _flag(0.0, "Share of all steps in which the learning rate rises from 0, for every schedule.")
+    warmup_steps: int = _flag(0, "Steps in which the learning rate rises, in place of --warmup_ratio, where positive.")
+    weight_decay: float = _flag(0.0, "Decoupled weight decay of matrices (not of norms and biases).")
+    adam_beta1: float = _flag(0.9, "AdamW's decay of the first moment.")
+    adam_beta2: float = _flag(0.999, "AdamW's decay of the second moment.")
+    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = _flag(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
+    seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
+    # output
+    output_dir: str = _flag("output", "Where checkpoints and metrics.jsonl go.")
+    logging_steps: int = _flag(1, "A line in metrics.jsonl every so many steps.")
+    eval_steps: int = _flag(0, "With --do_eval, evaluate every so many steps too, where positive.")
+    save_steps: int = _flag(500, "A checkpoint every so many steps, and one after the last.")
+    save_total_limit: int | None = _flag(None, "Keep only so many of the newest checkpoints.")
+    resume: str | None = _flag(None, "`latest`, or the directory of a checkpoint of this run to go on from.")
+
+    def __post_init__(self):
+        """Raise ValueError for values that no run can have."""
+        at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "num_train_epochs": 1, "logging_steps": 1,
+                    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+                    "save_steps": 1, "save_total_limit": 1, "world_size": 1, "warmup_steps": 0, "learning_rate": 0,
+                    "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "seed": 0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: at least {least} was expected")
+        for name in ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: a number from 0 to below 1 was expected")
+        if not 1 <= self.validation_split_percentage <= 99:
+            raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: 1 to 99 was expected")
+        if self.zero_1:
+            raise ValueError("--zero_1 true: dividing the optimizer's state is not implemented; leave it at false")
+        if self.pipeline_parallel_size != 1:
+            raise ValueError(f"--pipeline_parallel_size {self.pipeline_parallel_size}: pipeline parallelism is not "
+                             "implemented; leave it at 1 and raise --tensor_parallel_size")
+        if self.adapter_name_or_path and not self.lora_r:
+            raise ValueError("--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one")
+
+    @property
+    def model_directory(self) -> str:
+        """--model_id, or the embedded tiny Llama."""
+        return self.model_id or str(SAMPLE / "tiny")
+
+    @property
+    def dataset_path(self) -> str:
+        """--dataset, or the embedded sample."""
+        return self.dataset or str(SAMPLE / "instructions.jsonl")
+
+    @property
+    def random_seed(self) -> int | None:
+        """The seed of random weights, or None where weights are read."""
+        return self.seed if self.random_weights or self.model_id is None else None
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line (default: sys.argv); exits with status 2 on unknown flags and unusable values."""
+    from transformers.hf_argparser import HfArgumentParser
+    parser = HfArgumentParser(Config, prog="trainer/main.py", allow_abbrev=False,
+                              description="Train a Llama on AWS Trainium, or on virtual devices of this CPU.")
+    values = vars(parser.parse_args(arguments))
+    try:
+        return Config(**values)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")

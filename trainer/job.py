@@ -1,0 +1,104 @@
+"""A run before its ranks start: everything that can be read and refused without a device."""
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.packing import Rows, build_rows, pack
+from data.records import load_records, split, tokenize
+from model.adapters import PeftAdapter
+from model.llama import Llama, LlamaConfig
+from model.lora import LoraConfig, add_lora
+from model.weights import check_weights, open_weights, resolve
+from parallel.mesh import Mesh
+from trainer.checkpoint import Checkpoint, find_checkpoint
+from trainer.config import Config
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank is given: the configuration, and what was read because of it."""
+
+    config: Config
+    model_directory: Path
+    model_config: LlamaConfig
+    tokenizer: object
+    lora: LoraConfig | None
+    adapter: PeftAdapter | None
+    train_rows: Rows
+    eval_rows: Rows | None
+    resume: Checkpoint | None
+    identity: dict
+
+
+def prepare(config: Config, world_size: int) -> Job:
+    """Read and check everything; raises ValueError, in one line, before anything is compiled or written."""
+    mesh = Mesh.create(0, world_size, config.tensor_parallel_size)
+    directory = resolve(config.model_directory)
+    model_config = LlamaConfig.from_pretrained(directory)
+    if config.max_seq_length > model_config.max_position_embeddings:
+        raise ValueError(f"--max_seq_length {config.max_seq_length} is more than the model's positions "
+                         f"(max_position_embeddings {model_config.max_position_embeddings})")
+    adapter = PeftAdapter(config.adapter_name_or_path) if config.adapter_name_or_path else None
+    lora = adapter.config if adapter else lora_config(config)
+    model = Llama(model_config, mesh.tp)        # on the meta device: shapes only
+    if lora:
+        add_lora(model, lora)
+    check_weights(model_config, open_weights(directory, model_config, config.random_seed))
+    tokenizer = load_tokenizer(directory)
+    train_rows, eval_rows = _rows(config, tokenizer, model_config)
+    identity = {
+        "model": str(directory), "random_seed": config.random_seed, "lora": asdict(lora) if lora else None, "seed": config.seed,
+        "data": _fingerprint(train_rows),
+        "global_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * mesh.dp.size()}
+    resume = find_checkpoint(config.output_dir, config.resume)
+    if resume:
+        resume.check(identity)
+    return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, resume, identity)
+
+
+def lora_config(config: Config) -> LoraConfig | None:
+    """The LoRA of the flags; None where all weights are trained."""
+    targets = tuple(name.strip() for name in config.lora_target_modules.split(",") if name.strip())
+    if not config.lora_r:
+        return None
+    if not targets:
+        raise ValueError("--lora_target_modules names no module; pass --lora_r 0 to train without LoRA")
+    return LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
+
+
+def load_tokenizer(directory: Path):
+    """The Hugging Face tokenizer in `directory`; raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{directory} holds no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+
+
+def _rows(config, tokenizer, model_config):
+    records = load_records(config.dataset_path)
+    examples, truncated, dropped = tokenize(records, tokenizer, config.max_seq_length)
+    highest = max(int(example.input_ids.max()) for example in examples)
+    if highest >= model_config.vocab_size:
+        raise ValueError(f"the tokenizer gives token {highest}, and the model's vocabulary has {model_config.vocab_size}: "
+                         "tokenizer and model do not belong together")
+    held_out = []
+    if config.do_eval:
+        examples, held_out = split(examples, config.validation_split_percentage, config.seed)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def rows(chosen):
+        lengths = [len(example.input_ids) for example in chosen]
+        groups = pack(lengths, config.max_seq_length) if config.packing else [[index] for index in range(len(chosen))]
+        return build_rows(chosen, groups, config.max_seq_length, pad)
+
+    train = rows(examples)
+    print(f"data: {len(examples)} examples in {len(train)} rows of {config.max_seq_length} tokens, {train.efficiency:.1%} filled; "
+          f"{truncated} truncated, {dropped} dropped for having no target left; {len(held_out)} held out", flush=True)
+    return train, rows(held_out) if held_out else None
+
+
+def _fingerprint(rows: Rows) -> str:
+    digest = hashlib.sha256(rows.input_ids.tobytes())
+    digest.update(rows.labels.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""The training loop: build, the step, evaluation. Read it from top to bottom, change it, run `torchrun trainer/main.py`.
+
+Every rank runs this function, a process each on Neuron, a thread each on XLA:CPU. Operations on the device are recorded, not run,
+until `runtime.mark_step()`, which ends a graph, compiles it if it is new, and starts it. Two rules keep the graphs few and equal on
+all ranks: what depends on the rank or the step is data, and values are read only after a mark_step.
+"""
+import torch
+
+from data.loader import Loader
+from model.llama import Llama
+from model.lora import RowSeeds, add_lora
+from model.weights import fill, open_weights
+from parallel.collectives import all_reduce
+from parallel.gradients import clip_gradients, global_norm, reduce_gradients
+from parallel.layers import named_shards
+from parallel.loss import parallel_cross_entropy
+from parallel.mesh import Mesh
+from parallel.runtime import Runtime
+from trainer.checkpoint import save_checkpoint
+from trainer.job import Job
+from trainer.metrics import Metrics
+from trainer.optimizer import AdamW, learning_rate
+
+
+def run(runtime: Runtime, job: Job) -> None:
+    """Train and evaluate as `job.config` says, on one rank."""
+    config, device = job.config, runtime.device
+    mesh = Mesh.create(runtime.rank, runtime.world_size, config.tensor_parallel_size)
+
+    # Model: this rank's shards, read slice by slice and moved to the device.
+    model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
+                  gradient_checkpointing=config.gradient_checkpointing)
+    dropout_seeds = add_lora(model, job.lora) if job.lora else RowSeeds()
+    weights = open_weights(job.model_directory, job.model_config, config.random_seed)
+    fill(model, mesh.tp, weights, device, config.seed, job.adapter)
+    trained = {name: (parameter, shard) for name, parameter, shard in named_shards(model, mesh.tp) if parameter.requires_grad}
+    parameters = [parameter for parameter, _ in trained.values()]
+    shards = [shard for _, shard in trained.values()]
+
+    # Optimizer and data. The position in the data is a function of the step, so a resumed run needs nothing but the step.
+    optimizer = AdamW(dict(zip(trained, parameters, strict=True)), config)
+    first_step = 0
+    if job.resume:
+        first_step = job.resume.restore(optimizer, dict(zip(trained, shards, strict=True)))
+    layout = {"dp_rank": mesh.dp.rank(), "dp_size": mesh.dp.size(), "seed": config.seed}
+    loader = Loader(job.train_rows, batch_size=config.per_device_train_batch_size,
+                    accumulation=config.gradient_accumulation_steps, **layout)
+    eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
+    total_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * loader.steps_per_epoch
+    metrics = Metrics(runtime, config.output_dir, first_step, total_steps, loader.steps_per_epoch, config.logging_steps)
+    zeros = torch.zeros(3).to(device)
+    runtime.mark_step()
+
+    # Before the first step: what the model can do untrained; and no graph is left to compile later.
+    if eval_loader:
+        metrics.evaluation(first_step, *evaluate(runtime, model, eval_loader, mesh, zeros))
+        metrics.restart_clock()
+
+    for step in range(first_step, total_steps if config.do_train else first_step):
+        model.train()
+        rate = learning_rate(config, step, total_steps)
+        scalars = optimizer.scalars(step, rate).to(device)
+        totals = zeros                                                  # loss sum, target tokens, tokens
+
+        # Forward and backward. Gradients of the *sum* of the losses add up in parameter.grad, in fp32.
+        for batch in loader.step(step):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            dropout_seeds.values = batch["row_seeds"]
+            logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
+            losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
+            losses.sum().backward()
+            totals = totals + batch_totals(losses, batch)
+            if config.gradient_accumulation_steps > 1:
+                runtime.mark_step()         # one graph for every micro-batch; a single one shares the graph of the update
+
+        # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the step's tokens.
+        totals = all_reduce(totals, mesh.dp)
+        reduce_gradients(parameters, mesh.dp)
+        target_tokens = totals[1:2].clamp(min=1.0)
+        for parameter in parameters:
+            parameter.grad.div_(target_tokens)
+
+        # Clipping and update; the optimizer leaves the gradients at zero.
+        norm = global_norm(parameters, shards, mesh.tp)
+        if config.max_grad_norm:
+            clip_gradients(parameters, norm, config.max_grad_norm)
+        optimizer.step(scalars)
+        values = torch.cat([totals[0:1] / target_tokens, norm, totals[1:]])
+        runtime.mark_step()
+
+        metrics.hold(step + 1, rate, values)                            # read one step late: the host does not wait
+        last = step + 1 == total_steps
+        if eval_loader and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
+            metrics.flush()
+            metrics.evaluation(step + 1, *evaluate(runtime, model, eval_loader, mesh, zeros))
+            metrics.restart_clock()
+        if last or (step + 1) % config.save_steps == 0:
+            metrics.flush()
+            save_checkpoint(runtime, mesh, job, step + 1, optimizer, dict(zip(trained, shards, strict=True)))
+            metrics.restart_clock()
+    metrics.close()
+
+
+@torch.no_grad()
+def evaluate(runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh, zeros: torch.Tensor) -> tuple[float, int]:
+    """(loss per target token, target tokens) over all rows of the loader, all data parallel ranks. The host waits at the end."""
+    model.eval()
+    totals = zeros
+    for batch in loader.evaluation_batches():
+        batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
+        logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
+        losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
+        totals = totals + all_reduce(batch_totals(losses, batch), mesh.dp)
+        runtime.mark_step()
+    loss_sum, target_tokens, _ = totals.cpu().tolist()
+    return loss_sum / target_tokens, int(target_tokens)
+
+
+def batch_totals(losses: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[sum of losses, target tokens, tokens that are no padding], fp32 [3]."""
+    counts = [(batch["labels"] != -100).float().sum(), (batch["segment_ids"] > 0).float().sum()]
+    return torch.stack([losses.detach().sum(), *counts])

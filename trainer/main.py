@@ -1,0 +1,31 @@
+"""Flags -> Config -> ranks. `torchrun --nproc_per_node=N trainer/main.py ...` or `python trainer/main.py --world_size N ...`."""
+import sys
+from pathlib import Path
+
+# A clone runs without being installed; trainer/ itself must not stand first, its modules are trainer.*.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from parallel.runtime import GraphMismatch, launch, leaves_at_once, prepare_environment, requested_world_size  # noqa: E402
+
+
+def main() -> int:
+    """Run one job; returns the exit status: 0, or 1 after an error of one line."""
+    try:
+        if leaves_at_once():
+            return 0
+        from trainer.config import parse
+        config = parse()
+        world_size = requested_world_size(config.world_size)
+        prepare_environment(world_size)
+        from trainer.job import prepare
+        from trainer.loop import run
+        job = prepare(config, world_size)
+        launch(lambda runtime: run(runtime, job), world_size)
+    except (ValueError, GraphMismatch) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What a run says: metrics held on the device and read one step late, JSON lines, a progress bar."""
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from parallel.runtime import Runtime
+
+
+class Metrics:
+    """Rank 0's record of a run; on other ranks every method does nothing.
+
+    `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation. A step's values are read after the next
+    step was marked, so the host never waits for the step that it has just started.
+    """
+
+    def __init__(self, runtime: Runtime, output_dir: Path, first_step: int, total_steps: int, steps_per_epoch: int,
+                 logging_steps: int):
+        self._runtime, self._output, self._active = runtime, Path(output_dir), runtime.rank == 0
+        self._steps_per_epoch, self._logging_steps = steps_per_epoch, logging_steps
+        self._held: tuple[int, float, torch.Tensor] | None = None
+        if self._active:
+            self._output.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "eval.jsonl"):
+                _keep_until(self._output / name, first_step)
+            self._bar = tqdm(total=total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
+            self._last = time.perf_counter()
+
+    def hold(self, step: int, learning_rate: float, values: torch.Tensor) -> None:
+        """Keep the values of the 1-based `step`, and write those of the step before it.
+
+        values [4] on the device, part of the last mark_step: loss per target token, gradient norm, target tokens, tokens.
+        """
+        if self._active:
+            self.flush()
+            self._held = (step, learning_rate, values)
+
+    def flush(self) -> None:
+        """Write what is held. The host waits here until the device has finished that step."""
+        if not self._active or self._held is None:
+            return
+        (step, learning_rate, device_values), self._held = self._held, None
+        loss, norm, targets, tokens = device_values.cpu().tolist()
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._bar.update()
+        self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
+        if step % self._logging_steps == 0:
+            self._append("metrics.jsonl", {
+                "step": step, "epoch": step / self._steps_per_epoch, "loss": loss, "grad_norm": norm,
+                "learning_rate": learning_rate, "target_tokens": int(targets), "tokens_per_second": tokens / seconds,
+                "step_seconds": seconds, "compilations": self._runtime.compilations()})
+
+    def evaluation(self, step: int, loss: float, target_tokens: int) -> None:
+        """Write the evaluation loss per target token after `step` steps."""
+        if self._active:
+            tqdm.write(f"step {step}: evaluation loss {loss:.4f} over {target_tokens} target tokens")
+            self._append("eval.jsonl", {"step": step, "epoch": step / self._steps_per_epoch, "eval_loss": loss,
+                                        "target_tokens": target_tokens, "compilations": self._runtime.compilations()})
+
+    def restart_clock(self) -> None:
+        """Leave what was done since the last step (an evaluation, a checkpoint) out of the next step's time."""
+        if self._active:
+            self._last = time.perf_counter()
+
+    def close(self) -> None:
+        self.flush()
+        if self._active:
+            self._bar.close()
+
+    def _append(self, name, record):
+        with open(self._output / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines that a run which goes on after `step` will write again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
