@@ -10,8 +10,8 @@ from data.records import IGNORED, Example
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Best-fit decreasing: rows of indices whose lengths sum to at most `row_length`, deterministic.
 
-    The longest example first, each into the row with the least room that is enough. Rooms are kept in a bit set, so that the
-    search is one shift. Raises ValueError for a length that is no row's.
+    The longest example first, each into the row with the least room that is enough. Rooms are kept in a bit set, so
+    that the search is one shift. Raises ValueError for a length that is no row's.
     """
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
@@ -40,8 +40,8 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 class Rows:
     """int32 arrays [rows, row_length].
 
-    Segments count from 1 in each row, 0 is padding; positions restart in each segment. Labels are shifted: labels[t] is what
-    position t has to predict, -100 where nothing is trained; nothing is predicted across a boundary.
+    Segments count from 1 in each row, 0 is padding; positions restart in each segment. Labels are shifted: labels[t]
+    is what position t has to predict, -100 where nothing is trained; nothing is predicted across a boundary.
     """
 
     input_ids: np.ndarray
@@ -55,16 +55,18 @@ class Rows:
     @property
     def efficiency(self) -> float:
         """The share of tokens that are no padding."""
-        return float((self.segment_ids > 0).mean())
+        return float((self.segment_ids > 0).mean()) if self.segment_ids.size else 0.0
 
 
 def build_rows(examples: list[Example], groups: list[list[int]], row_length: int, pad_token_id: int) -> Rows:
-    """One row for each group of example indices."""
+    """One row for each group of example indices; raises ValueError where a group is longer than a row."""
     shape = (len(groups), row_length)
     rows = Rows(np.full(shape, pad_token_id, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32),
                 np.zeros(shape, np.int32))
     for row, group in enumerate(groups):
-        start = 0
+        start, total = 0, sum(len(examples[index].input_ids) for index in group)
+        if total > row_length:
+            raise ValueError(f"row {row} is given {total} tokens: at most {row_length} were expected")
         for segment, index in enumerate(group, 1):
             ids, labels = examples[index]
             stop = start + len(ids)

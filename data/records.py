@@ -1,11 +1,14 @@
 """Instruction records in dolly's fields, and their tokens and labels."""
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 IGNORED = -100
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)      # name, or owner/name
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Example(NamedTuple):
@@ -20,29 +23,40 @@ def load_records(dataset: str) -> list[dict[str, str]]:
 
     Raises ValueError that names the file and line (or the row), the field, and what was expected.
     """
-    if Path(dataset).exists() or dataset.startswith((".", "/", "~")) or dataset.endswith((".json", ".jsonl")):
-        records = _read_jsonl(Path(dataset))
-    else:
-        records = _read_hub(dataset)
+    is_hub_id = HUB_ID.fullmatch(dataset) and not dataset.lower().endswith((".json", ".jsonl"))
+    records = _read_hub(dataset) if is_hub_id and not _exists(dataset) else _read_jsonl(dataset)
     if not records:
         raise ValueError(f"--dataset {dataset}: the data set is empty; at least one record was expected")
     return records
 
 
-def _read_jsonl(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"--dataset {path}: no such file; a JSONL file or a hub id was expected")
+def _exists(dataset: str) -> bool:
+    try:
+        return Path(dataset).exists()
+    except OSError:             # a name too long for the file system, before Python 3.12
+        return False
+
+
+def _read_jsonl(path: str) -> list[dict[str, str]]:
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"--dataset {path}: no such file; a JSONL file or a hub id was expected") from None
+    except IsADirectoryError:
+        raise ValueError(f"--dataset {path or '(empty)'}: a directory; a JSONL file or a hub id was expected") from None
+    except OSError as error:
+        raise ValueError(f"--dataset {path}: {error.strerror}; a readable JSONL file was expected") from None
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(content.splitlines(), 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: invalid UTF-8 at byte {error.start}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: invalid JSON ({error})") from None
+            raise ValueError(f"{where}: invalid UTF-8 at byte {error.start} of the line; UTF-8 was expected") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: invalid JSON ({error}); one object per line was expected") from None
         records.append(_checked(record, where))
     return records
 
@@ -52,8 +66,9 @@ def _read_hub(dataset: str) -> list[dict[str, str]]:
     try:
         rows = load_dataset(dataset, split="train")
     except Exception as error:          # the hub's errors share no base class
-        raise ValueError(f"--dataset {dataset}: no file of that name, and the hub does not give it: "
-                         f"{str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"--dataset {dataset}: neither a file nor a reachable hub data set has that name: "
+                         f"{reason}") from None
     return [_checked(row, f"{dataset} row {number}") for number, row in enumerate(rows)]
 
 
@@ -68,6 +83,8 @@ def _checked(record, where: str) -> dict[str, str]:
             raise ValueError(f"{where}: the field {name!r} {problem}; a text was expected")
         if not value.strip() and name != "context":
             raise ValueError(f"{where}: the field {name!r} is empty; a text was expected")
+        if SURROGATE.search(value):     # JSON can escape half a pair, and no tokenizer takes it
+            raise ValueError(f"{where}: the field {name!r} has a lone surrogate; Unicode text was expected")
     return fields
 
 
@@ -80,13 +97,15 @@ def format_prompt(instruction: str, context: str = "") -> str:
 def tokenize(records: list[dict[str, str]], tokenizer, max_length: int) -> tuple[list[Example], int, int]:
     """(examples, how many were truncated to `max_length` tokens, how many were dropped because no target was left).
 
-    Prompt (with the tokenizer's BOS) and answer are tokenised apart, so that a prompt has the same tokens when the model is asked;
-    labels are on the answer and its EOS. Raises ValueError where the tokenizer has no EOS, or no example is left.
+    Prompt (with the tokenizer's BOS) and answer are tokenised apart, so that a prompt has the same tokens when the
+    model is asked; labels are on the answer and its EOS. Dropped examples are among the truncated. Raises ValueError
+    where the tokenizer has no EOS, or no example is left.
     """
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError("the tokenizer has no EOS token, which ends every answer")
-    prompts = tokenizer([format_prompt(record["instruction"], record["context"]) for record in records])["input_ids"]
+    texts = [format_prompt(record["instruction"], record.get("context") or "") for record in records]
+    prompts = tokenizer(texts)["input_ids"]
     answers = tokenizer([record["response"] for record in records], add_special_tokens=False)["input_ids"]
     examples, truncated, dropped = [], 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -106,9 +125,14 @@ def tokenize(records: list[dict[str, str]], tokenizer, max_length: int) -> tuple
 
 
 def split(examples: list[Example], percentage: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples, a random choice by `seed`; at least one is held out, and one must be left."""
+    """(training, held-out) examples, `percentage` of them held out: a choice by `seed`, each side in the given order.
+
+    At least one is held out, and one is left; raises ValueError where that cannot be.
+    """
+    if not 1 <= percentage <= 99:
+        raise ValueError(f"the percentage to hold out is {percentage}: 1 to 99 was expected")
     if len(examples) < 2:
-        raise ValueError("holding out a part for evaluation needs at least two examples")
+        raise ValueError(f"holding out a part for evaluation needs at least two examples; there are {len(examples)}")
     count = min(len(examples) - 1, max(1, len(examples) * percentage // 100))
     held_out = set(np.random.default_rng(seed).permutation(len(examples))[:count].tolist())
     return ([example for index, example in enumerate(examples) if index not in held_out],

@@ -1,11 +1,10 @@
 """LoRA adapters in peft's format: adapter_config.json and adapter_model.safetensors."""
-import json
 from pathlib import Path
 
 import torch
 
 from model.lora import LoraConfig
-from model.weights import SafetensorsFiles
+from model.weights import SafetensorsFiles, read_json
 from parallel.layers import Shard
 
 PEFT_PREFIX = "base_model.model."
@@ -30,17 +29,22 @@ class PeftAdapter:
         path = Path(directory) / "adapter_config.json"
         if not path.is_file():
             raise ValueError(f"{directory} has no adapter_config.json: a directory saved by peft was expected")
-        values = json.loads(path.read_text())
+        values = read_json(path)
         unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
                        if values.get(key)]
         if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or unsupported:
             raise ValueError(f"{path}: only plain LoRA is read; here: {values.get('peft_type')}, bias "
                              f"{values.get('bias')}, {', '.join(unsupported) or 'no other options'}")
-        targets = values["target_modules"]
-        self.config = LoraConfig(values["r"], values["lora_alpha"], values.get("lora_dropout", 0.0),
-                                 (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-                                 values.get("use_rslora", False))
+        absent = [key for key in ("r", "lora_alpha", "target_modules") if not values.get(key)]
+        if absent:
+            raise ValueError(f"{path} has no {absent[0]}")
         self._files = SafetensorsFiles(directory, "adapter_model")
+        targets = values["target_modules"]
+        if isinstance(targets, str) or values.get("layers_to_transform") is not None:
+            # A pattern, or some layers only: the file says which modules these were.
+            targets = {name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in self._files.shapes if ".lora_" in name}
+        self.config = LoraConfig(values["r"], values["lora_alpha"], values.get("lora_dropout", 0.0), tuple(sorted(targets)),
+                                 values.get("use_rslora", False))
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the file holds exactly the factors `expected` (our names and global shapes)."""

@@ -16,6 +16,8 @@ from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequen
 from parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide
 from parallel.mesh import ALONE, Group
 
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -44,8 +46,8 @@ class LlamaConfig:
             raise ValueError(f"{directory} has no config.json: a Hugging Face model directory was expected")
         try:
             config = AutoConfig.from_pretrained(directory)
-        except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{directory}/config.json: no known model architecture "
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"{directory}/config.json: not the config of a known model architecture "
                              f"({str(error).splitlines()[0]}); markstep trains LlamaForCausalLM") from None
         if config.model_type != "llama" or (config.architectures or ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
             raise ValueError(f"{directory}/config.json: the architecture is {config.architectures or config.model_type}; "
@@ -56,6 +58,9 @@ class LlamaConfig:
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
         if kind not in ("default", "llama3"):
             raise ValueError(f"{directory}/config.json: rope_scaling of type {kind!r}; 'llama3' or none is implemented")
+        absent = [key for key in LLAMA3_ROPE if kind == "llama3" and not isinstance(scaling.get(key), int | float)]
+        if absent:
+            raise ValueError(f"{directory}/config.json: rope_scaling has no number {absent[0]}")
         values = {field: getattr(config, field) for field in cls.__dataclass_fields__}
         return cls(**values | {"rope_scaling": scaling if kind == "llama3" else None})
 

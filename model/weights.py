@@ -27,6 +27,17 @@ def resolve(model_id: str) -> Path:
                          f"{str(error).splitlines()[0]}") from None
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises ValueError where the file holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: a JSON object was expected")
+    return values
+
+
 class SafetensorsFiles:
     """The tensors of `directory`/`stem`.safetensors, or of the files that `stem`.safetensors.index.json lists.
 
@@ -38,7 +49,9 @@ class SafetensorsFiles:
         directory = Path(directory)
         index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
         if index.is_file():
-            listed = json.loads(index.read_text())["weight_map"]
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict):
+                raise ValueError(f"{index} is damaged: it has no weight_map")
             paths = [directory / name for name in sorted(set(listed.values()))]
         elif single.is_file():
             listed, paths = None, [single]
@@ -115,9 +128,8 @@ def fill(model: nn.Module, group: Group, weights: SafetensorsFiles | RandomWeigh
          adapter=None) -> None:
     """Give every parameter of the model its value on `device`, in place: this rank's slice and nothing else is read.
 
-    LoRA factors start as peft's do (drawn by `seed`), or with the values of `adapter` (a
-    model.adapters.PeftAdapter). What is trained is kept in fp32, what is
-    frozen in the model's dtype.
+    LoRA factors start as peft's do (drawn by `seed`), or with the values of `adapter` (a model.adapters.PeftAdapter). What is
+    trained is kept in fp32, what is frozen in the model's dtype.
     """
     if adapter is not None:
         adapter.check({name: shard.global_shape for name, _, shard in named_shards(model, group) if is_lora(name)})

@@ -10,6 +10,7 @@ seconds. `mark_step` compares the graphs of all ranks before anything is execute
 import gc
 import importlib.util
 import os
+import signal
 import threading
 from collections.abc import Callable
 
@@ -130,10 +131,12 @@ def _pending_graphs(world_size: int) -> list[bytes]:
     """A hash of the graph that each rank has traced and not yet executed, computed by rank 0 while the others wait.
 
     Python's garbage collector knows the live tensors; what was alive before the ranks started is frozen and not walked. Sorted
-    by creation, because the collector's order depends on its generations.
+    by creation, because the collector's order depends on its generations. It collects here and nowhere else: a tensor in a cycle
+    of references would be part of one rank's graph and not of another's, if it ran between them.
     """
     import torch
     import torch_xla
+    gc.collect()
     live = [[] for _ in range(world_size)]
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type == "xla":
@@ -173,10 +176,12 @@ def _launch_threads(function, world_size):
     from torch_xla._internal import pjrt
     from torch_xla.core.xla_model import get_xla_supported_devices, set_replication
 
-    gc.collect()
-    gc.freeze()
     barrier = threading.Barrier(world_size)
     errors: list[BaseException] = []
+
+    def interrupt(*_):                                          # Ctrl-C: the ranks end at their next barrier
+        errors.append(KeyboardInterrupt())
+        barrier.abort()
 
     def host_rank(_):
         try:
@@ -191,10 +196,16 @@ def _launch_threads(function, world_size):
             errors.append(error)
             barrier.abort()
 
+    previous = signal.signal(signal.SIGINT, interrupt)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     try:
         pjrt.spawn_threads(host_rank)
     finally:
+        gc.enable()
         gc.unfreeze()
+        signal.signal(signal.SIGINT, previous)
     if errors:
         raise errors[0]
 

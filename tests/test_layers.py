@@ -21,7 +21,8 @@ def data():
 
 
 SHAPES = {"embed.weight": (VOCABULARY, HIDDEN), "up.weight": (MIDDLE, HIDDEN), "up.bias": (MIDDLE,),
-          "down.weight": (HIDDEN, MIDDLE), "down.bias": (HIDDEN,), "mix.weight": (HIDDEN, HIDDEN), "head.weight": (VOCABULARY, HIDDEN)}
+          "down.weight": (HIDDEN, MIDDLE), "down.bias": (HIDDEN,), "mix.weight": (HIDDEN, HIDDEN),
+          "head.weight": (VOCABULARY, HIDDEN)}
 
 
 def sharded(runtime, tp):

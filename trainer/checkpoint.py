@@ -1,8 +1,8 @@
 """Checkpoints: `OUT/checkpoint-<step>/`, complete when it has that name.
 
     manifest.json          format, version, step, topology, what the run was (identity), flags, bytes of each file
-    rank-<n>.safetensors   `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32: the slices of rank n;
-                           its metadata entry `shards` says for each name: global_shape, dim, parts, index, replicas
+    rank-<n>.safetensors   `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32: the slices of
+                           rank n; its metadata entry `shards` says for each tensor: global_shape, dim, parts, index, replicas
     config.json, tokenizer files, generation_config.json: the model's, so that a merged model needs no other source for them
 
 Only the ranks of the first data parallel replica write: the others hold the same. Under LoRA the frozen base is not stored but
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model.lora import LoraConfig
+from model.weights import read_json
 from parallel.layers import Shard
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
@@ -40,11 +41,9 @@ class Checkpoint:
         self.path = Path(path)
         manifest = self.path / "manifest.json"
         if not manifest.is_file() or self.path.name.endswith(".incomplete"):
-            raise ValueError(f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a manifest.json was expected")
-        try:
-            self.manifest = json.loads(manifest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{manifest} is damaged: {error}") from None
+            raise ValueError(f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a manifest.json was "
+                             "expected")
+        self.manifest = read_json(manifest)
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
             raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
                              f"this program reads {FORMAT!r} version {VERSION}")
@@ -60,7 +59,7 @@ class Checkpoint:
 
     @cached_property
     def _slices(self) -> dict[str, list]:
-        """name -> [(shard, open file)], every slice of the whole once."""
+        """`<kind>/<name>` -> [(shard, open file)], every slice of the whole once."""
         found: dict[str, dict[int, tuple]] = {}
         for name in self.manifest["files"]:
             try:
@@ -71,20 +70,26 @@ class Checkpoint:
             for key, values in shards.items():
                 shard = Shard(**values | {"global_shape": tuple(values["global_shape"])})
                 found.setdefault(key, {}).setdefault(shard.index, (shard, file))
-        return {name: [slices[index] for index in sorted(slices)] for name, slices in found.items()}
+        for key, slices in found.items():
+            parts = next(iter(slices.values()))[0].parts
+            if sorted(slices) != list(range(parts)):
+                raise ValueError(f"{self.path}: of the {parts} parts of {key}, the files hold {sorted(slices)}")
+        return {key: [slices[index] for index in sorted(slices)] for key, slices in found.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The global shape of each stored parameter."""
-        return {name: slices[0][0].global_shape for name, slices in self._slices.items()}
+        return {key.removeprefix("parameter/"): slices[0][0].global_shape for key, slices in self._slices.items()
+                if key.startswith("parameter/")}
 
     def read(self, kind: str, name: str, shard: Shard | None = None) -> torch.Tensor:
         """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote its parts."""
-        slices = self._slices[name]
+        key = f"{kind}/{name}"
+        slices = self._slices[key]
         for stored, file in slices:
             if shard is not None and stored.slices == shard.slices:
-                return file.get_tensor(f"{kind}/{name}")
-        parts = [file.get_tensor(f"{kind}/{name}") for _, file in slices]
+                return file.get_tensor(key)
+        parts = [file.get_tensor(key) for _, file in slices]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=slices[0][0].dim)
         return whole if shard is None else whole[shard.slices].clone()
 
@@ -113,22 +118,28 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
-    """The checkpoint that --resume asks for; ValueError where checkpoints of another run are in the way."""
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file: a directory was expected")
-    present = list_checkpoints(output_dir)
-    if resume is None:
-        if present:
-            raise ValueError(f"--output_dir {output_dir} holds {present[-1][1].name} of another run: "
-                             "pass --resume latest to go on with it, or another --output_dir")
-        return None
-    if resume == "latest" and not present:
-        raise ValueError(f"--resume latest: {output_dir} holds no checkpoint-<step>")
-    checkpoint = Checkpoint(present[-1][1] if resume == "latest" else Path(resume))
-    later = [path.name for step, path in present if step > checkpoint.step]
-    if later:
-        raise ValueError(f"--resume {resume}: {output_dir} holds the later {later[-1]}, which would be overwritten: "
-                         "pass --resume latest, or another --output_dir")
+    """The checkpoint that --resume asks for, or None; ValueError where it is damaged, or another run is in the way.
+
+    What a run leaves in `output_dir` (checkpoints, metrics.jsonl) is gone on with, or stays as it is.
+    """
+    output = Path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output_dir {output} is a file: a directory was expected")
+    present = list_checkpoints(output)
+    if resume == "latest":
+        if not present:
+            raise ValueError(f"--resume latest: {output} holds no checkpoint-<step>")
+        return Checkpoint(present[-1][1])
+    checkpoint = Checkpoint(Path(resume)) if resume else None
+    if checkpoint and checkpoint.path.resolve().parent == output.resolve():
+        if present[-1][0] > checkpoint.step:
+            raise ValueError(f"--resume {resume}: {output} holds the later {present[-1][1].name}, which would be overwritten: "
+                             "pass --resume latest, or another --output_dir")
+        return checkpoint
+    left = present[-1][1] if present else output / "metrics.jsonl"
+    if left.exists():
+        way_out = "pass --resume latest to go on with it" if present else "move it away"
+        raise ValueError(f"--output_dir {output} holds {left.name} of another run: {way_out}, or choose another --output_dir")
     return checkpoint
 
 
@@ -141,13 +152,13 @@ def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer, sha
         partial.mkdir(parents=True)
     runtime.barrier()
     if mesh.dp.rank() == 0:
-        tensors = {}
+        tensors, described = {}, {}
         for name, parameter in optimizer.parameters.items():
-            values = zip(KINDS, (parameter, optimizer.exp_avg[name], optimizer.exp_avg_sq[name]), strict=True)
-            tensors |= {f"{kind}/{name}": value.detach().cpu() for kind, value in values}
-        described = json.dumps({name: asdict(shard) for name, shard in shards.items()})
+            for kind, value in zip(KINDS, (parameter, optimizer.exp_avg[name], optimizer.exp_avg_sq[name]), strict=True):
+                tensors[f"{kind}/{name}"] = value.detach().cpu()
+                described[f"{kind}/{name}"] = asdict(shards[name])
         file = partial / f"rank-{runtime.rank:05d}.safetensors"
-        save_file(tensors, file, metadata={"shards": described})
+        save_file(tensors, file, metadata={"shards": json.dumps(described)})
         _flush(file)
     runtime.barrier()
     if runtime.rank == 0:
@@ -163,8 +174,11 @@ def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer, sha
         _flush(partial / "manifest.json")
         os.rename(partial, final)
         _flush(final.parent)
-        for _, old in list_checkpoints(final.parent)[: -(job.config.save_total_limit or step)]:
-            shutil.rmtree(old)
+        present = list_checkpoints(final.parent)
+        for _, old in present[:-job.config.save_total_limit] if job.config.save_total_limit else []:
+            doomed = old.with_name(old.name + ".incomplete")        # a half-deleted directory must not look complete
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
     runtime.barrier()
 
 

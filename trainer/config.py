@@ -45,7 +45,7 @@ class Config:
     # training
     do_train: bool = _flag(True, "Train.")
     do_eval: bool = _flag(False, "Hold out a part of the data; report its loss before the first step and after the last.")
-    num_train_epochs: int = _flag(3, "Passes over the data.")
+    num_train_epochs: float = _flag(3.0, "Passes over the data.")
     max_steps: int = _flag(-1, "Optimizer steps in all, in place of --num_train_epochs, where positive.")
     per_device_train_batch_size: int = _flag(1, "Rows of a micro-batch on each data parallel rank.")
     per_device_eval_batch_size: int = _flag(1, "Rows of an evaluation batch on each data parallel rank.")
@@ -70,14 +70,17 @@ class Config:
 
     def __post_init__(self):
         """Raise ValueError for values that no run can have."""
-        at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "num_train_epochs": 1, "logging_steps": 1,
+        at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "logging_steps": 1,
                     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
                     "save_steps": 1, "save_total_limit": 1, "world_size": 1, "warmup_steps": 0, "learning_rate": 0,
                     "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "seed": 0}
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise ValueError(f"--{name} {value}: at least {least} was expected")
+        for name in ("num_train_epochs", "lora_alpha", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: a number above 0 was expected")
         for name in ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: a number from 0 to below 1 was expected")

@@ -47,7 +47,8 @@ def prepare(config: Config, world_size: int) -> Job:
     tokenizer = load_tokenizer(directory)
     train_rows, eval_rows = _rows(config, tokenizer, model_config)
     identity = {
-        "model": str(directory), "random_seed": config.random_seed, "lora": asdict(lora) if lora else None, "seed": config.seed,
+        "model": str(directory.resolve()) if Path(config.model_directory).is_dir() else config.model_directory,
+        "random_seed": config.random_seed, "lora": asdict(lora) if lora else None, "seed": config.seed,
         "data": _fingerprint(train_rows),
         "global_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * mesh.dp.size()}
     resume = find_checkpoint(config.output_dir, config.resume)
@@ -93,8 +94,8 @@ def _rows(config, tokenizer, model_config):
         return build_rows(chosen, groups, config.max_seq_length, pad)
 
     train = rows(examples)
-    print(f"data: {len(examples)} examples in {len(train)} rows of {config.max_seq_length} tokens, {train.efficiency:.1%} filled; "
-          f"{truncated} truncated, {dropped} dropped for having no target left; {len(held_out)} held out", flush=True)
+    print(f"data: {len(examples)} examples in {len(train)} rows of {config.max_seq_length} tokens, {train.efficiency:.1%} filled;"
+          f" {truncated} truncated, {dropped} dropped for having no target left; {len(held_out)} held out", flush=True)
     return train, rows(held_out) if held_out else None
 
 

@@ -1,9 +1,11 @@
 """The training loop: build, the step, evaluation. Read it from top to bottom, change it, run `torchrun trainer/main.py`.
 
-Every rank runs this function, a process each on Neuron, a thread each on XLA:CPU. Operations on the device are recorded, not run,
-until `runtime.mark_step()`, which ends a graph, compiles it if it is new, and starts it. Two rules keep the graphs few and equal on
-all ranks: what depends on the rank or the step is data, and values are read only after a mark_step.
+Every rank runs this function, a process each on Neuron, a thread each on XLA:CPU. Operations on the device are recorded, not
+run, until `runtime.mark_step()`, which ends a graph, compiles it if it is new, and starts it. Two rules keep the graphs few and
+equal on all ranks: what depends on the rank or the step is data, and values are read only after a mark_step.
 """
+import math
+
 import torch
 
 from data.loader import Loader
@@ -46,7 +48,7 @@ def run(runtime: Runtime, job: Job) -> None:
     loader = Loader(job.train_rows, batch_size=config.per_device_train_batch_size,
                     accumulation=config.gradient_accumulation_steps, **layout)
     eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
-    total_steps = config.max_steps if config.max_steps > 0 else config.num_train_epochs * loader.steps_per_epoch
+    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * loader.steps_per_epoch)
     metrics = Metrics(runtime, config.output_dir, first_step, total_steps, loader.steps_per_epoch, config.logging_steps)
     zeros = torch.zeros(3).to(device)
     runtime.mark_step()

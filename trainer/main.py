@@ -9,7 +9,7 @@ from parallel.runtime import GraphMismatch, launch, leaves_at_once, prepare_envi
 
 
 def main() -> int:
-    """Run one job; returns the exit status: 0, or 1 after an error of one line."""
+    """Run one job; returns the exit status: 0, 1 after an error of one line, 130 after Ctrl-C."""
     try:
         if leaves_at_once():
             return 0
@@ -20,10 +20,17 @@ def main() -> int:
         from trainer.job import prepare
         from trainer.loop import run
         job = prepare(config, world_size)
-        launch(lambda runtime: run(runtime, job), world_size)
-    except (ValueError, GraphMismatch) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    # From here on a ValueError is no bad input but a bug in the loop, and keeps its traceback.
+    try:
+        launch(lambda runtime: run(runtime, job), world_size)
+    except GraphMismatch as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -10,9 +10,9 @@ from trainer.config import Config
 class AdamW:
     """AdamW (https://arxiv.org/abs/1711.05101), the arithmetic of torch.optim.AdamW, in a graph that is the same every step.
 
-    What changes from step to step (learning rate and bias corrections) is computed on the host in double precision and goes to the
-    device as one tensor; moments and gradients are there from the start, so that the second step is no second graph. Matrices
-    decay; norms and biases do not.
+    What changes from step to step (learning rate and bias corrections) is computed on the host in double precision and goes to
+    the device as one tensor; moments and gradients are there from the start, so that the second step is no second graph.
+    Matrices decay; norms and biases do not.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: Config):

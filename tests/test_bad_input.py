@@ -1,0 +1,165 @@
+"""Bad input ends in one or two lines and status 1 or 2, before anything is compiled or written."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import save_adapter, save_llama
+from trainer.config import SAMPLE
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    save_llama(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(tmp_path, *flags, world_size=1, model=None):
+    """The error of preparing a run in this process; nothing may have been written."""
+    from trainer.config import Config, parse
+    from trainer.job import prepare
+    output = tmp_path / "out"
+    given = ["--output_dir", output, "--max_seq_length", "64", *(["--model_id", model] if model else []), *flags]
+    config = parse(list(map(str, given)))
+    assert isinstance(config, Config)
+    with pytest.raises(ValueError) as caught:
+        prepare(config, world_size)
+    assert not output.exists()
+    message = str(caught.value)
+    assert message.count("\n") == 0 and len(message) < 500
+    return message
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(directory, change):
+    """Apply `change(tensors)` to the file that holds the first layer's q_proj."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    file = directory / index["weight_map"]["model.layers.0.self_attn.q_proj.weight"]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+def test_topology(tmp_path, base):
+    assert "world size 6 is not divisible by --tensor_parallel_size 4" in refused(
+        tmp_path, "--tensor_parallel_size", 4, world_size=6)
+    assert "num_key_value_heads 4 is not divisible by the tensor parallel size 8" in refused(
+        tmp_path, "--tensor_parallel_size", 8, world_size=8, model=base)
+    assert "num_attention_heads 8 is not divisible by the tensor parallel size 3" in refused(
+        tmp_path, "--tensor_parallel_size", 3, world_size=3, model=base)
+
+
+def test_model(tmp_path, copy):
+    assert "no such directory" in refused(tmp_path, model="./nowhere")
+    assert "more than the model's positions (max_position_embeddings 512)" in refused(
+        tmp_path, "--max_seq_length", 1024, model=copy)
+    edit_config(copy, architectures=["GPT2LMHeadModel"])
+    assert "architecture is ['GPT2LMHeadModel']" in refused(tmp_path, model=copy)
+    edit_config(copy, architectures=["LlamaForCausalLM"], rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    assert "rope_scaling of type 'yarn'" in refused(tmp_path, model=copy)
+    edit_config(copy, model_type="nonsense", rope_scaling=None)
+    assert "not the config of a known model architecture" in refused(tmp_path, model=copy)
+    (copy / "config.json").unlink()
+    assert "has no config.json" in refused(tmp_path, model=copy)
+
+
+def test_weights(tmp_path, copy):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edit_weights(copy, lambda tensors: tensors.update(extra=torch.zeros(2)))
+    assert "the weight extra is not part of the model" in refused(tmp_path, model=copy)
+    edit_weights(copy, lambda tensors: (tensors.pop("extra"), tensors.update({name: torch.zeros(64, 65)})))
+    assert f"the weight {name} has shape [64, 65]; the config asks for [64, 64]" in refused(tmp_path, model=copy)
+    file = edit_weights(copy, lambda tensors: tensors.pop(name))
+    assert f"lists {name} in {file.name}, which does not hold it" in refused(tmp_path, model=copy)
+    (copy / "model.safetensors.index.json").unlink()
+    assert "has neither model.safetensors nor model.safetensors.index.json" in refused(tmp_path, model=copy)
+    shutil.copy(file, copy / "model.safetensors")
+    assert "is missing (and" in refused(tmp_path, model=copy)
+    (copy / "model.safetensors").write_bytes(file.read_bytes()[:-7])
+    assert "model.safetensors cannot be read" in refused(tmp_path, model=copy)
+
+
+def test_lora(tmp_path, base, capsys):
+    message = refused(tmp_path, "--lora_target_modules", "q_proj,qkv", model=base)
+    assert "no linear layer 'qkv'; it has down_proj, gate_proj, k_proj, lm_head, o_proj" in message
+    assert "has no adapter_config.json" in refused(tmp_path, "--adapter_name_or_path", base, model=base)
+    edit = tmp_path / "adapter"
+    save_adapter(save_llama(tmp_path / "scratch"), edit, ["q_proj"])
+    settings = json.loads((edit / "adapter_config.json").read_text())
+    (edit / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    assert "only plain LoRA is read" in refused(tmp_path, "--adapter_name_or_path", edit, model=base)
+
+
+def test_data(tmp_path):
+    path = tmp_path / "records.jsonl"
+    good = json.dumps({"instruction": "a", "response": "b"})
+    for line, problem in [
+        (json.dumps({"instruction": "a"}), f"{path}:3: the field 'response' is missing"),
+        (json.dumps({"instruction": "a", "response": 3}), f"{path}:3: the field 'response' is int"),
+        (json.dumps({"instruction": "a", "response": " "}), f"{path}:3: the field 'response' is empty"),
+        ('{"instruction": ', f"{path}:3: invalid JSON"), ("[1]", f"{path}:3: an object"),
+    ]:
+        path.write_text(f"{good}\n\n{line}\n")
+        assert problem in refused(tmp_path, "--dataset", path)
+    path.write_bytes(good.encode() + b"\n\xff\n")
+    assert f"{path}:2: invalid UTF-8" in refused(tmp_path, "--dataset", path)
+    path.write_text("\n")
+    assert "the data set is empty" in refused(tmp_path, "--dataset", path)
+    assert "no such file" in refused(tmp_path, "--dataset", tmp_path / "none.jsonl")
+    path.write_text(json.dumps({"instruction": "a" * 900, "response": "b"}))
+    assert "all prompts are longer" in refused(tmp_path, "--dataset", path)
+
+
+def test_checkpoints_in_the_way(tmp_path):
+    from trainer.checkpoint import Checkpoint, find_checkpoint
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="holds checkpoint-7 of another run: pass --resume latest"):
+        find_checkpoint(str(tmp_path), None)
+    with pytest.raises(ValueError, match="is no complete checkpoint"):
+        find_checkpoint(str(tmp_path), "latest")
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find_checkpoint(str(tmp_path / "new"), "latest")
+    manifest = {"format": "markstep checkpoint", "version": 1, "step": 7, "files": {"rank-00000.safetensors": 12}, "identity": {}}
+    (tmp_path / "checkpoint-7" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="rank-00000.safetensors is missing"):
+        Checkpoint(tmp_path / "checkpoint-7")
+    (tmp_path / "checkpoint-7" / "rank-00000.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match="has 5 bytes of 12: the checkpoint is truncated"):
+        Checkpoint(tmp_path / "checkpoint-7")
+    (tmp_path / "checkpoint-7" / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        Checkpoint(tmp_path / "checkpoint-7")
+
+
+@pytest.mark.parametrize("flags, problem", [
+    (["--zero_1", "true"], "--zero_1 true"), (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
+    (["--gradient_accumulation_steps", "0"], "at least 1"), (["--no_such_flag"], "--no_such_flag"),
+    (["--lr_scheduler_type", "magic"], "magic"), (["--bf16", "perhaps"], "perhaps"), (["--lora_dropout", "1"], "below 1"),
+])
+def test_flags(flags, problem, capsys):
+    from trainer.config import parse
+    with pytest.raises(SystemExit) as caught:
+        parse(flags)
+    assert caught.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_booleans_as_hugging_face_takes_them():
+    from trainer.config import parse
+    assert parse(["--bf16"]).bf16 and parse(["--bf16", "true"]).bf16 and not parse(["--bf16", "false"]).bf16
+    assert not parse(["--packing", "false"]).packing
+    assert parse([]).dataset_path == str(SAMPLE / "instructions.jsonl")
