@@ -8,6 +8,10 @@ from model.weights import SafetensorsFiles, read_json
 from parallel.layers import Shard
 
 PEFT_PREFIX = "base_model.model."
+# What changes the arithmetic of LoRA, or the base model under it.
+UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "target_parameters",
+               "layer_replication", "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq")     # of init_lora_weights
 
 
 def peft_name(name: str) -> str:
@@ -30,8 +34,9 @@ class PeftAdapter:
         if not path.is_file():
             raise ValueError(f"{directory} has no adapter_config.json: a directory saved by peft was expected")
         values = read_json(path)
-        unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-                       if values.get(key)]
+        unsupported = [key for key in UNSUPPORTED if values.get(key)]
+        if str(values.get("init_lora_weights")).startswith(CHANGES_BASE):
+            unsupported.append(f"init_lora_weights {values['init_lora_weights']}")
         if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or unsupported:
             raise ValueError(f"{path}: only plain LoRA is read; here: {values.get('peft_type')}, bias "
                              f"{values.get('bias')}, {', '.join(unsupported) or 'no other options'}")
@@ -48,7 +53,8 @@ class PeftAdapter:
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the file holds exactly the factors `expected` (our names and global shapes)."""
-        self._files.check({peft_name(name): shape for name, shape in expected.items()})
+        # peft saves the head's own weight beside the factors that are put on it.
+        self._files.check({peft_name(name): shape for name, shape in expected.items()}, (".base_layer.weight",))
 
     def read(self, name: str, shard: Shard) -> torch.Tensor:
         return self._files.read(peft_name(name), shard).float()

@@ -48,7 +48,7 @@ class LlamaConfig:
             config = AutoConfig.from_pretrained(directory)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{directory}/config.json: not the config of a known model architecture "
-                             f"({str(error).splitlines()[0]}); markstep trains LlamaForCausalLM") from None
+                             f"({' '.join(str(error).split())[:200]}); markstep trains LlamaForCausalLM") from None
         if config.model_type != "llama" or (config.architectures or ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
             raise ValueError(f"{directory}/config.json: the architecture is {config.architectures or config.model_type}; "
                              "markstep trains LlamaForCausalLM")

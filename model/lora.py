@@ -30,24 +30,33 @@ class LoraConfig:
         return self.lora_alpha / (self.r ** 0.5 if self.use_rslora else self.r)
 
 
-class RowSeeds:
-    """The dropout seed of each row of the current batch, [batch] on the device; shared by a model's LoRA layers."""
+class TokenSeeds:
+    """The dropout seed of each token of the current batch, shared by a model's LoRA layers."""
 
     values: torch.Tensor | None = None
+
+    def set(self, row_seeds: torch.Tensor, sequence: int) -> None:
+        """Hash row and position: row_seeds [batch] -> `values`, int32 [batch, sequence], on the same device."""
+        position = torch.arange(sequence, device=row_seeds.device, dtype=torch.int32)
+        self.values = _mix(_mix(row_seeds.to(torch.int32)).unsqueeze(1) ^ (position * 0x1E3779B1).unsqueeze(0))
 
 
 class LoraLinear(nn.Module):
     """A parallel layer with a low-rank update beside it; parameters `base_layer.*`, `lora_A.weight`, `lora_B.weight`."""
 
-    def __init__(self, base_layer: ColumnParallelLinear | RowParallelLinear, config: LoraConfig, name: str, seeds: RowSeeds):
+    def __init__(self, base_layer: ColumnParallelLinear | RowParallelLinear, config: LoraConfig, name: str, seeds: TokenSeeds):
         super().__init__()
         group, device = base_layer.tensor_parallel_group, base_layer.weight.device
         self.base_layer, self.scaling, self.dropout, self.seeds = base_layer, config.scaling, config.lora_dropout, seeds
-        self.salt = zlib.crc32(name.encode()) & 0x7FFFFFFF
         self.by_row = isinstance(base_layer, RowParallelLinear)
         self.lora_A, self.lora_B = ParallelLayer(group), ParallelLayer(group)
         self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), 1 if self.by_row else None, torch.float32, device)
         self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), None if self.by_row else 0, torch.float32, device)
+        if self.dropout:
+            features = self.lora_A.shards["weight"].slices[1]
+            feature = torch.arange(features.start, features.stop, dtype=torch.int32)
+            salt = zlib.crc32(name.encode()) & 0x7FFFFFFF
+            self.register_buffer("feature_seeds", (feature * 0x35EBCA6B) ^ salt, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.base_layer.tensor_parallel_group
@@ -61,38 +70,31 @@ class LoraLinear(nn.Module):
     def _drop(self, x):
         if not self.dropout or not self.training:
             return x
-        first_feature = self.lora_A.rank_index * x.shape[-1] if self.by_row else torch.zeros_like(self.lora_A.rank_index)
-        keep = keep_mask(self.seeds.values, x.shape[1], x.shape[2], first_feature, self.salt, self.dropout)
+        keep = keep_mask(self.seeds.values, self.feature_seeds, self.dropout)
         return x * keep.to(x.dtype) / (1 - self.dropout)
 
 
-def keep_mask(row_seeds: torch.Tensor, sequence: int, features: int, first_feature: torch.Tensor, salt: int,
-              probability: float) -> torch.Tensor:
-    """bool [batch, sequence, features]: False with `probability`, a hash of row, position, feature and layer (`salt`).
+def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:
+    """bool [batch, sequence, features]: False with `probability`, a hash of int32 seeds [batch, sequence] and [features].
 
-    No generator: the mask of a feature is the same whichever rank holds it, in a recomputation, and after a resume. Two rounds of
-    the 32-bit finaliser "lowbias32" (C. Wellons, https://nullprogram.com/blog/2018/07/31/), in wrapping int32 arithmetic.
+    No generator: the mask of a feature is the same whichever rank holds it, in a recomputation, and after a resume.
     """
-    device = row_seeds.device
-    position = torch.arange(sequence, device=device, dtype=torch.int32)
-    feature = torch.arange(features, device=device, dtype=torch.int32) + first_feature.to(torch.int32)
-    row = _mix(row_seeds.to(torch.int32) ^ salt)
-    token = _mix(row.unsqueeze(1) ^ (position * 0x1E3779B1).unsqueeze(0))
-    bits = _mix(token.unsqueeze(2) ^ (feature * 0x35EBCA6B).view(1, 1, -1))
+    bits = _mix(token_seeds.unsqueeze(2) ^ feature_seeds.view(1, 1, -1))
     return (bits & 0x7FFFFFFF) >= int(probability * 2**31)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
+    # The 32-bit finaliser "lowbias32" (C. Wellons, https://nullprogram.com/blog/2018/07/31/), in wrapping int32 arithmetic.
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261       # 0x846CA68B as a signed number
     return x ^ ((x >> 16) & 0xFFFF)
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> RowSeeds:
+def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
     """Put LoRA on the target modules and freeze everything else, in place.
 
     Raises ValueError for a target that names no parallel linear layer, with those that exist. Returns the seeds that dropout
-    reads: set `values` before a forward pass in training.
+    reads: `set` them before a forward pass in training.
     """
     linear = {name: module for name, module in model.named_modules()
               if isinstance(module, ColumnParallelLinear | RowParallelLinear)}
@@ -100,7 +102,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> RowSeeds:
         if not any(_matches(name, target) for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ValueError(f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}")
-    seeds = RowSeeds()
+    seeds = TokenSeeds()
     model.requires_grad_(False)
     for name, module in linear.items():
         if any(_matches(name, target) for target in config.target_modules):

@@ -13,18 +13,21 @@ from parallel.layers import Shard, named_shards
 from parallel.mesh import ALONE, Group
 
 
-def resolve(model_id: str) -> Path:
-    """The local directory of `model_id`: itself, or the snapshot of that hub id, downloaded into the hub's cache."""
+def resolve(model_id: str, flag: str = "--model_id") -> Path:
+    """The local directory of `model_id`: itself, or the snapshot of that hub id, downloaded into the hub's cache.
+
+    Raises ValueError that names the `flag` for what is neither.
+    """
     if Path(model_id).is_dir():
         return Path(model_id)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
-        raise ValueError(f"--model_id {model_id}: no such directory")
+        raise ValueError(f"{flag} {model_id}: no such directory")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
     except Exception as error:          # the hub's errors share no base class, and each says in its first line what was wrong
-        raise ValueError(f"--model_id {model_id}: no directory of that name, and the hub does not give it: "
-                         f"{str(error).splitlines()[0]}") from None
+        raise ValueError(f"{flag} {model_id}: no directory of that name, and the hub does not give it: "
+                         f"{' '.join(str(error).split())[:200]}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -131,8 +134,6 @@ def fill(model: nn.Module, group: Group, weights: SafetensorsFiles | RandomWeigh
     LoRA factors start as peft's do (drawn by `seed`), or with the values of `adapter` (a model.adapters.PeftAdapter). What is
     trained is kept in fp32, what is frozen in the model's dtype.
     """
-    if adapter is not None:
-        adapter.check({name: shard.global_shape for name, _, shard in named_shards(model, group) if is_lora(name)})
     modules = dict(model.named_modules())
     for name, parameter, shard in list(named_shards(model, group)):
         if not is_lora(name):

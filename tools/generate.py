@@ -29,7 +29,7 @@ def main() -> int:
     try:
         answer = generate(arguments.model, arguments.instruction, arguments.context, arguments.max_new_tokens)
     except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         return 1
     print(f"### Instruction\n{arguments.instruction}\n### Answer\n{answer}")
     return 0

@@ -1,5 +1,6 @@
 """A run before its ranks start: everything that can be read and refused without a device."""
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -7,8 +8,9 @@ from data.packing import Rows, build_rows, pack
 from data.records import load_records, split, tokenize
 from model.adapters import PeftAdapter
 from model.llama import Llama, LlamaConfig
-from model.lora import LoraConfig, add_lora
+from model.lora import LoraConfig, add_lora, is_lora
 from model.weights import check_weights, open_weights, resolve
+from parallel.layers import named_shards
 from parallel.mesh import Mesh
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
@@ -26,6 +28,8 @@ class Job:
     adapter: PeftAdapter | None
     train_rows: Rows
     eval_rows: Rows | None
+    total_steps: int
+    summary: str
     resume: Checkpoint | None
     identity: dict
 
@@ -33,28 +37,37 @@ class Job:
 def prepare(config: Config, world_size: int) -> Job:
     """Read and check everything; raises ValueError, in one line, before anything is compiled or written."""
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size)
+    resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)
     model_config = LlamaConfig.from_pretrained(directory)
     if config.max_seq_length > model_config.max_position_embeddings:
         raise ValueError(f"--max_seq_length {config.max_seq_length} is more than the model's positions "
                          f"(max_position_embeddings {model_config.max_position_embeddings})")
-    adapter = PeftAdapter(config.adapter_name_or_path) if config.adapter_name_or_path else None
+    adapter = None
+    if config.adapter_name_or_path:
+        adapter = PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
     lora = adapter.config if adapter else lora_config(config)
     model = Llama(model_config, mesh.tp)        # on the meta device: shapes only
     if lora:
         add_lora(model, lora)
+    if adapter:
+        adapter.check({name: shard.global_shape for name, _, shard in named_shards(model, mesh.tp) if is_lora(name)})
     check_weights(model_config, open_weights(directory, model_config, config.random_seed))
     tokenizer = load_tokenizer(directory)
-    train_rows, eval_rows = _rows(config, tokenizer, model_config)
+    train_rows, eval_rows, summary = _rows(config, tokenizer, model_config)
+    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * mesh.dp.size()
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * -(-len(train_rows) // global_batch))
     identity = {
         "model": str(directory.resolve()) if Path(config.model_directory).is_dir() else config.model_directory,
         "random_seed": config.random_seed, "lora": asdict(lora) if lora else None, "seed": config.seed,
-        "data": _fingerprint(train_rows),
-        "global_batch": config.per_device_train_batch_size * config.gradient_accumulation_steps * mesh.dp.size()}
-    resume = find_checkpoint(config.output_dir, config.resume)
+        "data": _fingerprint(train_rows), "global_batch": global_batch}
     if resume:
         resume.check(identity)
-    return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, resume, identity)
+        if resume.step >= steps:
+            raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
+                             "raise --max_steps or --num_train_epochs")
+    return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, steps, summary, resume,
+               identity)
 
 
 def lora_config(config: Config) -> LoraConfig | None:
@@ -73,7 +86,8 @@ def load_tokenizer(directory: Path):
     try:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{directory} holds no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{directory} holds no tokenizer that transformers can load: "
+                         f"{' '.join(str(error).split())[:200]}") from None
 
 
 def _rows(config, tokenizer, model_config):
@@ -94,9 +108,9 @@ def _rows(config, tokenizer, model_config):
         return build_rows(chosen, groups, config.max_seq_length, pad)
 
     train = rows(examples)
-    print(f"data: {len(examples)} examples in {len(train)} rows of {config.max_seq_length} tokens, {train.efficiency:.1%} filled;"
-          f" {truncated} truncated, {dropped} dropped for having no target left; {len(held_out)} held out", flush=True)
-    return train, rows(held_out) if held_out else None
+    summary = (f"data: {len(examples)} examples in {len(train)} rows of {config.max_seq_length} tokens, {train.efficiency:.1%} "
+               f"filled; {truncated} truncated, {dropped} dropped for having no target left; {len(held_out)} held out")
+    return train, rows(held_out) if held_out else None, summary
 
 
 def _fingerprint(rows: Rows) -> str:

@@ -4,13 +4,11 @@ Every rank runs this function, a process each on Neuron, a thread each on XLA:CP
 run, until `runtime.mark_step()`, which ends a graph, compiles it if it is new, and starts it. Two rules keep the graphs few and
 equal on all ranks: what depends on the rank or the step is data, and values are read only after a mark_step.
 """
-import math
-
 import torch
 
 from data.loader import Loader
 from model.llama import Llama
-from model.lora import RowSeeds, add_lora
+from model.lora import add_lora
 from model.weights import fill, open_weights
 from parallel.collectives import all_reduce
 from parallel.gradients import clip_gradients, global_norm, reduce_gradients
@@ -32,7 +30,7 @@ def run(runtime: Runtime, job: Job) -> None:
     # Model: this rank's shards, read slice by slice and moved to the device.
     model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
                   gradient_checkpointing=config.gradient_checkpointing)
-    dropout_seeds = add_lora(model, job.lora) if job.lora else RowSeeds()
+    dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
     fill(model, mesh.tp, weights, device, config.seed, job.adapter)
     trained = {name: (parameter, shard) for name, parameter, shard in named_shards(model, mesh.tp) if parameter.requires_grad}
@@ -48,8 +46,7 @@ def run(runtime: Runtime, job: Job) -> None:
     loader = Loader(job.train_rows, batch_size=config.per_device_train_batch_size,
                     accumulation=config.gradient_accumulation_steps, **layout)
     eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
-    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * loader.steps_per_epoch)
-    metrics = Metrics(runtime, config.output_dir, first_step, total_steps, loader.steps_per_epoch, config.logging_steps)
+    metrics = Metrics(runtime, job, first_step, loader.steps_per_epoch)
     zeros = torch.zeros(3).to(device)
     runtime.mark_step()
 
@@ -58,16 +55,17 @@ def run(runtime: Runtime, job: Job) -> None:
         metrics.evaluation(first_step, *evaluate(runtime, model, eval_loader, mesh, zeros))
         metrics.restart_clock()
 
-    for step in range(first_step, total_steps if config.do_train else first_step):
+    for step in range(first_step, job.total_steps if config.do_train else first_step):
         model.train()
-        rate = learning_rate(config, step, total_steps)
+        rate = learning_rate(config, step, job.total_steps)
         scalars = optimizer.scalars(step, rate).to(device)
         totals = zeros                                                  # loss sum, target tokens, tokens
 
         # Forward and backward. Gradients of the *sum* of the losses add up in parameter.grad, in fp32.
         for batch in loader.step(step):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            dropout_seeds.values = batch["row_seeds"]
+            if job.lora and job.lora.lora_dropout:
+                dropout_seeds.set(batch["row_seeds"], config.max_seq_length)
             logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
             losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
             losses.sum().backward()
@@ -91,7 +89,7 @@ def run(runtime: Runtime, job: Job) -> None:
         runtime.mark_step()
 
         metrics.hold(step + 1, rate, values)                            # read one step late: the host does not wait
-        last = step + 1 == total_steps
+        last = step + 1 == job.total_steps
         if eval_loader and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.flush()
             metrics.evaluation(step + 1, *evaluate(runtime, model, eval_loader, mesh, zeros))

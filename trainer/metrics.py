@@ -7,25 +7,27 @@ import torch
 from tqdm import tqdm
 
 from parallel.runtime import Runtime
+from trainer.job import Job
 
 
 class Metrics:
     """Rank 0's record of a run; on other ranks every method does nothing.
 
     `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation. A step's values are read after the next
-    step was marked, so the host never waits for the step that it has just started.
+    step was marked, so the host never waits for the step that it has just started. A step's seconds are those from the
+    mark_step before it to its own: tracing, compilation if it is new, and the wait for the step before.
     """
 
-    def __init__(self, runtime: Runtime, output_dir: Path, first_step: int, total_steps: int, steps_per_epoch: int,
-                 logging_steps: int):
-        self._runtime, self._output, self._active = runtime, Path(output_dir), runtime.rank == 0
-        self._steps_per_epoch, self._logging_steps = steps_per_epoch, logging_steps
-        self._held: tuple[int, float, torch.Tensor] | None = None
+    def __init__(self, runtime: Runtime, job: Job, first_step: int, steps_per_epoch: int):
+        self._runtime, self._output, self._active = runtime, Path(job.config.output_dir), runtime.rank == 0
+        self._steps_per_epoch, self._logging_steps = steps_per_epoch, job.config.logging_steps
+        self._held: tuple[int, float, float, torch.Tensor] | None = None
         if self._active:
             self._output.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "eval.jsonl"):
                 _keep_until(self._output / name, first_step)
-            self._bar = tqdm(total=total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
+            print(job.summary, flush=True)
+            self._bar = tqdm(total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
             self._last = time.perf_counter()
 
     def hold(self, step: int, learning_rate: float, values: torch.Tensor) -> None:
@@ -35,16 +37,15 @@ class Metrics:
         """
         if self._active:
             self.flush()
-            self._held = (step, learning_rate, values)
+            now = time.perf_counter()
+            self._held, self._last = (step, now - self._last, learning_rate, values), now
 
     def flush(self) -> None:
         """Write what is held. The host waits here until the device has finished that step."""
         if not self._active or self._held is None:
             return
-        (step, learning_rate, device_values), self._held = self._held, None
+        (step, seconds, learning_rate, device_values), self._held = self._held, None
         loss, norm, targets, tokens = device_values.cpu().tolist()
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
         self._bar.update()
         self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
         if step % self._logging_steps == 0:
