@@ -14,6 +14,8 @@ from torch import nn
 from parallel.collectives import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, Shard
 
+MASK = 0x7FFFFFFF       # the 31 bits of an int32 that is not negative
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -36,9 +38,9 @@ class TokenSeeds:
     values: torch.Tensor | None = None
 
     def set(self, row_seeds: torch.Tensor, sequence: int) -> None:
-        """Hash row and position: row_seeds [batch] -> `values`, int32 [batch, sequence], on the same device."""
+        """Hash row and position: row_seeds [batch], 31 bits each -> `values`, int32 [batch, sequence], on the same device."""
         position = torch.arange(sequence, device=row_seeds.device, dtype=torch.int32)
-        self.values = _mix(_mix(row_seeds.to(torch.int32)).unsqueeze(1) ^ (position * 0x1E3779B1).unsqueeze(0))
+        self.values = _mix(_mix(row_seeds.to(torch.int32)).unsqueeze(1) ^ ((position * 0x1E3779B1) & MASK).unsqueeze(0))
 
 
 class LoraLinear(nn.Module):
@@ -55,8 +57,8 @@ class LoraLinear(nn.Module):
         if self.dropout:
             features = self.lora_A.shards["weight"].slices[1]
             feature = torch.arange(features.start, features.stop, dtype=torch.int32)
-            salt = zlib.crc32(name.encode()) & 0x7FFFFFFF
-            self.register_buffer("feature_seeds", (feature * 0x35EBCA6B) ^ salt, persistent=False)
+            hashes = ((feature * 0x35EBCA6B) ^ (zlib.crc32(name.encode()) & MASK)) & MASK
+            self.register_buffer("feature_seeds", hashes, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.base_layer.tensor_parallel_group
@@ -75,19 +77,19 @@ class LoraLinear(nn.Module):
 
 
 def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:
-    """bool [batch, sequence, features]: False with `probability`, a hash of int32 seeds [batch, sequence] and [features].
+    """bool [batch, sequence, features]: False with `probability`; a hash of 31-bit seeds, int32 [batch, sequence] and [features].
 
     No generator: the mask of a feature is the same whichever rank holds it, in a recomputation, and after a resume.
     """
-    bits = _mix(token_seeds.unsqueeze(2) ^ feature_seeds.view(1, 1, -1))
-    return (bits & 0x7FFFFFFF) >= int(probability * 2**31)
+    return _mix(token_seeds.unsqueeze(2) ^ feature_seeds.view(1, 1, -1)) >= int(probability * 2**31)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    # The 32-bit finaliser "lowbias32" (C. Wellons, https://nullprogram.com/blog/2018/07/31/), in wrapping int32 arithmetic.
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -2073254261       # 0x846CA68B as a signed number
-    return x ^ ((x >> 16) & 0xFFFF)
+    # The finaliser "lowbias32" (C. Wellons, https://nullprogram.com/blog/2018/07/31/) in 31 bits: torch_xla's >> is a division,
+    # and that is a shift only of numbers that are not negative. int32 products wrap.
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x046CA68B) & MASK
+    return x ^ (x >> 16)
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
@@ -126,16 +128,21 @@ def is_lora(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def generator_of(name: str, seed: int) -> torch.Generator:
+    """A generator of the name's own: what it draws depends neither on the topology nor on the order of calls."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))     # of a seed, torch's takes 32 bits
+
+
 def initial_factor(name: str, shard: Shard, seed: int) -> torch.Tensor:
     """The first value of a factor, this rank's slice, fp32: peft's kaiming_uniform_(a=sqrt(5)) for A, zeros for B.
 
-    Drawn over the whole shape by a generator of the name's own, so that it does not depend on the topology.
+    Drawn over the whole shape, so that every topology has the same.
     """
     if ".lora_B." in name:
         return torch.zeros(shard.shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
     bound = shard.global_shape[1] ** -0.5
-    return torch.empty(shard.global_shape).uniform_(-bound, bound, generator=generator)[shard.slices].clone()
+    whole = torch.empty(shard.global_shape).uniform_(-bound, bound, generator=generator_of(name, seed))
+    return whole[shard.slices].clone()
 
 
 def lora_delta(factor_a: torch.Tensor, factor_b: torch.Tensor, config: LoraConfig) -> torch.Tensor:

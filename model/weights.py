@@ -1,6 +1,5 @@
 """Weights in Hugging Face's safetensors format -> this rank's slices, read lazily; and random ones by the same interface."""
 import json
-import zlib
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model.llama import Llama, LlamaConfig
-from model.lora import hf_name, initial_factor, is_lora
+from model.lora import generator_of, hf_name, initial_factor, is_lora
 from parallel.layers import Shard, named_shards
 from parallel.mesh import ALONE, Group
 
@@ -94,7 +93,7 @@ class SafetensorsFiles:
 class RandomWeights:
     """Weights as Hugging Face initialises them: normal(0, initializer_range), norms 1, biases 0.
 
-    Each is drawn over its whole shape by a generator of the name's own: the same on every topology.
+    Each is drawn over its whole shape: the same on every topology.
     """
 
     def __init__(self, config: LlamaConfig, seed: int):
@@ -106,8 +105,8 @@ class RandomWeights:
     def read(self, name: str, shard: Shard) -> torch.Tensor:
         if len(shard.global_shape) == 1:
             return torch.zeros(shard.shape) if name.endswith("bias") else torch.ones(shard.shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (self._seed << 32))
-        return torch.empty(shard.global_shape).normal_(0, self._std, generator=generator)[shard.slices].clone()
+        whole = torch.empty(shard.global_shape).normal_(0, self._std, generator=generator_of(name, self._seed))
+        return whole[shard.slices].clone()
 
 
 def open_weights(directory: Path, config: LlamaConfig, random_seed: int | None) -> SafetensorsFiles | RandomWeights:

@@ -20,16 +20,18 @@ def save_llama(directory: Path, tied: bool = False, seed: int = 0, **changes):
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(directory, max_shard_size="150KB")
     AutoTokenizer.from_pretrained(SAMPLE / "tiny").save_pretrained(directory)
     return model
 
 
-def save_adapter(model, directory: Path, targets: list[str], use_rslora: bool = False):
+def save_adapter(model, directory: Path, targets: list[str] | str, **changes):
     """A peft adapter with both factors random, saved to `directory`; returns the PeftModel."""
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(5)
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM", use_rslora=use_rslora)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM", **changes)
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -109,7 +109,7 @@ def test_lora_follows_peft_and_comes_back(tmp_path, tied, rslora, targets):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    adapted = save_adapter(save_llama(base, tied), adapter, targets, rslora)
+    adapted = save_adapter(save_llama(base, tied), adapter, targets, use_rslora=rslora)
     dataset = ROOT / "data" / "sample" / "instructions.jsonl"
     start("--model_id", base, "--adapter_name_or_path", adapter, "--max_seq_length", 64, "--learning_rate", "1e-2",
           "--lr_scheduler_type", "constant", "--world_size", 4, "--tensor_parallel_size", 2, "--gradient_accumulation_steps", 2,

@@ -1,0 +1,83 @@
+"""Weights are read slice by slice; hub ids go to the hub; random weights are those of Hugging Face, on every topology."""
+import pytest
+import torch
+
+import model.weights as weights
+from model.llama import Llama, LlamaConfig
+from parallel.layers import Shard, named_shards
+from parallel.mesh import Mesh
+from tests.models import save_llama
+
+
+class Recorded:
+    """A safetensors file that counts the elements of what is read from it."""
+
+    def __init__(self, file, counts):
+        self._file, self._counts = file, counts
+
+    def keys(self):
+        return self._file.keys()
+
+    def get_slice(self, name):
+        stored, counts = self._file.get_slice(name), self._counts
+
+        class Slice:
+            get_shape = stored.get_shape
+
+            def __getitem__(self, index):
+                part = stored[index]
+                counts[name] = counts.get(name, 0) + part.numel()
+                return part
+        return Slice()
+
+
+def test_a_rank_reads_its_slices_and_nothing_else(tmp_path, monkeypatch):
+    reference = save_llama(tmp_path).state_dict()
+    counts = {}
+    open_file = weights.safe_open
+    monkeypatch.setattr(weights, "safe_open", lambda *arguments, **options: Recorded(open_file(*arguments, **options), counts))
+    config = LlamaConfig.from_pretrained(tmp_path)
+    whole = {name: torch.zeros(tensor.shape) for name, tensor in reference.items()}
+    for rank in range(4):
+        counts.clear()
+        group = Mesh.create(rank, 4, 4).tp
+        model = Llama(config, group)
+        files = weights.SafetensorsFiles(tmp_path)
+        weights.check_weights(config, files)
+        assert not counts
+        weights.fill(model, group, files, "cpu", seed=0)
+        assert counts == {name: tensor.numel() // (1 if "norm" in name else 4) for name, tensor in reference.items()}
+        for name, parameter, shard in named_shards(model, group):
+            whole[name][shard.slices] = parameter.detach()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in reference.items())
+
+
+def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        if name == "no/access":
+            raise OSError("401 Client Error\nmore")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert weights.resolve(str(tmp_path)) == tmp_path and not asked
+    assert weights.resolve("meta-llama/Meta-Llama-3-8B") == tmp_path and asked == ["meta-llama/Meta-Llama-3-8B"]
+    with pytest.raises(ValueError, match="--model_id no/access: no directory .* does not give it: 401 Client Error more$"):
+        weights.resolve("no/access")
+    with pytest.raises(ValueError, match="--adapter_name_or_path ./none: no such directory"):
+        weights.resolve("./none", "--adapter_name_or_path")
+
+
+def test_random_weights_are_the_same_on_every_topology(tmp_path):
+    save_llama(tmp_path, attention_bias=True)
+    source = weights.RandomWeights(LlamaConfig.from_pretrained(tmp_path), seed=3)
+    name = "model.layers.0.mlp.down_proj.weight"
+    whole = source.read(name, Shard((256, 512)))
+    assert torch.equal(torch.cat([source.read(name, Shard((256, 512), 1, 4, index)) for index in range(4)], 1), whole)
+    assert abs(whole.mean()) < 0.002 and abs(whole.std() - 0.15) < 0.002
+    assert not torch.equal(whole, source.read(name.replace("0", "1"), Shard((256, 512))))
+    assert not torch.equal(whole, weights.RandomWeights(LlamaConfig.from_pretrained(tmp_path), 4).read(name, Shard((256, 512))))
+    assert (source.read("model.norm.weight", Shard((8,))) == 1).all()
+    assert not source.read("model.layers.0.self_attn.q_proj.bias", Shard((8,))).any()
