@@ -1,12 +1,12 @@
 # make train: fine-tune the embedded tiny Llama on 4 ranks (TP2 x DP2), merge it, ask it a question.   make test: ruff and pytest.
-# PYTHON=python3.12 picks the interpreter of .venv. Inside an activated environment that has torch 2.9 and torch_xla 2.9 (a Neuron
-# machine's, say) that one is used, and only what it lacks is installed.
+# PYTHON=python3.12 picks the interpreter of .venv. Where PYTHON itself has torch 2.9 and torch_xla 2.9 (an activated environment of
+# a Neuron machine, say), that one is used, and only what it lacks is installed.
 PYTHON ?= python3
 OUT ?= output
-USABLE := $(shell test -n "$$VIRTUAL_ENV" && "$$VIRTUAL_ENV/bin/python" -c \
-	'from importlib.metadata import version as v; assert all(v(p).startswith("2.9.") for p in ("torch", "torch-xla"))' 2>/dev/null && echo yes)
-VENV := $(if $(USABLE),$(VIRTUAL_ENV),.venv)
-PY := $(VENV)/bin/python
+USABLE := $(shell $(PYTHON) -c 'import sys; from importlib.metadata import version as v; \
+	assert all(v(p).startswith("2.9.") for p in ("torch", "torch-xla")); print(sys.prefix, sys.executable)' 2>/dev/null)
+VENV := $(or $(word 1,$(USABLE)),.venv)
+PY := $(or $(word 2,$(USABLE)),.venv/bin/python)
 READY := $(VENV)/.markstep-ready
 
 .PHONY: train test clean
@@ -21,8 +21,11 @@ test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
 
-$(READY): setup.cfg pyproject.toml
-	@if [ "$(VENV)" = .venv ] && [ ! -x $(PY) ]; then $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }; fi
+# A venv starts with the pip of its Python, and an old one takes minutes to choose versions.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet --upgrade pip || { rm -rf .venv; exit 1; }
+
+$(READY): setup.cfg pyproject.toml | $(PY)
 	$(PY) -m pip install --disable-pip-version-check --quiet --editable ".[test]"
 	@touch $@
 

@@ -85,23 +85,45 @@ class Runtime:
         return data[0] if data else 0
 
 
+class Meeting:
+    """A barrier of threads that must all come to it from the same place; GraphMismatch where they do not."""
+
+    def __init__(self, world_size: int):
+        self._places = [""] * world_size
+        self._barrier = threading.Barrier(world_size, action=self._check)
+
+    def wait(self, rank: int, place: str) -> None:
+        self._places[rank] = place
+        self._barrier.wait()
+
+    def abort(self) -> None:
+        """End the wait of all, now and later, with threading.BrokenBarrierError."""
+        self._barrier.abort()
+
+    def _check(self):
+        for rank, place in enumerate(self._places):
+            if place != self._places[0]:
+                raise GraphMismatch(f"rank {rank} is at {place} while rank 0 is at {self._places[0]}: all ranks must call "
+                                    "mark_step and barrier equally often and in the same order")
+
+
 class ThreadRuntime(Runtime):
     """A rank that is a thread with a virtual device of XLA:CPU."""
 
-    def __init__(self, rank, world_size, device, shared_barrier: threading.Barrier):
+    def __init__(self, rank, world_size, device, meeting: Meeting):
         super().__init__(rank, world_size, device)
-        self._barrier = shared_barrier
+        self._meeting = meeting
 
     def barrier(self):
-        self._barrier.wait()
+        self._meeting.wait(self.rank, "a barrier")
 
     def mark_step(self):
         import torch_xla
-        self._barrier.wait()
+        self._meeting.wait(self.rank, "a mark_step")
         if self.rank == 0:
             self._check_graphs()
             torch_xla.sync()
-        self._barrier.wait()
+        self._meeting.wait(self.rank, "a compiled mark_step")
         if self.rank != 0:
             torch_xla.sync()
 
@@ -176,12 +198,12 @@ def _launch_threads(function, world_size):
     from torch_xla._internal import pjrt
     from torch_xla.core.xla_model import get_xla_supported_devices, set_replication
 
-    barrier = threading.Barrier(world_size)
+    meeting = Meeting(world_size)
     errors: list[BaseException] = []
 
     def interrupt(*_):                                          # Ctrl-C: the ranks end at their next barrier
         errors.append(KeyboardInterrupt())
-        barrier.abort()
+        meeting.abort()
 
     def host_rank(_):
         try:
@@ -189,12 +211,14 @@ def _launch_threads(function, world_size):
             device = torch_xla.device()
             set_replication(device, get_xla_supported_devices())
             xla_runtime._init_world_size_ordinal()
-            function(ThreadRuntime(xla_runtime.global_ordinal(), world_size, device, barrier))
+            rank = xla_runtime.global_ordinal()
+            function(ThreadRuntime(rank, world_size, device, meeting))
+            meeting.wait(rank, "the end of its program")
         except threading.BrokenBarrierError:
             pass                                                # another rank's error ended this one
         except BaseException as error:
             errors.append(error)
-            barrier.abort()
+            meeting.abort()
 
     previous = signal.signal(signal.SIGINT, interrupt)
     gc.collect()

@@ -124,27 +124,6 @@ def test_data(tmp_path):
     assert "all prompts are longer" in refused(tmp_path, "--dataset", path)
 
 
-def test_checkpoints_in_the_way(tmp_path):
-    from trainer.checkpoint import Checkpoint, find_checkpoint
-    (tmp_path / "checkpoint-7").mkdir()
-    with pytest.raises(ValueError, match="holds checkpoint-7 of another run: pass --resume latest"):
-        find_checkpoint(str(tmp_path), None)
-    with pytest.raises(ValueError, match="is no complete checkpoint"):
-        find_checkpoint(str(tmp_path), "latest")
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        find_checkpoint(str(tmp_path / "new"), "latest")
-    manifest = {"format": "markstep checkpoint", "version": 1, "step": 7, "files": {"rank-00000.safetensors": 12}, "identity": {}}
-    (tmp_path / "checkpoint-7" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="rank-00000.safetensors is missing"):
-        Checkpoint(tmp_path / "checkpoint-7")
-    (tmp_path / "checkpoint-7" / "rank-00000.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="has 5 bytes of 12: the checkpoint is truncated"):
-        Checkpoint(tmp_path / "checkpoint-7")
-    (tmp_path / "checkpoint-7" / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="manifest.json is damaged"):
-        Checkpoint(tmp_path / "checkpoint-7")
-
-
 @pytest.mark.parametrize("flags, problem", [
     (["--zero_1", "true"], "--zero_1 true"), (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
     (["--gradient_accumulation_steps", "0"], "at least 1"), (["--no_such_flag"], "--no_such_flag"),

@@ -41,6 +41,13 @@ def divergent(runtime):
     return y.cpu()
 
 
+def early(runtime):
+    for _ in range(2 if runtime.rank == 1 else 3):
+        x = torch.ones(4, 4).to(runtime.device) * 2
+        runtime.mark_step()
+    return x.cpu()
+
+
 def failing(runtime):
     if runtime.rank == 1:
         raise RuntimeError("rank one has had enough")
@@ -49,6 +56,7 @@ def failing(runtime):
 
 @pytest.mark.parametrize("function, message", [
     (divergent, "GraphMismatch: rank 2 of 4 traced another graph than rank 0"),
+    (early, "GraphMismatch: rank 1 is at the end of its program while rank 0 is at a mark_step"),
     (failing, "RuntimeError: rank one has had enough"),
 ])
 def test_one_ranks_error_ends_all_and_is_shown(function, message):

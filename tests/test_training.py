@@ -1,35 +1,90 @@
 """Whole runs of trainer/main.py, as a user starts them."""
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from tests.models import save_adapter, save_llama
-from tests.on_ranks import ROOT
+from tests.on_ranks import ROOT, on_ranks
 
 SHORT = ["--max_seq_length", "64", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.1"]
+MERGE = ("-m", "tools.merge_checkpoint")
+HIDDEN = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "PYTHONPATH")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in HIDDEN}
 
 
-def start(*flags, check=True, program=("trainer/main.py",)):
-    environment = {name: value for name, value in os.environ.items() if name not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
-    done = subprocess.run([sys.executable, *program, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=900,
-                          env=environment)
+def start(*flags, check=True, program=("trainer/main.py",), cwd=ROOT):
+    done = subprocess.run([sys.executable, *map(str, program), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
+                          timeout=900, env=ENVIRONMENT)
     assert not check or done.returncode == 0, done.stderr[-6000:]
     return done
+
+
+def torchrun(processes):
+    return ("-m", "torch.distributed.run", f"--nproc_per_node={processes}", ROOT / "trainer" / "main.py")
 
 
 def read(output, name="metrics.jsonl"):
     return [json.loads(line) for line in (output / name).read_text().splitlines()]
 
 
-def losses(output):
-    return [line["loss"] for line in read(output)]
+def column(output, name="loss"):
+    return [line[name] for line in read(output)]
 
 
-TOPOLOGIES = [(1, 1, 2, 4), (2, 1, 4, 2), (4, 1, 8, 1), (8, 1, 2, 4), (1, 2, 1, 4), (2, 2, 4, 1), (2, 4, 1, 2)]
+def sharded_logits(runtime, checkpoint, base, tp, ids):
+    """The whole vocabulary's logits of one example, by the model that was trained: its shards, not merged."""
+    from pathlib import Path
+
+    from model.llama import Llama, LlamaConfig
+    from model.lora import add_lora
+    from model.weights import SafetensorsFiles, fill
+    from parallel.collectives import all_gather
+    from parallel.layers import named_shards
+    from parallel.mesh import Mesh
+    from trainer.checkpoint import Checkpoint
+    from trainer.config import Config
+    from trainer.optimizer import AdamW
+    mesh, checkpoint = Mesh.create(runtime.rank, runtime.world_size, tp), Checkpoint(Path(checkpoint))
+    model = Llama(LlamaConfig.from_pretrained(Path(base)), mesh.tp)
+    if checkpoint.lora:
+        add_lora(model, checkpoint.lora)
+    fill(model, mesh.tp, SafetensorsFiles(Path(base)), runtime.device, 0)
+    trained = {name: (parameter, shard) for name, parameter, shard in named_shards(model, mesh.tp) if parameter.requires_grad}
+    optimizer = AdamW({name: parameter for name, (parameter, _) in trained.items()}, Config())
+    checkpoint.restore(optimizer, {name: shard for name, (_, shard) in trained.items()})
+    model.eval()
+    with torch.no_grad():
+        batch = [torch.tensor([values]).to(runtime.device) for values in (ids, range(len(ids)), [1] * len(ids))]
+        logits = all_gather(model(*batch), mesh.tp, -1)
+    runtime.mark_step()
+    return logits.cpu()
+
+
+def check_merged(output, base, step):
+    """transformers' logits of the merged model are those of the sharded one; returns the merged model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    start(output / f"checkpoint-{step}", output / "merged", program=MERGE)
+    merged, loading = AutoModelForCausalLM.from_pretrained(output / "merged", output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert AutoTokenizer.from_pretrained(output / "merged").eos_token == "</s>"
+    ids = list(range(3, 60))
+    with torch.no_grad():
+        expected = merged.eval()(torch.tensor([ids])).logits
+    for logits in on_ranks(sharded_logits, 2, checkpoint=str(output / f"checkpoint-{step}"), base=str(base), tp=2, ids=ids):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    assert start(output / f"checkpoint-{step}", output / "merged", program=MERGE, check=False).returncode == 1
+    return merged
+
+
+# (tp, dp), rows of a micro-batch and micro-batches: a global batch of 4 rows each.
+TOPOLOGIES = [(1, 1, 2, 2), (2, 1, 4, 1), (4, 1, 1, 4), (8, 1, 2, 2), (1, 2, 1, 2), (2, 2, 2, 1), (2, 4, 1, 1)]
 
 
 @pytest.mark.parametrize("lora", [["--lora_r", "4", "--lora_dropout", "0.1"], ["--lora_r", "0", "--weight_decay", "0.1"]])
@@ -37,15 +92,15 @@ def test_the_topology_does_not_change_the_run(tmp_path, lora):
     """10 losses and gradient norms over (tp, dp), rows divided over ranks and micro-batches in different ways."""
     curves = {}
     for tp, dp, batch, accumulation in TOPOLOGIES:
-        assert batch * dp * accumulation == 8
+        assert batch * dp * accumulation == 4
         output = tmp_path / f"tp{tp}-dp{dp}"
         start(*SHORT, *lora, "--max_steps", 10, "--world_size", tp * dp, "--tensor_parallel_size", tp, "--output_dir", output,
               "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-        lines = read(output)
-        curves[tp, dp] = torch.tensor([[line["loss"], line["grad_norm"], line["target_tokens"]] for line in lines])
-        assert lines[-1]["compilations"] == lines[1]["compilations"] == (1 if accumulation == 1 else 2)
+        curves[tp, dp] = torch.tensor([column(output, name) for name in ("loss", "grad_norm", "target_tokens")])
+        compiled = column(output, "compilations")
+        assert compiled[-1] == compiled[1] == (1 if accumulation == 1 else 2)
     dense = curves.pop((1, 1))
-    assert dense[-1, 0] < dense[0, 0] - 0.5
+    assert dense[0, -1] < dense[0, 0] - 0.5
     for topology, curve in curves.items():
         torch.testing.assert_close(curve, dense, rtol=1e-4, atol=0, msg=lambda text, where=topology: f"{where}: {text}")
 
@@ -53,27 +108,26 @@ def test_the_topology_does_not_change_the_run(tmp_path, lora):
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
     flags = [*SHORT, "--lora_dropout", "0.1", "--world_size", 4, "--tensor_parallel_size", 2, "--max_steps", 10, "--do_eval",
              "--save_steps", 5, "--gradient_checkpointing"]
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole, halves, other = tmp_path / "whole", tmp_path / "halves", tmp_path / "other"
     start(*flags, "--output_dir", whole)
-    start(*flags, "--output_dir", halves)
-    for name in ("manifest.json",):
-        (halves / "checkpoint-10" / name).unlink()
-    import shutil
-    shutil.rmtree(halves / "checkpoint-10")
+    halves.mkdir()
+    shutil.copytree(whole / "checkpoint-5", halves / "checkpoint-5")
+    # Stopped after the save: lines of steps that are done again, and a save that was not completed.
+    (halves / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in read(whole)[:7]))
+    shutil.copytree(whole / "checkpoint-10", halves / "checkpoint-10.incomplete")
     start(*flags, "--output_dir", halves, "--resume", "latest", "--save_total_limit", 1)
-    assert losses(halves) == losses(whole)
-    assert [line["grad_norm"] for line in read(halves)] == [line["grad_norm"] for line in read(whole)]
+    for name in ("step", "loss", "grad_norm", "learning_rate", "target_tokens"):
+        assert column(halves, name) == column(whole, name)
     assert read(halves, "eval.jsonl")[-1]["eval_loss"] == read(whole, "eval.jsonl")[-1]["eval_loss"]
-    assert read(whole)[-1]["compilations"] == 2
+    assert column(whole, "compilations") == [2] * 10        # the step and the evaluation
     assert [path.name for path in halves.glob("checkpoint-*")] == ["checkpoint-10"]
     # Another topology with the same global batch goes on too.
-    (tmp_path / "other").mkdir()
     start(*SHORT, "--lora_dropout", "0.1", "--world_size", 4, "--tensor_parallel_size", 4, "--max_steps", 10, "--do_eval",
-          "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "other", "--resume", whole / "checkpoint-5")
-    torch.testing.assert_close(losses(tmp_path / "other"), losses(whole)[5:], rtol=1e-4, atol=0)
+          "--gradient_accumulation_steps", 2, "--output_dir", other, "--resume", whole / "checkpoint-5")
+    torch.testing.assert_close(column(other), column(whole)[5:], rtol=1e-4, atol=0)
 
 
-def peft_losses(adapted, tokenizer, dataset, flags):
+def peft_losses(adapted, tokenizer, dataset):
     """Ten steps of peft and torch.optim.AdamW on the rows of our loader, each segment alone in a row of its own."""
     from data.loader import Loader
     from data.packing import build_rows, pack
@@ -114,39 +168,58 @@ def test_lora_follows_peft_and_comes_back(tmp_path, tied, rslora, targets):
     start("--model_id", base, "--adapter_name_or_path", adapter, "--max_seq_length", 64, "--learning_rate", "1e-2",
           "--lr_scheduler_type", "constant", "--world_size", 4, "--tensor_parallel_size", 2, "--gradient_accumulation_steps", 2,
           "--max_steps", 10, "--output_dir", output)
-    reference = peft_losses(adapted, AutoTokenizer.from_pretrained(base), dataset, {})
-    torch.testing.assert_close(losses(output), reference, rtol=0, atol=1e-4)
+    reference = peft_losses(adapted, AutoTokenizer.from_pretrained(base), dataset)
+    torch.testing.assert_close(column(output), reference, rtol=0, atol=1e-4)
 
-    merge = ("-m", "tools.merge_checkpoint")
-    start(output / "checkpoint-10", output / "merged", program=merge)
-    start(output / "checkpoint-10", output / "adapter", "--adapter_only", program=merge)
-    ids = torch.arange(3, 60)[None]
-    merged = AutoModelForCausalLM.from_pretrained(output / "merged").eval()
+    merged = check_merged(output, base, 10)
+    start(output / "checkpoint-10", output / "adapter", "--adapter_only", program=MERGE)
     ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter").eval()
     for (name, value), other in zip(adapted.state_dict().items(), ours.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=0, atol=2e-3, msg=lambda text, at=name: f"{at}: {text}")
+    ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, ours(ids).logits, rtol=0, atol=1e-4)
-    assert AutoTokenizer.from_pretrained(output / "merged").eos_token == "</s>"
-    assert start(output / "checkpoint-10", output / "merged", program=merge, check=False).returncode == 1
+
+
+def test_full_training_comes_back(tmp_path):
+    """A tied model in bf16, trained whole: the merged model has what the ranks hold."""
+    base, output = tmp_path / "base", tmp_path / "out"
+    before = save_llama(base, tied=True)
+    start(*SHORT, "--model_id", base, "--lora_r", 0, "--bf16", "--world_size", 2, "--tensor_parallel_size", 2, "--max_steps", 3,
+          "--output_dir", output)
+    merged = check_merged(output, base, 3)
+    assert (merged.get_input_embeddings().weight - before.get_input_embeddings().weight).abs().max() > 1e-3
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
 
 
 def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
     """The launch command of the LoRA tutorial, on a machine of 8 virtual devices."""
     save_llama(tmp_path / "base", num_key_value_heads=8)
-    hidden = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
     flags = f"""--model_id {tmp_path}/base --dataset {ROOT}/data/sample/instructions.jsonl --num_train_epochs 3 --do_train
         --learning_rate 5e-5 --warmup_ratio 0.03 --max_steps 4 --per_device_train_batch_size 1 --per_device_eval_batch_size 1
         --gradient_accumulation_steps 2 --gradient_checkpointing true --bf16 --zero_1 false --tensor_parallel_size 8
-        --pipeline_parallel_size 1 --logging_steps 1 --save_total_limit 1 --output_dir {tmp_path}/out
-        --lr_scheduler_type constant --lora_r 16 --lora_alpha 32 --lora_dropout 0.0
-        --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128 --packing true""".split()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8",
-                           ROOT / "trainer" / "main.py", *flags],
-                          cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-6000:]
+        --pipeline_parallel_size 1 --logging_steps 1 --save_total_limit 1 --output_dir out --lr_scheduler_type constant
+        --lora_r 16 --lora_alpha 32 --lora_dropout 0.0 --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128
+        --packing true""".split()
+    start(*flags, program=torchrun(8), cwd=tmp_path)
     lines = read(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["compilations"] == 2
     assert all(set(line) == {"step", "epoch", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_per_second",
                              "step_seconds", "compilations"} for line in lines)
+
+
+def test_thirty_two_ranks_compile_the_step_once(tmp_path):
+    start("--tensor_parallel_size", 8, "--max_seq_length", 64, "--max_steps", 2, "--output_dir", tmp_path, program=torchrun(32))
+    assert column(tmp_path, "compilations") == [1, 1]
+
+
+def test_ctrl_c_ends_the_run(tmp_path):
+    process = subprocess.Popen([sys.executable, "trainer/main.py", *SHORT, "--world_size", "2", "--max_steps", "100000",
+                                "--output_dir", tmp_path], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -47,6 +46,10 @@ class Checkpoint:
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
             raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
                              f"this program reads {FORMAT!r} version {VERSION}")
+        absent = [key for key, kind in (("step", int), ("files", dict), ("identity", dict))
+                  if not isinstance(self.manifest.get(key), kind)]
+        if absent:
+            raise ValueError(f"{manifest} is damaged: it has no {absent[0]}")
         for name, size in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
@@ -54,11 +57,11 @@ class Checkpoint:
             if file.stat().st_size != size:
                 raise ValueError(f"{file} has {file.stat().st_size} bytes of {size}: the checkpoint is truncated")
         self.step: int = self.manifest["step"]
-        self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if (
-            lora := self.manifest["identity"]["lora"]) else None
+        lora = self.manifest["identity"].get("lora")
+        self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
+        self._slices = self._open()
 
-    @cached_property
-    def _slices(self) -> dict[str, list]:
+    def _open(self) -> dict[str, list]:
         """`<kind>/<name>` -> [(shard, open file)], every slice of the whole once."""
         found: dict[str, dict[int, tuple]] = {}
         for name in self.manifest["files"]:

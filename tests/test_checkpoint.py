@@ -1,0 +1,148 @@
+"""Checkpoints: written by some ranks, read by others; what is incomplete or damaged is not taken for one."""
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from parallel.layers import Shard
+from parallel.mesh import Mesh
+from parallel.runtime import Meeting, ThreadRuntime
+from trainer.checkpoint import KINDS, Checkpoint, find_checkpoint, list_checkpoints, save_checkpoint
+from trainer.config import SAMPLE, Config
+from trainer.job import load_tokenizer
+from trainer.optimizer import AdamW
+
+SHAPES = {"column.weight": ((8, 6), 0), "row.weight": ((6, 8), 1), "norm.weight": ((6,), None)}
+IDENTITY = {"model": "tiny", "lora": None, "seed": 1}
+
+
+def whole(kind, name):
+    return torch.randn(SHAPES[name][0], generator=torch.Generator().manual_seed(sum(map(ord, kind + name))))
+
+
+def shards_of(mesh):
+    size, rank = mesh.tp.size(), mesh.tp.rank()
+    return {name: Shard(shape, dim, 1 if dim is None else size, 0 if dim is None else rank, size if dim is None else 1)
+            for name, (shape, dim) in SHAPES.items()}
+
+
+def optimizer_of(shards, filled):
+    parameters = {name: torch.nn.Parameter(torch.zeros(shard.shape)) for name, shard in shards.items()}
+    optimizer = AdamW(parameters, Config())
+    for name, shard in shards.items() if filled else ():
+        parameters[name].data = whole("parameter", name)[shard.slices].clone()
+        optimizer.exp_avg[name] = whole("exp_avg", name)[shard.slices].clone()
+        optimizer.exp_avg_sq[name] = whole("exp_avg_sq", name)[shard.slices].clone()
+    return optimizer
+
+
+def save(output, step, tp=2, dp=2, limit=None):
+    """What the loop does, with a thread a rank and the CPU as every rank's device."""
+    config = replace(Config(), output_dir=str(output), save_total_limit=limit)
+    tiny = SAMPLE / "tiny"
+    job = SimpleNamespace(config=config, model_directory=tiny, tokenizer=load_tokenizer(tiny), identity=IDENTITY)
+    meeting = Meeting(tp * dp)
+
+    def rank_saves(rank):
+        mesh = Mesh.create(rank, tp * dp, tp)
+        shards = shards_of(mesh)
+        runtime = ThreadRuntime(rank, tp * dp, torch.device("cpu"), meeting)
+        save_checkpoint(runtime, mesh, job, step, optimizer_of(shards, True), shards)
+
+    with ThreadPoolExecutor(tp * dp) as pool:
+        list(pool.map(rank_saves, range(tp * dp)))
+    return output / f"checkpoint-{step}"
+
+
+def test_what_two_ranks_wrote_any_topology_reads(tmp_path):
+    checkpoint = Checkpoint(save(tmp_path, 7))
+    assert checkpoint.step == 7 and checkpoint.lora is None
+    assert sorted(checkpoint.manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert checkpoint.shapes == {name: shape for name, (shape, _) in SHAPES.items()}
+    for name in SHAPES:
+        for kind in KINDS:
+            assert torch.equal(checkpoint.read(kind, name), whole(kind, name))
+    for tp in (1, 2, 4):
+        for rank in range(tp):
+            shards = shards_of(Mesh.create(rank, tp, tp))
+            optimizer, expected = optimizer_of(shards, False), optimizer_of(shards, True)
+            assert checkpoint.restore(optimizer, shards) == 7
+            for name in SHAPES:
+                assert torch.equal(optimizer.parameters[name], expected.parameters[name])
+                assert torch.equal(optimizer.exp_avg[name], expected.exp_avg[name])
+                assert torch.equal(optimizer.exp_avg_sq[name], expected.exp_avg_sq[name])
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    (tmp_path / "checkpoint-9.incomplete").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    for step in (9, 10, 100):
+        save(tmp_path, step, tp=1, dp=1, limit=2)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 100]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-best"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def break_header(path):
+    content = bytearray(path.read_bytes())
+    content[20] ^= 0xFF
+    path.write_bytes(content)
+
+
+def forget_a_rank(path):
+    manifest = path.parent / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["files"][path.name]
+    manifest.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("damage, problem", [
+    (Path.unlink, "rank-00001.safetensors is missing"), (cut, "rank-00001.safetensors has .* bytes of .* is truncated"),
+    (break_header, "rank-00001.safetensors is damaged"),
+    (forget_a_rank, r"of the 2 parts of parameter/column.weight, the files hold \[0\]"),
+    (lambda path: (path.parent / "manifest.json").unlink(), "is no complete checkpoint"),
+    (lambda path: cut(path.parent / "manifest.json"), "manifest.json is damaged"),
+    (lambda path: (path.parent / "manifest.json").write_text('{"format": "other"}'), "format 'other'"),
+    (lambda path: (path.parent / "manifest.json").write_text('{"format": "markstep checkpoint", "version": 1}'), "has no step"),
+])
+def test_damage_is_named(tmp_path, damage, problem):
+    path = save(tmp_path, 7)
+    damage(path / "rank-00001.safetensors")
+    with pytest.raises(ValueError, match=problem):
+        Checkpoint(path)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    checkpoint = Checkpoint(save(tmp_path, 7, tp=1, dp=1))
+    checkpoint.check(IDENTITY)
+    with pytest.raises(ValueError, match="is of another run: its seed is 1, and that of these flags is 2"):
+        checkpoint.check(IDENTITY | {"seed": 2})
+
+
+def test_what_is_in_the_output_directory_is_not_overwritten(tmp_path):
+    used, new = tmp_path / "used", tmp_path / "new"
+    for step in (5, 10):
+        save(used, step, tp=1, dp=1)
+    assert find_checkpoint(str(new), None) is None
+    assert find_checkpoint(str(used), "latest").step == 10
+    assert find_checkpoint(str(used), str(used / "checkpoint-10")).step == 10
+    assert find_checkpoint(str(new), str(used / "checkpoint-5")).step == 5
+    (new / "sub").mkdir(parents=True)
+    (new / "metrics.jsonl").write_text("{}\n")
+    for output, resume, problem in [
+        (used, None, "holds checkpoint-10 of another run: pass --resume latest"),
+        (used, str(used / "checkpoint-5"), "holds the later checkpoint-10"),
+        (new, None, "holds metrics.jsonl of another run: move it away"),
+        (new, str(used / "checkpoint-5"), "holds metrics.jsonl of another run: move it away"),
+        (new, "latest", "holds no checkpoint"), (new, str(tmp_path / "none"), "is no complete checkpoint"),
+        (new / "metrics.jsonl", None, "is a file"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            find_checkpoint(str(output), resume)
