@@ -1,5 +1,7 @@
 """Instruction records in dolly's fields, and their tokens and labels."""
+import codecs
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +25,11 @@ def load_records(dataset: str) -> list[dict[str, str]]:
 
     Raises ValueError that names the file and line (or the row), the field, and what was expected.
     """
-    is_hub_id = HUB_ID.fullmatch(dataset) and not dataset.lower().endswith((".json", ".jsonl"))
-    records = _read_hub(dataset) if is_hub_id and not _exists(dataset) else _read_jsonl(dataset)
+    is_hub_id = HUB_ID.fullmatch(dataset) and not dataset.lower().endswith((".json", ".jsonl", ".txt", ".csv", ".parquet"))
+    records = _read_hub(dataset) if is_hub_id and not os.path.exists(dataset) else _read_jsonl(dataset)
     if not records:
         raise ValueError(f"--dataset {dataset}: the data set is empty; at least one record was expected")
     return records
-
-
-def _exists(dataset: str) -> bool:
-    try:
-        return Path(dataset).exists()
-    except OSError:             # a name too long for the file system, before Python 3.12
-        return False
 
 
 def _read_jsonl(path: str) -> list[dict[str, str]]:
@@ -47,7 +42,7 @@ def _read_jsonl(path: str) -> list[dict[str, str]]:
     except OSError as error:
         raise ValueError(f"--dataset {path}: {error.strerror}; a readable JSONL file was expected") from None
     records = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         where = f"{path}:{number}"
         if not line.strip():
             continue
@@ -105,8 +100,8 @@ def tokenize(records: list[dict[str, str]], tokenizer, max_length: int) -> tuple
     if end is None:
         raise ValueError("the tokenizer has no EOS token, which ends every answer")
     texts = [format_prompt(record["instruction"], record.get("context") or "") for record in records]
-    prompts = tokenizer(texts)["input_ids"]
-    answers = tokenizer([record["response"] for record in records], add_special_tokens=False)["input_ids"]
+    prompts = tokenizer(texts, verbose=False)["input_ids"]      # it would warn of lengths that are handled below
+    answers = tokenizer([record["response"] for record in records], add_special_tokens=False, verbose=False)["input_ids"]
     examples, truncated, dropped = [], 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
         if prompt and prompt[-1] == end:

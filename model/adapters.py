@@ -1,4 +1,5 @@
 """LoRA adapters in peft's format: adapter_config.json and adapter_model.safetensors."""
+import math
 from pathlib import Path
 
 import torch
@@ -40,16 +41,18 @@ class PeftAdapter:
         if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or unsupported:
             raise ValueError(f"{path}: only plain LoRA is read; here: {values.get('peft_type')}, bias "
                              f"{values.get('bias')}, {', '.join(unsupported) or 'no other options'}")
-        absent = [key for key in ("r", "lora_alpha", "target_modules") if not values.get(key)]
-        if absent:
-            raise ValueError(f"{path} has no {absent[0]}")
+        rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout") or 0.0
+        for name, good in (("r", isinstance(rank, int) and rank > 0), ("target_modules", bool(values.get("target_modules"))),
+                           ("lora_alpha", isinstance(alpha, int | float) and 0 < alpha < math.inf),
+                           ("lora_dropout", isinstance(dropout, int | float) and 0 <= dropout < 1)):
+            if not good:
+                raise ValueError(f"{path}: {name} is {values.get(name)!r}, which no LoRA can have")
         self._files = SafetensorsFiles(directory, "adapter_model")
         targets = values["target_modules"]
         if isinstance(targets, str) or values.get("layers_to_transform") is not None:
             # A pattern, or some layers only: the file says which modules these were.
             targets = {name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in self._files.shapes if ".lora_" in name}
-        self.config = LoraConfig(values["r"], values["lora_alpha"], values.get("lora_dropout", 0.0), tuple(sorted(targets)),
-                                 values.get("use_rslora", False))
+        self.config = LoraConfig(rank, alpha, dropout, tuple(sorted(targets)), bool(values.get("use_rslora")))
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the file holds exactly the factors `expected` (our names and global shapes)."""

@@ -2,7 +2,8 @@
 
 One rank's part of the model; with a tensor parallel group of one it is the whole model, by the same code.
 """
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class LlamaConfig:
             raise ValueError(f"{directory} has no config.json: a Hugging Face model directory was expected")
         try:
             config = AutoConfig.from_pretrained(directory)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:      # transformers passes on whatever its checks of odd values raise
             raise ValueError(f"{directory}/config.json: not the config of a known model architecture "
                              f"({' '.join(str(error).split())[:200]}); markstep trains LlamaForCausalLM") from None
         if config.model_type != "llama" or (config.architectures or ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
@@ -58,11 +59,25 @@ class LlamaConfig:
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
         if kind not in ("default", "llama3"):
             raise ValueError(f"{directory}/config.json: rope_scaling of type {kind!r}; 'llama3' or none is implemented")
-        absent = [key for key in LLAMA3_ROPE if kind == "llama3" and not isinstance(scaling.get(key), int | float)]
-        if absent:
-            raise ValueError(f"{directory}/config.json: rope_scaling has no number {absent[0]}")
-        values = {field: getattr(config, field) for field in cls.__dataclass_fields__}
-        return cls(**values | {"rope_scaling": scaling if kind == "llama3" else None})
+        values = {field.name: getattr(config, field.name) for field in fields(cls)}
+        values["rope_scaling"] = {key: scaling.get(key) for key in LLAMA3_ROPE} if kind == "llama3" else None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{directory}/config.json: {error}") from None
+
+    def __post_init__(self):
+        """Raise ValueError for values that no model can have."""
+        numbers = {field.name: (getattr(self, field.name), field.type) for field in fields(self) if field.type in (int, float)}
+        numbers |= {f"rope_scaling.{key}": (value, float) for key, value in (self.rope_scaling or {}).items()}
+        for name, (value, kind) in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; {'an integer' if kind is int else 'a number'} above 0 was expected")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
+                             f"{self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
 
 
 class LlamaRMSNorm(nn.Module):

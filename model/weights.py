@@ -1,5 +1,6 @@
 """Weights in Hugging Face's safetensors format -> this rank's slices, read lazily; and random ones by the same interface."""
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -11,13 +12,15 @@ from model.lora import generator_of, hf_name, initial_factor, is_lora
 from parallel.layers import Shard, named_shards
 from parallel.mesh import ALONE, Group
 
+DTYPES = ("F64", "F32", "F16", "BF16")     # safetensors' names; integers and 8-bit floats would need scales beside them
+
 
 def resolve(model_id: str, flag: str = "--model_id") -> Path:
     """The local directory of `model_id`: itself, or the snapshot of that hub id, downloaded into the hub's cache.
 
     Raises ValueError that names the `flag` for what is neither.
     """
-    if Path(model_id).is_dir():
+    if os.path.isdir(model_id):
         return Path(model_id)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise ValueError(f"{flag} {model_id}: no such directory")
@@ -52,8 +55,8 @@ class SafetensorsFiles:
         index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
         if index.is_file():
             listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict):
-                raise ValueError(f"{index} is damaged: it has no weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise ValueError(f"{index} is damaged: it has no weight_map of names to files")
             paths = [directory / name for name in sorted(set(listed.values()))]
         elif single.is_file():
             listed, paths = None, [single]
@@ -66,7 +69,10 @@ class SafetensorsFiles:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from None
             for name in file.keys():    # noqa: SIM118  (a safe_open object is not iterable)
-                self._file_of[name], self.shapes[name] = file, tuple(file.get_slice(name).get_shape())
+                stored = file.get_slice(name)
+                if name.endswith(".weight") and stored.get_dtype() not in DTYPES:
+                    raise ValueError(f"{path}: the weight {name} is of type {stored.get_dtype()}; {', '.join(DTYPES)} are read")
+                self._file_of[name], self.shapes[name] = file, tuple(stored.get_shape())
         lost = sorted(set(listed or ()) - set(self.shapes))
         if lost:
             raise ValueError(f"{index} lists {lost[0]} in {listed[lost[0]]}, which does not hold it")

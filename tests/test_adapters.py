@@ -38,7 +38,8 @@ def test_logits_are_those_of_peft(tmp_path, targets, changes):
 
 @pytest.mark.parametrize("changes, problem", [
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias all"), ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-    ({"peft_type": "IA3"}, "IA3"), ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"r": None}, "has no r"),
+    ({"peft_type": "IA3"}, "IA3"), ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"r": None}, "r is None"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"), ({"lora_dropout": 1}, "lora_dropout is 1"),
 ])
 def test_what_is_no_plain_lora_is_refused(tmp_path, changes, problem):
     save_adapter(save_llama(tmp_path / "base"), tmp_path, ["q_proj"])

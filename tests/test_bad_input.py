@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import save_adapter, save_llama
+from tests.models import LLAMA3, save_adapter, save_llama
 from trainer.config import SAMPLE
 
 
@@ -73,6 +73,20 @@ def test_model(tmp_path, copy):
     assert "rope_scaling of type 'yarn'" in refused(tmp_path, model=copy)
     edit_config(copy, model_type="nonsense", rope_scaling=None)
     assert "not the config of a known model architecture" in refused(tmp_path, model=copy)
+    edit_config(copy, model_type="llama")
+    for changes, problem in [
+        ({"hidden_size": "64"}, "hidden_size is '64'; an integer above 0 was expected"), ({"head_dim": 7}, "head_dim is 7"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"), ({"num_key_value_heads": 3}, "by num_key_value_heads 3"),
+        ({"rope_theta": None}, "rope_theta is None"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": "llama3"}, "not the config of"), ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0.0}}, "rope_scaling.factor is 0.0"),
+    ]:
+        original = (copy / "config.json").read_text()
+        edit_config(copy, **changes)
+        assert problem in refused(tmp_path, model=copy)
+        (copy / "config.json").write_text(original)
+    (copy / "tokenizer.json").unlink()
+    assert "has neither tokenizer.json nor tokenizer.model" in refused(tmp_path, model=copy)
     (copy / "config.json").unlink()
     assert "has no config.json" in refused(tmp_path, model=copy)
 
@@ -83,6 +97,8 @@ def test_weights(tmp_path, copy):
     assert "the weight extra is not part of the model" in refused(tmp_path, model=copy)
     edit_weights(copy, lambda tensors: (tensors.pop("extra"), tensors.update({name: torch.zeros(64, 65)})))
     assert f"the weight {name} has shape [64, 65]; the config asks for [64, 64]" in refused(tmp_path, model=copy)
+    edit_weights(copy, lambda tensors: tensors.update({name: torch.zeros(64, 64, dtype=torch.int8)}))
+    assert f"the weight {name} is of type I8" in refused(tmp_path, model=copy)
     file = edit_weights(copy, lambda tensors: tensors.pop(name))
     assert f"lists {name} in {file.name}, which does not hold it" in refused(tmp_path, model=copy)
     (copy / "model.safetensors.index.json").unlink()
@@ -93,7 +109,16 @@ def test_weights(tmp_path, copy):
     assert "model.safetensors cannot be read" in refused(tmp_path, model=copy)
 
 
-def test_lora(tmp_path, base, capsys):
+def test_output(tmp_path):
+    from trainer.config import parse
+    from trainer.job import prepare
+    (tmp_path / "file").touch()
+    for output, problem in [("file", "is a file"), ("file/x", "cannot be made: Not a directory"), ("x" * 300, "name too long")]:
+        with pytest.raises(ValueError, match=problem):
+            prepare(parse(["--output_dir", str(tmp_path / output), "--max_seq_length", "64"]), 1)
+
+
+def test_lora(tmp_path, base):
     message = refused(tmp_path, "--lora_target_modules", "q_proj,qkv", model=base)
     assert "no linear layer 'qkv'; it has down_proj, gate_proj, k_proj, lm_head, o_proj" in message
     assert "has no adapter_config.json" in refused(tmp_path, "--adapter_name_or_path", base, model=base)
@@ -128,13 +153,15 @@ def test_data(tmp_path):
     (["--zero_1", "true"], "--zero_1 true"), (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
     (["--gradient_accumulation_steps", "0"], "at least 1"), (["--no_such_flag"], "--no_such_flag"),
     (["--lr_scheduler_type", "magic"], "magic"), (["--bf16", "perhaps"], "perhaps"), (["--lora_dropout", "1"], "below 1"),
+    (["--learning_rate", "nan"], "finite"), (["--max_steps", "1.5"], "invalid int"), (["--num_train_epochs", "0"], "above 0"),
 ])
 def test_flags(flags, problem, capsys):
     from trainer.config import parse
     with pytest.raises(SystemExit) as caught:
         parse(flags)
     assert caught.value.code == 2
-    assert problem in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
 
 
 def test_booleans_as_hugging_face_takes_them():

@@ -96,7 +96,7 @@ class Words:
 
     eos_token_id = 1
 
-    def __call__(self, texts, add_special_tokens=True):
+    def __call__(self, texts, add_special_tokens=True, verbose=True):
         return {"input_ids": [[ord(c) for c in text] + [1] * add_special_tokens for text in texts]}
 
 

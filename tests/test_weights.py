@@ -22,7 +22,7 @@ class Recorded:
         stored, counts = self._file.get_slice(name), self._counts
 
         class Slice:
-            get_shape = stored.get_shape
+            get_shape, get_dtype = stored.get_shape, stored.get_dtype
 
             def __getitem__(self, index):
                 part = stored[index]

@@ -76,7 +76,10 @@ def write_model(checkpoint: Checkpoint, output: Path, model_id: str | None) -> N
         if path.name != "manifest.json" and not path.name.startswith("rank-"):
             shutil.copyfile(path, output / path.name)
     settings = json.loads((output / MODEL_FILES[0]).read_text(encoding="utf-8"))
-    settings |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32"}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    settings |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype}
+    if "dtype" in settings:             # the newer name, which transformers prefers
+        settings["dtype"] = dtype
     (output / MODEL_FILES[0]).write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 

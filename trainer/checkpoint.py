@@ -39,7 +39,7 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = Path(path)
         manifest = self.path / "manifest.json"
-        if not manifest.is_file() or self.path.name.endswith(".incomplete"):
+        if not os.path.isfile(manifest) or self.path.name.endswith(".incomplete"):
             raise ValueError(f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a manifest.json was "
                              "expected")
         self.manifest = read_json(manifest)
@@ -115,9 +115,9 @@ class Checkpoint:
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, path) of the checkpoints in a directory, oldest first."""
-    found = [(int(match[1]), path) for path in Path(output_dir).glob("checkpoint-*")
-             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
-    return sorted(found)
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    matches = (re.fullmatch(r"checkpoint-(\d+)", name) for name in names)
+    return sorted((int(match[1]), Path(output_dir) / match[0]) for match in matches if match)
 
 
 def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
@@ -126,7 +126,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
     What a run leaves in `output_dir` (checkpoints, metrics.jsonl) is gone on with, or stays as it is.
     """
     output = Path(output_dir)
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output_dir {output} is a file: a directory was expected")
     present = list_checkpoints(output)
     if resume == "latest":
@@ -140,7 +140,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
                              "pass --resume latest, or another --output_dir")
         return checkpoint
     left = present[-1][1] if present else output / "metrics.jsonl"
-    if left.exists():
+    if os.path.exists(left):
         way_out = "pass --resume latest to go on with it" if present else "move it away"
         raise ValueError(f"--output_dir {output} holds {left.name} of another run: {way_out}, or choose another --output_dir")
     return checkpoint

@@ -1,6 +1,7 @@
 """A run before its ranks start: everything that can be read and refused without a device."""
 import hashlib
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from parallel.layers import named_shards
 from parallel.mesh import Mesh
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def prepare(config: Config, world_size: int) -> Job:
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * mesh.dp.size()
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * -(-len(train_rows) // global_batch))
     identity = {
-        "model": str(directory.resolve()) if Path(config.model_directory).is_dir() else config.model_directory,
+        "model": str(directory.resolve()) if os.path.isdir(config.model_directory) else config.model_directory,
         "random_seed": config.random_seed, "lora": asdict(lora) if lora else None, "seed": config.seed,
         "data": _fingerprint(train_rows), "global_batch": global_batch}
     if resume:
@@ -66,6 +69,13 @@ def prepare(config: Config, world_size: int) -> Job:
         if resume.step >= steps:
             raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
                              "raise --max_steps or --num_train_epochs")
+    # The one thing that is written here, after everything was checked.
+    try:
+        os.makedirs(config.output_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {config.output_dir} cannot be made: {error.strerror}") from None
+    if not os.access(config.output_dir, os.W_OK):
+        raise ValueError(f"--output_dir {config.output_dir} cannot be written to")
     return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, steps, summary, resume,
                identity)
 
@@ -83,9 +93,11 @@ def lora_config(config: Config) -> LoraConfig | None:
 def load_tokenizer(directory: Path):
     """The Hugging Face tokenizer in `directory`; raises ValueError where there is none."""
     from transformers import AutoTokenizer
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{directory} has neither {' nor '.join(TOKENIZER_FILES)}: a tokenizer was expected beside the model")
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:          # what transformers raises for odd files has no base class
         raise ValueError(f"{directory} holds no tokenizer that transformers can load: "
                          f"{' '.join(str(error).split())[:200]}") from None
 

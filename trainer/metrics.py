@@ -23,7 +23,6 @@ class Metrics:
         self._steps_per_epoch, self._logging_steps = steps_per_epoch, job.config.logging_steps
         self._held: tuple[int, float, float, torch.Tensor] | None = None
         if self._active:
-            self._output.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "eval.jsonl"):
                 _keep_until(self._output / name, first_step)
             print(job.summary, flush=True)
