@@ -149,6 +149,16 @@ def test_data(tmp_path):
     assert "all prompts are longer" in refused(tmp_path, "--dataset", path)
 
 
+def test_merging(tmp_path):
+    from tools.merge_checkpoint import merge
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
+    for output, problem in [("full", "full exists already"), ("full/kept", "kept exists already"), ("new", "is no complete check")]:
+        with pytest.raises(ValueError, match=problem):
+            merge(tmp_path / "none", tmp_path / output)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept"]
+
+
 @pytest.mark.parametrize("flags, problem", [
     (["--zero_1", "true"], "--zero_1 true"), (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
     (["--gradient_accumulation_steps", "0"], "at least 1"), (["--no_such_flag"], "--no_such_flag"),

@@ -25,44 +25,46 @@ SHAPES = {"embed.weight": (VOCABULARY, HIDDEN), "up.weight": (MIDDLE, HIDDEN), "
           "head.weight": (VOCABULARY, HIDDEN)}
 
 
-def sharded(runtime, tp):
-    """A small network of every layer: losses, gradients with their shards, and the global norm, on one rank."""
+def sharded(runtime):
+    """{tp: losses, gradients with their shards, and the global norm of a small network of every layer}, on one rank of four."""
     from torch import nn
 
     from parallel.gradients import clip_gradients, global_norm
     from parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, named_shards
     from parallel.loss import parallel_cross_entropy
     from parallel.mesh import Mesh
-    mesh = Mesh.create(runtime.rank, runtime.world_size, tp)
-    group = {"tensor_model_parallel_group": mesh.tp}
-    net = nn.ModuleDict({
-        "embed": ParallelEmbedding(VOCABULARY, HIDDEN, **group),
-        "up": ColumnParallelLinear(HIDDEN, MIDDLE, gather_output=False, **group),
-        "down": RowParallelLinear(MIDDLE, HIDDEN, input_is_parallel=True, **group),
-        "mix": ColumnParallelLinear(HIDDEN, HIDDEN, bias=False, **group),
-        "head": ColumnParallelLinear(HIDDEN, VOCABULARY, bias=False, gather_output=False, **group)})
-    for name, parameter, shard in named_shards(net, mesh.tp):
-        parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
-    net.to(runtime.device)
-    ids, target = (tensor.to(runtime.device) for tensor in data())
-    x = net["embed"](ids)
-    x = x + net["down"](F.silu(net["up"](x)))
-    x = net["mix"](x)
-    losses = parallel_cross_entropy(net["head"](x), target, net["head"].rank_index, mesh.tp)
-    losses.sum().backward()
-    named = list(named_shards(net, mesh.tp))
-    parameters = [parameter for _, parameter, _ in named]
-    gradients = {name: (parameter.grad.clone(), shard.slices) for name, parameter, shard in named}
-    norm = global_norm(parameters, [shard for *_, shard in named], mesh.tp)
-    clip_gradients(parameters, norm, 0.5)
-    runtime.mark_step()
-    return {"losses": losses.detach().cpu(), "norm": norm.cpu(),
-            "gradients": {name: (gradient.cpu(), slices) for name, (gradient, slices) in gradients.items()},
-            "clipped": {name: parameter.grad.cpu() for name, parameter, _ in named}, "compilations": runtime.compilations()}
+    found = {}
+    for tp in (1, 2, 4):
+        mesh = Mesh.create(runtime.rank, runtime.world_size, tp)
+        group = {"tensor_model_parallel_group": mesh.tp}
+        net = nn.ModuleDict({
+            "embed": ParallelEmbedding(VOCABULARY, HIDDEN, **group),
+            "up": ColumnParallelLinear(HIDDEN, MIDDLE, gather_output=False, **group),
+            "down": RowParallelLinear(MIDDLE, HIDDEN, input_is_parallel=True, **group),
+            "mix": ColumnParallelLinear(HIDDEN, HIDDEN, bias=False, **group),
+            "head": ColumnParallelLinear(HIDDEN, VOCABULARY, bias=False, gather_output=False, **group)})
+        for name, parameter, shard in named_shards(net, mesh.tp):
+            parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
+        net.to(runtime.device)
+        ids, target = (tensor.to(runtime.device) for tensor in data())
+        x = net["embed"](ids)
+        x = x + net["down"](F.silu(net["up"](x)))
+        x = net["mix"](x)
+        losses = parallel_cross_entropy(net["head"](x), target, net["head"].rank_index, mesh.tp)
+        losses.sum().backward()
+        named = list(named_shards(net, mesh.tp))
+        parameters = [parameter for _, parameter, _ in named]
+        gradients = {name: (parameter.grad.clone(), shard.slices) for name, parameter, shard in named}
+        norm = global_norm(parameters, [shard for *_, shard in named], mesh.tp)
+        clip_gradients(parameters, norm, 0.5)
+        runtime.mark_step()
+        found[tp] = {"losses": losses.detach().cpu(), "norm": norm.cpu(),
+                     "gradients": {name: (gradient.cpu(), slices) for name, (gradient, slices) in gradients.items()},
+                     "clipped": {name: parameter.grad.cpu() for name, parameter, _ in named}}
+    return found, runtime.compilations()
 
 
-@pytest.mark.parametrize("world, tp", [(1, 1), (4, 4), (4, 2)])
-def test_layers_equal_dense_ones(world, tp):
+def test_layers_equal_dense_ones():
     dense = {name: whole(name, *shape).requires_grad_() for name, shape in SHAPES.items()}
     ids, target = data()
     x = F.embedding(ids, dense["embed.weight"])
@@ -72,14 +74,15 @@ def test_layers_equal_dense_ones(world, tp):
     losses.sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in dense.items()}
     norm = torch.nn.utils.clip_grad_norm_(dense.values(), 0.5)
-    for result in on_ranks(sharded, world, tp=tp):
-        torch.testing.assert_close(result["losses"].double(), losses.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(result["norm"].double(), norm.reshape(1), rtol=1e-5, atol=0)
-        assert result["compilations"] == 1
-        for name, (gradient, slices) in result["gradients"].items():
-            part = expected[name][slices]
-            assert (gradient.double() - part).norm() <= 1e-5 * expected[name].norm(), name
-            assert (result["clipped"][name].double() - dense[name].grad[slices]).norm() <= 1e-5 * norm, name
+    for found, compilations in on_ranks(sharded, 4):
+        assert compilations == 3
+        for result in found.values():
+            torch.testing.assert_close(result["losses"].double(), losses.detach(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(result["norm"].double(), norm.reshape(1), rtol=1e-5, atol=0)
+            for name, (gradient, slices) in result["gradients"].items():
+                part = expected[name][slices]
+                assert (gradient.double() - part).norm() <= 1e-5 * expected[name].norm(), name
+                assert (result["clipped"][name].double() - dense[name].grad[slices]).norm() <= 1e-5 * norm, name
 
 
 def test_sizes_that_cannot_be_divided():

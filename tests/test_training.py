@@ -12,9 +12,9 @@ import torch
 
 from tests.models import save_adapter, save_llama
 from tests.on_ranks import ROOT, on_ranks
+from tools.merge_checkpoint import merge
 
 SHORT = ["--max_seq_length", "64", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.1"]
-MERGE = ("-m", "tools.merge_checkpoint")
 HIDDEN = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "PYTHONPATH")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in HIDDEN}
 
@@ -70,7 +70,7 @@ def sharded_logits(runtime, checkpoint, base, tp, ids):
 def check_merged(output, base, step):
     """transformers' logits of the merged model are those of the sharded one; returns the merged model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    start(output / f"checkpoint-{step}", output / "merged", program=MERGE)
+    merge(output / f"checkpoint-{step}", output / "merged")
     merged, loading = AutoModelForCausalLM.from_pretrained(output / "merged", output_loading_info=True)
     assert not any(loading.values()), loading
     assert AutoTokenizer.from_pretrained(output / "merged").eos_token == "</s>"
@@ -79,30 +79,47 @@ def check_merged(output, base, step):
         expected = merged.eval()(torch.tensor([ids])).logits
     for logits in on_ranks(sharded_logits, 2, checkpoint=str(output / f"checkpoint-{step}"), base=str(base), tp=2, ids=ids):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    assert start(output / f"checkpoint-{step}", output / "merged", program=MERGE, check=False).returncode == 1
     return merged
 
 
-# (tp, dp), rows of a micro-batch and micro-batches: a global batch of 4 rows each.
-TOPOLOGIES = [(1, 1, 2, 2), (2, 1, 4, 1), (4, 1, 1, 4), (8, 1, 2, 2), (1, 2, 1, 2), (2, 2, 2, 1), (2, 4, 1, 1)]
+# World size -> (tp, dp), rows of a micro-batch and micro-batches: a global batch of 4 rows each.
+TOPOLOGIES = {1: [(1, 1, 2, 2)], 2: [(2, 1, 4, 1), (1, 2, 1, 2)], 4: [(4, 1, 1, 4), (2, 2, 2, 1)], 8: [(8, 1, 2, 2), (2, 4, 1, 1)]}
+MODES = {"lora": ["--lora_r", "4", "--lora_dropout", "0.1"], "full": ["--lora_r", "0", "--weight_decay", "0.1"]}
 
 
-@pytest.mark.parametrize("lora", [["--lora_r", "4", "--lora_dropout", "0.1"], ["--lora_r", "0", "--weight_decay", "0.1"]])
-def test_the_topology_does_not_change_the_run(tmp_path, lora):
+def several_runs(runtime, commands):
+    """What trainer/main.py does, for several command lines in one process, which saves its start."""
+    from trainer.config import parse
+    from trainer.job import prepare
+    from trainer.loop import run
+    for flags in commands:
+        job = prepare(parse(flags), runtime.world_size)
+        runtime.barrier()
+        run(runtime, job)
+
+
+def test_the_topology_does_not_change_the_run(tmp_path):
     """10 losses and gradient norms over (tp, dp), rows divided over ranks and micro-batches in different ways."""
-    curves = {}
-    for tp, dp, batch, accumulation in TOPOLOGIES:
-        assert batch * dp * accumulation == 4
-        output = tmp_path / f"tp{tp}-dp{dp}"
-        start(*SHORT, *lora, "--max_steps", 10, "--world_size", tp * dp, "--tensor_parallel_size", tp, "--output_dir", output,
-              "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-        curves[tp, dp] = torch.tensor([column(output, name) for name in ("loss", "grad_norm", "target_tokens")])
-        compiled = column(output, "compilations")
-        assert compiled[-1] == compiled[1] == (1 if accumulation == 1 else 2)
-    dense = curves.pop((1, 1))
-    assert dense[0, -1] < dense[0, 0] - 0.5
-    for topology, curve in curves.items():
-        torch.testing.assert_close(curve, dense, rtol=1e-4, atol=0, msg=lambda text, where=topology: f"{where}: {text}")
+    curves = {"lora": {}, "full": {}}
+    for world_size, topologies in TOPOLOGIES.items():
+        commands = [[*SHORT, *flags, "--max_steps", "10", "--tensor_parallel_size", str(tp),
+                     "--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation),
+                     "--output_dir", f"{tmp_path}/{mode}-{tp}-{dp}"]
+                    for tp, dp, batch, accumulation in topologies for mode, flags in MODES.items()]
+        on_ranks(several_runs, world_size, commands=commands)
+        compiled = 0        # so far in this process
+        for tp, dp, batch, accumulation in topologies:
+            assert (tp * dp, batch * dp * accumulation) == (world_size, 4)
+            for mode, curve in curves.items():
+                output = tmp_path / f"{mode}-{tp}-{dp}"
+                curve[tp, dp] = torch.tensor([column(output, name) for name in ("loss", "grad_norm", "target_tokens")])
+                compiled += 1 if accumulation == 1 else 2
+                assert column(output, "compilations") == [compiled] * 10
+    for mode, curve in curves.items():
+        dense = curve.pop((1, 1))
+        assert dense[0, -1] < dense[0, 0] - 0.5
+        for at, other in curve.items():
+            torch.testing.assert_close(other, dense, rtol=1e-4, atol=0, msg=lambda text, at=at, mode=mode: f"{mode} {at}: {text}")
 
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
@@ -172,7 +189,7 @@ def test_lora_follows_peft_and_comes_back(tmp_path, tied, rslora, targets):
     torch.testing.assert_close(column(output), reference, rtol=0, atol=1e-4)
 
     merged = check_merged(output, base, 10)
-    start(output / "checkpoint-10", output / "adapter", "--adapter_only", program=MERGE)
+    start(output / "checkpoint-10", output / "adapter", "--adapter_only", program=("-m", "tools.merge_checkpoint"))
     ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter").eval()
     for (name, value), other in zip(adapted.state_dict().items(), ours.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=0, atol=2e-3, msg=lambda text, at=name: f"{at}: {text}")
