@@ -153,7 +153,7 @@ def test_merging(tmp_path):
     from tools.merge_checkpoint import merge
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()
-    for output, problem in [("full", "full exists already"), ("full/kept", "kept exists already"), ("new", "is no complete check")]:
+    for output, problem in [("full", "full exists already"), ("full/kept", "kept exists already"), ("new", "no complete")]:
         with pytest.raises(ValueError, match=problem):
             merge(tmp_path / "none", tmp_path / output)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "kept"]

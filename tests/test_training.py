@@ -83,7 +83,8 @@ def check_merged(output, base, step):
 
 
 # World size -> (tp, dp), rows of a micro-batch and micro-batches: a global batch of 4 rows each.
-TOPOLOGIES = {1: [(1, 1, 2, 2)], 2: [(2, 1, 4, 1), (1, 2, 1, 2)], 4: [(4, 1, 1, 4), (2, 2, 2, 1)], 8: [(8, 1, 2, 2), (2, 4, 1, 1)]}
+TOPOLOGIES = {1: [(1, 1, 2, 2)], 2: [(2, 1, 4, 1), (1, 2, 1, 2)], 4: [(4, 1, 1, 4), (2, 2, 2, 1)],
+              8: [(8, 1, 2, 2), (2, 4, 1, 1)]}
 MODES = {"lora": ["--lora_r", "4", "--lora_dropout", "0.1"], "full": ["--lora_r", "0", "--weight_decay", "0.1"]}
 
 
