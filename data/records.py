@@ -58,6 +58,8 @@ def _read_jsonl(path: str) -> list[dict[str, str]]:
 
 def _read_hub(dataset: str) -> list[dict[str, str]]:
     from datasets import load_dataset
+    from huggingface_hub.utils.logging import set_verbosity_error
+    set_verbosity_error()               # it warns of each of its attempts
     try:
         rows = load_dataset(dataset, split="train")
     except Exception as error:          # the hub's errors share no base class

@@ -42,15 +42,18 @@ class PeftAdapter:
             raise ValueError(f"{path}: only plain LoRA is read; here: {values.get('peft_type')}, bias "
                              f"{values.get('bias')}, {', '.join(unsupported) or 'no other options'}")
         rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout") or 0.0
-        for name, good in (("r", isinstance(rank, int) and rank > 0), ("target_modules", bool(values.get("target_modules"))),
+        targets = values.get("target_modules")
+        names = targets if isinstance(targets, list) else [targets]
+        for name, good in (("r", isinstance(rank, int) and rank > 0),
+                           ("target_modules", names and all(isinstance(each, str) and each for each in names)),
+                           ("use_rslora", values.get("use_rslora") in (None, False, True)),
                            ("lora_alpha", isinstance(alpha, int | float) and 0 < alpha < math.inf),
                            ("lora_dropout", isinstance(dropout, int | float) and 0 <= dropout < 1)):
             if not good:
                 raise ValueError(f"{path}: {name} is {values.get(name)!r}, which no LoRA can have")
         self._files = SafetensorsFiles(directory, "adapter_model")
-        targets = values["target_modules"]
-        if isinstance(targets, str) or values.get("layers_to_transform") is not None:
-            # A pattern, or some layers only: the file says which modules these were.
+        if isinstance(targets, str) or values.get("exclude_modules") or values.get("layers_to_transform") is not None:
+            # A pattern, or not all of that name: the file says which modules these were.
             targets = {name.removeprefix(PEFT_PREFIX).rsplit(".lora_", 1)[0] for name in self._files.shapes if ".lora_" in name}
         self.config = LoraConfig(rank, alpha, dropout, tuple(sorted(targets)), bool(values.get("use_rslora")))
 

@@ -55,6 +55,8 @@ class LlamaConfig:
                              "markstep trains LlamaForCausalLM")
         if config.hidden_act != "silu":
             raise ValueError(f"{directory}/config.json: hidden_act is {config.hidden_act!r}; Llama's is 'silu'")
+        if getattr(config, "quantization_config", None):
+            raise ValueError(f"{directory}/config.json: the model is quantized (quantization_config); plain weights are read")
         scaling = config.rope_scaling
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
         if kind not in ("default", "llama3"):

@@ -1,4 +1,5 @@
 """Weights in Hugging Face's safetensors format -> this rank's slices, read lazily; and random ones by the same interface."""
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model.llama import Llama, LlamaConfig
-from model.lora import generator_of, hf_name, initial_factor, is_lora
+from model.lora import LoraConfig, add_lora, generator_of, hf_name, initial_factor, is_lora
 from parallel.layers import Shard, named_shards
 from parallel.mesh import ALONE, Group
 
@@ -90,6 +91,16 @@ class SafetensorsFiles:
                 raise ValueError(f"{self.directory}: the weight {name} has shape {list(self.shapes[name])}; "
                                  f"the config asks for {list(shape)}")
 
+    def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> str:
+        """A hash of the names and shapes, and of the first and last row of each: tells models apart for little reading."""
+        digest = hashlib.sha256()
+        for name, shape in sorted(shapes.items()):
+            digest.update(f"{name} {shape}".encode())
+            for row in (0, shape[0] - 1):
+                values = self.read(name, Shard(shape, 0, shape[0], row)).contiguous()
+                digest.update(values.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def read(self, name: str, shard: Shard) -> torch.Tensor:
         """The slice `shard` of the tensor, in the file's dtype."""
         stored = self._file_of[name].get_slice(name)
@@ -108,6 +119,9 @@ class RandomWeights:
     def check(self, expected, ignored=()):
         """Every name and shape can be drawn."""
 
+    def fingerprint(self, shapes) -> str:
+        return f"random: seed {self._seed}, initializer_range {self._std}"
+
     def read(self, name: str, shard: Shard) -> torch.Tensor:
         if len(shard.global_shape) == 1:
             return torch.zeros(shard.shape) if name.endswith("bias") else torch.ones(shard.shape)
@@ -123,6 +137,14 @@ def open_weights(directory: Path, config: LlamaConfig, random_seed: int | None) 
 def base_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name and shape of every weight of the model."""
     return {name: shard.global_shape for name, _, shard in named_shards(Llama(config), ALONE)}
+
+
+def trained_shapes(config: LlamaConfig, lora: LoraConfig | None) -> dict[str, tuple[int, ...]]:
+    """Name and global shape of every parameter that is trained: LoRA's factors, or without LoRA all."""
+    model = Llama(config)
+    if lora:
+        add_lora(model, lora)
+    return {name: shard.global_shape for name, parameter, shard in named_shards(model, ALONE) if parameter.requires_grad}
 
 
 def check_weights(config: LlamaConfig, weights: SafetensorsFiles | RandomWeights) -> None:

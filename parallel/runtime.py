@@ -10,7 +10,6 @@ seconds. `mark_step` compares the graphs of all ranks before anything is execute
 import gc
 import importlib.util
 import os
-import signal
 import threading
 from collections.abc import Callable
 
@@ -201,10 +200,6 @@ def _launch_threads(function, world_size):
     meeting = Meeting(world_size)
     errors: list[BaseException] = []
 
-    def interrupt(*_):                                          # Ctrl-C: the ranks end at their next barrier
-        errors.append(KeyboardInterrupt())
-        meeting.abort()
-
     def host_rank(_):
         try:
             torch.autograd.set_multithreading_enabled(False)    # this thread's backward stays on this thread's device
@@ -220,7 +215,6 @@ def _launch_threads(function, world_size):
             errors.append(error)
             meeting.abort()
 
-    previous = signal.signal(signal.SIGINT, interrupt)
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -229,7 +223,6 @@ def _launch_threads(function, world_size):
     finally:
         gc.enable()
         gc.unfreeze()
-        signal.signal(signal.SIGINT, previous)
     if errors:
         raise errors[0]
 

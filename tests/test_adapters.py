@@ -17,6 +17,7 @@ ADAPTERS = {
     "rank-stabilised": (["q_proj"], {"use_rslora": True}),
     "a pattern": (r".*\.[02]\.(self_attn|mlp)\.(k|up)_proj", {}),
     "some layers": (["o_proj", "gate_proj"], {"layers_to_transform": [1]}),
+    "all but one": (["q_proj"], {"exclude_modules": ["model.layers.1.self_attn.q_proj"]}),
     "the head": (["q_proj", "lm_head"], {}),
 }
 
@@ -39,6 +40,7 @@ def test_logits_are_those_of_peft(tmp_path, targets, changes):
 @pytest.mark.parametrize("changes, problem", [
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias all"), ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
     ({"peft_type": "IA3"}, "IA3"), ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"), ({"r": None}, "r is None"),
+    ({"target_modules": [3]}, r"target_modules is \[3\]"), ({"use_rslora": "false"}, "use_rslora is 'false'"),
     ({"lora_alpha": float("nan")}, "lora_alpha is nan"), ({"lora_dropout": 1}, "lora_dropout is 1"),
 ])
 def test_what_is_no_plain_lora_is_refused(tmp_path, changes, problem):

@@ -163,7 +163,8 @@ def test_merging(tmp_path):
     (["--zero_1", "true"], "--zero_1 true"), (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
     (["--gradient_accumulation_steps", "0"], "at least 1"), (["--no_such_flag"], "--no_such_flag"),
     (["--lr_scheduler_type", "magic"], "magic"), (["--bf16", "perhaps"], "perhaps"), (["--lora_dropout", "1"], "below 1"),
-    (["--learning_rate", "nan"], "finite"), (["--max_steps", "1.5"], "invalid int"), (["--num_train_epochs", "0"], "above 0"),
+    (["--learning_rate", "nan"], "fp32"), (["--weight_decay", "1e39"], "fp32"),
+    (["--max_steps", "1.5"], "invalid int"), (["--num_train_epochs", "0"], "above 0"),
 ])
 def test_flags(flags, problem, capsys):
     from trainer.config import parse

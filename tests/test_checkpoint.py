@@ -44,7 +44,8 @@ def save(output, step, tp=2, dp=2, limit=None):
     """What the loop does, with a thread a rank and the CPU as every rank's device."""
     config = replace(Config(), output_dir=str(output), save_total_limit=limit)
     tiny = SAMPLE / "tiny"
-    job = SimpleNamespace(config=config, model_directory=tiny, tokenizer=load_tokenizer(tiny), identity=IDENTITY)
+    job = SimpleNamespace(config=config, model_directory=tiny, tokenizer=load_tokenizer(tiny), identity=IDENTITY,
+                          model_reference="tiny")
     meeting = Meeting(tp * dp)
 
     def rank_saves(rank):
@@ -119,6 +120,22 @@ def test_damage_is_named(tmp_path, damage, problem):
         Checkpoint(path)
 
 
+def test_a_name_that_was_changed_is_found_before_it_is_read(tmp_path):
+    path = save(tmp_path, 7, tp=1, dp=1)
+    shapes = {name: shape for name, (shape, _) in SHAPES.items()}
+    Checkpoint(path).check_tensors(shapes)
+    with pytest.raises(ValueError, match=r"exp_avg/other has shape none, and \(3,\) was expected"):
+        Checkpoint(path).check_tensors(shapes | {"other": (3,)})
+    file = path / "rank-00000.safetensors"
+    for old, new in [(b"parameter/row", b"parameter/raw"), (b'"F32"', b'"I32"'), (rb'\"index\"', rb'\"Index\"')]:
+        content = file.read_bytes()
+        assert old in content
+        file.write_bytes(content.replace(old, new, 1))
+        with pytest.raises(ValueError, match="rank-00000.safetensors is damaged"):
+            Checkpoint(path)
+        file.write_bytes(content)
+
+
 def test_another_runs_checkpoint_is_refused(tmp_path):
     checkpoint = Checkpoint(save(tmp_path, 7, tp=1, dp=1))
     checkpoint.check(IDENTITY)
@@ -142,7 +159,7 @@ def test_what_is_in_the_output_directory_is_not_overwritten(tmp_path):
         (new, None, "holds metrics.jsonl of another run: move it away"),
         (new, str(used / "checkpoint-5"), "holds metrics.jsonl of another run: move it away"),
         (new, "latest", "holds no checkpoint"), (new, str(tmp_path / "none"), "is no complete checkpoint"),
-        (new / "metrics.jsonl", None, "is a file"),
+        (new / "metrics.jsonl", None, "is a file"), (new, "", "is no complete checkpoint"),
     ]:
         with pytest.raises(ValueError, match=problem):
             find_checkpoint(str(output), resume)

@@ -13,6 +13,8 @@ import torch
 from tests.models import save_adapter, save_llama
 from tests.on_ranks import ROOT, on_ranks
 from tools.merge_checkpoint import merge
+from trainer.config import parse
+from trainer.job import prepare
 
 SHORT = ["--max_seq_length", "64", "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.1"]
 HIDDEN = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "PYTHONPATH")
@@ -82,6 +84,16 @@ def check_merged(output, base, step):
     return merged
 
 
+def check_that_another_base_is_refused(output, base, step, flags):
+    """The same names and shapes, other numbers: neither resumed on nor merged with."""
+    save_llama(base, seed=9)
+    for problem, call in [("is not the model that", lambda: merge(output / f"checkpoint-{step}", output / "again")),
+                          ("is of another run: its base is", lambda: prepare(parse([*flags, "--resume", "latest"]), 4))]:
+        with pytest.raises(ValueError, match=problem):
+            call()
+    assert not (output / "again").exists()
+
+
 # World size -> (tp, dp), rows of a micro-batch and micro-batches: a global batch of 4 rows each.
 TOPOLOGIES = {1: [(1, 1, 2, 2)], 2: [(2, 1, 4, 1), (1, 2, 1, 2)], 4: [(4, 1, 1, 4), (2, 2, 2, 1)],
               8: [(8, 1, 2, 2), (2, 4, 1, 1)]}
@@ -130,8 +142,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
     start(*flags, "--output_dir", whole)
     halves.mkdir()
     shutil.copytree(whole / "checkpoint-5", halves / "checkpoint-5")
-    # Stopped after the save: lines of steps that are done again, and a save that was not completed.
-    (halves / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in read(whole)[:7]))
+    # Stopped after the save: lines of steps that are done again, the last cut off, and a save that was not completed.
+    (halves / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in read(whole)[:7])[:-9])
     shutil.copytree(whole / "checkpoint-10", halves / "checkpoint-10.incomplete")
     start(*flags, "--output_dir", halves, "--resume", "latest", "--save_total_limit", 1)
     for name in ("step", "loss", "grad_norm", "learning_rate", "target_tokens"):
@@ -183,9 +195,11 @@ def test_lora_follows_peft_and_comes_back(tmp_path, tied, rslora, targets):
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     adapted = save_adapter(save_llama(base, tied), adapter, targets, use_rslora=rslora)
     dataset = ROOT / "data" / "sample" / "instructions.jsonl"
-    start("--model_id", base, "--adapter_name_or_path", adapter, "--max_seq_length", 64, "--learning_rate", "1e-2",
-          "--lr_scheduler_type", "constant", "--world_size", 4, "--tensor_parallel_size", 2, "--gradient_accumulation_steps", 2,
-          "--max_steps", 10, "--output_dir", output)
+    flags = [str(flag) for flag in (
+        "--model_id", base, "--adapter_name_or_path", adapter, "--max_seq_length", 64, "--learning_rate", "1e-2",
+        "--lr_scheduler_type", "constant", "--world_size", 4, "--tensor_parallel_size", 2, "--gradient_accumulation_steps", 2,
+        "--max_steps", 10, "--output_dir", output)]
+    start(*flags)
     reference = peft_losses(adapted, AutoTokenizer.from_pretrained(base), dataset)
     torch.testing.assert_close(column(output), reference, rtol=0, atol=1e-4)
 
@@ -197,6 +211,8 @@ def test_lora_follows_peft_and_comes_back(tmp_path, tied, rslora, targets):
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, ours(ids).logits, rtol=0, atol=1e-4)
+    if not tied:
+        check_that_another_base_is_refused(output, base, 10, flags)
 
 
 def test_full_training_comes_back(tmp_path):
@@ -231,13 +247,12 @@ def test_thirty_two_ranks_compile_the_step_once(tmp_path):
     assert column(tmp_path, "compilations") == [1, 1]
 
 
-def test_ctrl_c_ends_the_run(tmp_path):
+def test_ctrl_c_ends_the_run_in_its_first_compilation(tmp_path):
     process = subprocess.Popen([sys.executable, "trainer/main.py", *SHORT, "--world_size", "2", "--max_steps", "100000",
-                                "--output_dir", tmp_path], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "metrics.jsonl"
-    while not metrics.exists() or not metrics.read_text():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.2)
+                                "--output_dir", tmp_path], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("data: ")
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == 130 and "Traceback" not in errors and not (tmp_path / "metrics.jsonl").exists()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from model.adapters import adapter_config, peft_name
 from model.llama import LlamaConfig
 from model.lora import lora_delta
-from model.weights import base_shapes, check_weights, open_weights, resolve
+from model.weights import base_shapes, check_weights, open_weights, resolve, trained_shapes
 from parallel.layers import Shard
 from trainer.checkpoint import MODEL_FILES, Checkpoint
 
@@ -39,13 +39,15 @@ def merged_tensor(checkpoint: Checkpoint, base, name: str, shape: tuple[int, ...
 def write_model(checkpoint: Checkpoint, output: Path, model_id: str | None) -> None:
     """Write weights (one file, or several with an index), config, generation config and tokenizer to `output`."""
     config = LlamaConfig.from_pretrained(checkpoint.path)
-    identity = checkpoint.manifest["identity"]
+    checkpoint.check_tensors(trained_shapes(config, checkpoint.lora))
     base = None
     if checkpoint.lora:
-        random_seed = None if model_id else identity["random_seed"]
-        directory = Path() if random_seed is not None else resolve(model_id or identity["model"])
+        random_seed = None if model_id else checkpoint.manifest["random_seed"]
+        directory = Path() if random_seed is not None else resolve(model_id or checkpoint.manifest["model"])
         base = open_weights(directory, config, random_seed)
         check_weights(config, base)
+        if base.fingerprint(base_shapes(config)) != checkpoint.manifest["identity"]["base"]:
+            raise ValueError(f"{directory} is not the model that {checkpoint.path} was trained on: its weights are others")
     shapes = base_shapes(config)
     files, size = [[]], 0
     for name, shape in shapes.items():
@@ -57,18 +59,17 @@ def write_model(checkpoint: Checkpoint, output: Path, model_id: str | None) -> N
         files[-1].append(name)
         size += tensor_bytes
     weight_map, total, dtypes = {}, 0, set()
-    progress = tqdm(total=len(shapes), desc="merge", unit="tensor")
-    for number, names in enumerate(files, 1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            tensors[name] = merged_tensor(checkpoint, base, name, shapes[name]).contiguous()
-            weight_map[name] = file
-            total += tensors[name].nbytes
-            dtypes.add(str(tensors[name].dtype).removeprefix("torch."))
-            progress.update()
-        save_file(tensors, output / file, metadata={"format": "pt"})
-    progress.close()
+    with tqdm(total=len(shapes), desc="merge", unit="tensor") as progress:
+        for number, names in enumerate(files, 1):
+            file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            tensors = {}
+            for name in names:
+                tensors[name] = merged_tensor(checkpoint, base, name, shapes[name]).contiguous()
+                weight_map[name] = file
+                total += tensors[name].nbytes
+                dtypes.add(str(tensors[name].dtype).removeprefix("torch."))
+                progress.update()
+            save_file(tensors, output / file, metadata={"format": "pt"})
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -89,7 +90,7 @@ def write_adapter(checkpoint: Checkpoint, output: Path) -> None:
         raise ValueError(f"{checkpoint.path} was trained without LoRA: there is no adapter; leave --adapter_only out")
     tensors = {peft_name(name): checkpoint.read("parameter", name).contiguous() for name in checkpoint.shapes}
     save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = adapter_config(checkpoint.lora, checkpoint.manifest["identity"]["model"])
+    settings = adapter_config(checkpoint.lora, checkpoint.manifest["model"])
     (output / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
@@ -124,7 +125,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         merge(arguments.checkpoint, arguments.output, arguments.adapter_only, arguments.model_id)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {arguments.output}")

@@ -1,6 +1,7 @@
 """Checkpoints: `OUT/checkpoint-<step>/`, complete when it has that name.
 
-    manifest.json          format, version, step, topology, what the run was (identity), flags, bytes of each file
+    manifest.json          format, version, step, topology, what makes it this run (identity), where the base model is, flags,
+                           bytes of each file
     rank-<n>.safetensors   `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32: the slices of
                            rank n; its metadata entry `shards` says for each tensor: global_shape, dim, parts, index, replicas
     config.json, tokenizer files, generation_config.json: the model's, so that a merged model needs no other source for them
@@ -47,9 +48,9 @@ class Checkpoint:
             raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
                              f"this program reads {FORMAT!r} version {VERSION}")
         absent = [key for key, kind in (("step", int), ("files", dict), ("identity", dict))
-                  if not isinstance(self.manifest.get(key), kind)]
-        if absent:
-            raise ValueError(f"{manifest} is damaged: it has no {absent[0]}")
+                  if not isinstance(self.manifest.get(key), kind) or not self.manifest[key]]
+        if absent or "lora" not in self.manifest["identity"]:
+            raise ValueError(f"{manifest} is damaged: it has no {absent[0] if absent else 'lora in identity'}")
         for name, size in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
@@ -57,8 +58,11 @@ class Checkpoint:
             if file.stat().st_size != size:
                 raise ValueError(f"{file} has {file.stat().st_size} bytes of {size}: the checkpoint is truncated")
         self.step: int = self.manifest["step"]
-        lora = self.manifest["identity"].get("lora")
-        self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
+        lora = self.manifest["identity"]["lora"]
+        try:
+            self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{manifest} is damaged: identity's lora: {error}") from None
         self._slices = self._open()
 
     def _open(self) -> dict[str, list]:
@@ -67,11 +71,15 @@ class Checkpoint:
         for name in self.manifest["files"]:
             try:
                 file = safe_open(self.path / name, framework="pt")
-                shards = json.loads(file.metadata()["shards"])
-            except (SafetensorError, OSError, KeyError, TypeError) as error:
+                shards = {key: Shard(**values | {"global_shape": tuple(values["global_shape"])})
+                          for key, values in json.loads(file.metadata()["shards"]).items()}
+                views = {key: file.get_slice(key) for key in file.keys()}       # noqa: SIM118  (safe_open is not iterable)
+                held = {key: (tuple(view.get_shape()), view.get_dtype()) for key, view in views.items()}
+                if held != {key: (shard.shape, "F32") for key, shard in shards.items()}:
+                    raise ValueError("what its metadata says of the tensors is not what they are")
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 raise ValueError(f"{self.path / name} is damaged: {error}") from None
-            for key, values in shards.items():
-                shard = Shard(**values | {"global_shape": tuple(values["global_shape"])})
+            for key, shard in shards.items():
                 found.setdefault(key, {}).setdefault(shard.index, (shard, file))
         for key, slices in found.items():
             parts = next(iter(slices.values()))[0].parts
@@ -103,6 +111,15 @@ class Checkpoint:
             if there != here:
                 raise ValueError(f"{self.path} is of another run: its {key} is {there}, and that of these flags is {here}")
 
+    def check_tensors(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the files hold the parameters `expected` (name and global shape), and nothing else."""
+        found = {key: slices[0][0].global_shape for key, slices in self._slices.items()}
+        wanted = {f"{kind}/{name}": shape for kind in KINDS for name, shape in expected.items()}
+        odd = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
+        if odd:
+            raise ValueError(f"{self.path} is damaged, or of another model: {odd[0]} has shape {found.get(odd[0], 'none')}, and "
+                             f"{wanted.get(odd[0], 'none')} was expected")
+
     def restore(self, optimizer, shards: dict[str, Shard]) -> int:
         """Give the optimizer's parameters and moments their stored values, in place; returns the number of steps done."""
         for name, parameter in optimizer.parameters.items():
@@ -133,9 +150,9 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
         if not present:
             raise ValueError(f"--resume latest: {output} holds no checkpoint-<step>")
         return Checkpoint(present[-1][1])
-    checkpoint = Checkpoint(Path(resume)) if resume else None
+    checkpoint = None if resume is None else Checkpoint(Path(resume))
     if checkpoint and checkpoint.path.resolve().parent == output.resolve():
-        if present[-1][0] > checkpoint.step:
+        if present and present[-1][0] > checkpoint.step:
             raise ValueError(f"--resume {resume}: {output} holds the later {present[-1][1].name}, which would be overwritten: "
                              "pass --resume latest, or another --output_dir")
         return checkpoint
@@ -172,7 +189,8 @@ def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer, sha
         manifest = {
             "format": FORMAT, "version": VERSION, "step": step, "world_size": mesh.world_size,
             "tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(), "identity": job.identity,
-            "config": asdict(job.config), "files": {path.name: path.stat().st_size for path in sorted(partial.glob("rank-*"))}}
+            "model": job.model_reference, "random_seed": job.config.random_seed, "config": asdict(job.config),
+            "files": {path.name: path.stat().st_size for path in sorted(partial.glob("rank-*"))}}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _flush(partial / "manifest.json")
         os.rename(partial, final)

@@ -3,12 +3,12 @@
 Names and meanings are those of Hugging Face's TrainingArguments and of the LoRA tutorial for Trainium; booleans are taken bare or
 with true/false.
 """
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+FLOAT32_MAX = 3.4e38
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
@@ -72,17 +72,17 @@ class Config:
     def __post_init__(self):
         """Raise ValueError for values that no run can have."""
         for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{name} {value}: a finite number was expected")
+            if isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
+                raise ValueError(f"--{name} {value}: a number that fp32 can hold was expected")
         at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "logging_steps": 1,
                     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
                     "save_steps": 1, "save_total_limit": 1, "world_size": 1, "warmup_steps": 0, "learning_rate": 0,
-                    "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "seed": 0}
+                    "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "seed": 0, "adam_epsilon": 1e-30}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} {value}: at least {least} was expected")
-        for name in ("num_train_epochs", "lora_alpha", "adam_epsilon"):
+        for name in ("num_train_epochs", "lora_alpha"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: a number above 0 was expected")
         for name in ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"):

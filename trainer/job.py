@@ -9,9 +9,8 @@ from data.packing import Rows, build_rows, pack
 from data.records import load_records, split, tokenize
 from model.adapters import PeftAdapter
 from model.llama import Llama, LlamaConfig
-from model.lora import LoraConfig, add_lora, is_lora
-from model.weights import check_weights, open_weights, resolve
-from parallel.layers import named_shards
+from model.lora import LoraConfig
+from model.weights import base_shapes, check_weights, open_weights, resolve, trained_shapes
 from parallel.mesh import Mesh
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
@@ -36,6 +35,12 @@ class Job:
     resume: Checkpoint | None
     identity: dict
 
+    @property
+    def model_reference(self) -> str:
+        """The hub id of the base model, or the absolute path of its directory."""
+        name = self.config.model_directory
+        return str(self.model_directory.resolve()) if os.path.isdir(name) else name
+
 
 def prepare(config: Config, world_size: int) -> Job:
     """Read and check everything; raises ValueError, in one line, before anything is compiled or written."""
@@ -50,22 +55,22 @@ def prepare(config: Config, world_size: int) -> Job:
     if config.adapter_name_or_path:
         adapter = PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
     lora = adapter.config if adapter else lora_config(config)
-    model = Llama(model_config, mesh.tp)        # on the meta device: shapes only
-    if lora:
-        add_lora(model, lora)
+    Llama(model_config, mesh.tp)                # on the meta device: whether the layers can be divided
+    trained = trained_shapes(model_config, lora)
     if adapter:
-        adapter.check({name: shard.global_shape for name, _, shard in named_shards(model, mesh.tp) if is_lora(name)})
-    check_weights(model_config, open_weights(directory, model_config, config.random_seed))
+        adapter.check(trained)
+    weights = open_weights(directory, model_config, config.random_seed)
+    check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
     train_rows, eval_rows, summary = _rows(config, tokenizer, model_config)
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * mesh.dp.size()
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * -(-len(train_rows) // global_batch))
     identity = {
-        "model": str(directory.resolve()) if os.path.isdir(config.model_directory) else config.model_directory,
-        "random_seed": config.random_seed, "lora": asdict(lora) if lora else None, "seed": config.seed,
+        "base": weights.fingerprint(base_shapes(model_config)), "lora": asdict(lora) if lora else None, "seed": config.seed,
         "data": _fingerprint(train_rows), "global_batch": global_batch}
     if resume:
         resume.check(identity)
+        resume.check_tensors(trained)
         if resume.step >= steps:
             raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
                              "raise --max_steps or --num_train_epochs")

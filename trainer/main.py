@@ -1,6 +1,12 @@
 """Flags -> Config -> ranks. `torchrun --nproc_per_node=N trainer/main.py ...` or `python trainer/main.py --world_size N ...`."""
+import os
+import signal
 import sys
 from pathlib import Path
+
+# Ctrl-C ends the process at once, wherever it is. Ranks that wait for each other in a collective cannot be unwound, and need not
+# be: a checkpoint has its name when it is complete.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # A clone runs without being installed; trainer/ itself must not stand first, its modules are trainer.*.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -9,7 +15,7 @@ from parallel.runtime import GraphMismatch, launch, leaves_at_once, prepare_envi
 
 
 def main() -> int:
-    """Run one job; returns the exit status: 0, 1 after an error of one line, 130 after Ctrl-C."""
+    """Run one job; returns the exit status: 0, or 1 after an error of one line (130 after Ctrl-C)."""
     try:
         if leaves_at_once():
             return 0
@@ -29,8 +35,6 @@ def main() -> int:
     except GraphMismatch as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

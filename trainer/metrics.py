@@ -1,5 +1,6 @@
 """What a run says: metrics held on the device and read one step late, JSON lines, a progress bar."""
 import json
+import math
 import time
 from pathlib import Path
 
@@ -23,8 +24,8 @@ class Metrics:
         self._steps_per_epoch, self._logging_steps = steps_per_epoch, job.config.logging_steps
         self._held: tuple[int, float, float, torch.Tensor] | None = None
         if self._active:
-            for name in ("metrics.jsonl", "eval.jsonl"):
-                _keep_until(self._output / name, first_step)
+            _keep_until(self._output / "metrics.jsonl", first_step)
+            _keep_until(self._output / "eval.jsonl", first_step - 1 if job.eval_rows else first_step)
             print(job.summary, flush=True)
             self._bar = tqdm(total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
             self._last = time.perf_counter()
@@ -76,7 +77,14 @@ class Metrics:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines that a run which goes on after `step` will write again."""
+    """Drop the lines that a run which goes on will write again, and one that was cut off."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
