@@ -49,8 +49,8 @@ class Checkpoint:
                              f"this program reads {FORMAT!r} version {VERSION}")
         absent = [key for key, kind in (("step", int), ("files", dict), ("identity", dict))
                   if not isinstance(self.manifest.get(key), kind) or not self.manifest[key]]
-        if absent or "lora" not in self.manifest["identity"]:
-            raise ValueError(f"{manifest} is damaged: it has no {absent[0] if absent else 'lora in identity'}")
+        if absent or "lora" not in self.manifest["identity"] or self.manifest["step"] < 1:
+            raise ValueError(f"{manifest} is damaged: it has no {absent[0] if absent else 'lora in identity, or a step below 1'}")
         for name, size in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
