@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from model.files import read_json
 from model.lora import LoraConfig
-from model.weights import SafetensorsFiles, read_json
+from model.weights import SafetensorsFiles
 from parallel.layers import Shard
 
 PEFT_PREFIX = "base_model.model."

@@ -14,6 +14,7 @@ from torch_xla.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
 from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequencies, segment_mask
+from model.files import in_one_line
 from parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide
 from parallel.mesh import ALONE, Group
 
@@ -49,7 +50,7 @@ class LlamaConfig:
             config = AutoConfig.from_pretrained(directory)
         except Exception as error:      # transformers passes on whatever its checks of odd values raise
             raise ValueError(f"{directory}/config.json: not the config of a known model architecture "
-                             f"({' '.join(str(error).split())[:200]}); markstep trains LlamaForCausalLM") from None
+                             f"({in_one_line(error)}); markstep trains LlamaForCausalLM") from None
         if config.model_type != "llama" or (config.architectures or ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
             raise ValueError(f"{directory}/config.json: the architecture is {config.architectures or config.model_type}; "
                              "markstep trains LlamaForCausalLM")

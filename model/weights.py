@@ -1,47 +1,18 @@
 """Weights in Hugging Face's safetensors format -> this rank's slices, read lazily; and random ones by the same interface."""
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from model.files import read_json
 from model.llama import Llama, LlamaConfig
 from model.lora import LoraConfig, add_lora, generator_of, hf_name, initial_factor, is_lora
 from parallel.layers import Shard, named_shards
 from parallel.mesh import ALONE, Group
 
 DTYPES = ("F64", "F32", "F16", "BF16")     # safetensors' names; integers and 8-bit floats would need scales beside them
-
-
-def resolve(model_id: str, flag: str = "--model_id") -> Path:
-    """The local directory of `model_id`: itself, or the snapshot of that hub id, downloaded into the hub's cache.
-
-    Raises ValueError that names the `flag` for what is neither.
-    """
-    if os.path.isdir(model_id):
-        return Path(model_id)
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
-        raise ValueError(f"{flag} {model_id}: no such directory")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
-    except Exception as error:          # the hub's errors share no base class, and each says in its first line what was wrong
-        raise ValueError(f"{flag} {model_id}: no directory of that name, and the hub does not give it: "
-                         f"{' '.join(str(error).split())[:200]}") from None
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; raises ValueError where the file holds none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: a JSON object was expected")
-    return values
 
 
 class SafetensorsFiles:
@@ -136,7 +107,7 @@ def open_weights(directory: Path, config: LlamaConfig, random_seed: int | None) 
 
 def base_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's name and shape of every weight of the model."""
-    return {name: shard.global_shape for name, _, shard in named_shards(Llama(config), ALONE)}
+    return trained_shapes(config, None)
 
 
 def trained_shapes(config: LlamaConfig, lora: LoraConfig | None) -> dict[str, tuple[int, ...]]:

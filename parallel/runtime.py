@@ -72,11 +72,6 @@ class Runtime:
         """End the graph traced since the last call, and start to execute it. Returns before the device has finished."""
         raise NotImplementedError
 
-    def wait(self) -> None:
-        """The host waits until the device has executed everything that was marked."""
-        from torch_xla.core.xla_model import wait_device_ops
-        wait_device_ops()
-
     def compilations(self) -> int:
         """How many graphs this process has compiled so far (all ranks of a CPU run live in one process)."""
         from torch_xla.debug.metrics import metric_data

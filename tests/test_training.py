@@ -21,10 +21,10 @@ HIDDEN = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "PYTHONPATH")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in HIDDEN}
 
 
-def start(*flags, check=True, program=("trainer/main.py",), cwd=ROOT):
+def start(*flags, program=("trainer/main.py",), cwd=ROOT):
     done = subprocess.run([sys.executable, *map(str, program), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
                           timeout=900, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stderr[-6000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     return done
 
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import model.weights as weights
+from model.files import resolve
 from model.llama import Llama, LlamaConfig
 from parallel.layers import Shard, named_shards
 from parallel.mesh import Mesh
@@ -62,12 +63,12 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert weights.resolve(str(tmp_path)) == tmp_path and not asked
-    assert weights.resolve("meta-llama/Meta-Llama-3-8B") == tmp_path and asked == ["meta-llama/Meta-Llama-3-8B"]
+    assert resolve(str(tmp_path)) == tmp_path and not asked
+    assert resolve("meta-llama/Meta-Llama-3-8B") == tmp_path and asked == ["meta-llama/Meta-Llama-3-8B"]
     with pytest.raises(ValueError, match="--model_id no/access: no directory .* does not give it: 401 Client Error more$"):
-        weights.resolve("no/access")
+        resolve("no/access")
     with pytest.raises(ValueError, match="--adapter_name_or_path ./none: no such directory"):
-        weights.resolve("./none", "--adapter_name_or_path")
+        resolve("./none", "--adapter_name_or_path")
 
 
 def test_random_weights_are_the_same_on_every_topology(tmp_path):

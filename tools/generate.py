@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from data.records import format_prompt
+from model.files import in_one_line
 
 
 def generate(model_directory: str, instruction: str, context: str, max_new_tokens: int) -> str:
@@ -29,7 +30,7 @@ def main() -> int:
     try:
         answer = generate(arguments.model, arguments.instruction, arguments.context, arguments.max_new_tokens)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         return 1
     print(f"### Instruction\n{arguments.instruction}\n### Answer\n{answer}")
     return 0

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from model.adapters import adapter_config, peft_name
+from model.files import read_json, resolve
 from model.llama import LlamaConfig
 from model.lora import lora_delta
-from model.weights import base_shapes, check_weights, open_weights, resolve, trained_shapes
+from model.weights import base_shapes, check_weights, open_weights, trained_shapes
 from parallel.layers import Shard
 from trainer.checkpoint import MODEL_FILES, Checkpoint
 
@@ -40,15 +41,14 @@ def write_model(checkpoint: Checkpoint, output: Path, model_id: str | None) -> N
     """Write weights (one file, or several with an index), config, generation config and tokenizer to `output`."""
     config = LlamaConfig.from_pretrained(checkpoint.path)
     checkpoint.check_tensors(trained_shapes(config, checkpoint.lora))
-    base = None
+    shapes, base = base_shapes(config), None
     if checkpoint.lora:
         random_seed = None if model_id else checkpoint.manifest["random_seed"]
         directory = Path() if random_seed is not None else resolve(model_id or checkpoint.manifest["model"])
         base = open_weights(directory, config, random_seed)
         check_weights(config, base)
-        if base.fingerprint(base_shapes(config)) != checkpoint.manifest["identity"]["base"]:
+        if base.fingerprint(shapes) != checkpoint.manifest["identity"]["base"]:
             raise ValueError(f"{directory} is not the model that {checkpoint.path} was trained on: its weights are others")
-    shapes = base_shapes(config)
     files, size = [[]], 0
     for name, shape in shapes.items():
         # Bytes as fp32: an upper bound that needs no tensor to be read.
@@ -76,7 +76,7 @@ def write_model(checkpoint: Checkpoint, output: Path, model_id: str | None) -> N
     for path in checkpoint.path.iterdir():
         if path.name != "manifest.json" and not path.name.startswith("rank-"):
             shutil.copyfile(path, output / path.name)
-    settings = json.loads((output / MODEL_FILES[0]).read_text(encoding="utf-8"))
+    settings = read_json(output / MODEL_FILES[0])
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     settings |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype}
     if "dtype" in settings:             # the newer name, which transformers prefers

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.files import read_json
 from model.lora import LoraConfig
-from model.weights import read_json
 from parallel.layers import Shard
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
@@ -64,6 +64,9 @@ class Checkpoint:
         except (TypeError, KeyError) as error:
             raise ValueError(f"{manifest} is damaged: identity's lora: {error}") from None
         self._slices = self._open()
+        # The global shape of each stored parameter.
+        self.shapes = {key.removeprefix("parameter/"): slices[0][0].global_shape for key, slices in self._slices.items()
+                       if key.startswith("parameter/")}
 
     def _open(self) -> dict[str, list]:
         """`<kind>/<name>` -> [(shard, open file)], every slice of the whole once."""
@@ -86,12 +89,6 @@ class Checkpoint:
             if sorted(slices) != list(range(parts)):
                 raise ValueError(f"{self.path}: of the {parts} parts of {key}, the files hold {sorted(slices)}")
         return {key: [slices[index] for index in sorted(slices)] for key, slices in found.items()}
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The global shape of each stored parameter."""
-        return {key.removeprefix("parameter/"): slices[0][0].global_shape for key, slices in self._slices.items()
-                if key.startswith("parameter/")}
 
     def read(self, kind: str, name: str, shard: Shard | None = None) -> torch.Tensor:
         """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote its parts."""

@@ -5,12 +5,14 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.loader import Loader
 from data.packing import Rows, build_rows, pack
 from data.records import load_records, split, tokenize
 from model.adapters import PeftAdapter
+from model.files import in_one_line, resolve
 from model.llama import Llama, LlamaConfig
 from model.lora import LoraConfig
-from model.weights import base_shapes, check_weights, open_weights, resolve, trained_shapes
+from model.weights import base_shapes, check_weights, open_weights, trained_shapes
 from parallel.mesh import Mesh
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
@@ -63,11 +65,12 @@ def prepare(config: Config, world_size: int) -> Job:
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
     train_rows, eval_rows, summary = _rows(config, tokenizer, model_config)
-    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * mesh.dp.size()
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * -(-len(train_rows) // global_batch))
+    loader = Loader(train_rows, batch_size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
+                    dp_rank=0, dp_size=mesh.dp.size(), seed=config.seed)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * loader.steps_per_epoch)
     identity = {
         "base": weights.fingerprint(base_shapes(model_config)), "lora": asdict(lora) if lora else None, "seed": config.seed,
-        "data": _fingerprint(train_rows), "global_batch": global_batch}
+        "data": _fingerprint(train_rows), "global_batch": loader.global_batch}
     if resume:
         resume.check(identity)
         resume.check_tensors(trained)
@@ -103,8 +106,7 @@ def load_tokenizer(directory: Path):
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:          # what transformers raises for odd files has no base class
-        raise ValueError(f"{directory} holds no tokenizer that transformers can load: "
-                         f"{' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}") from None
 
 
 def _rows(config, tokenizer, model_config):
