@@ -3,6 +3,9 @@ import math
 from typing import Any
 
 import torch
+from torch_xla.utils.checkpoint import checkpoint
+
+BLOCK = 1024    # queries that attend at once: the scores of so many rows are held, [heads, BLOCK, sequence]
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> torch.Tensor:
@@ -23,44 +26,60 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
 
 
 def rotary_cos_sin(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the angles, fp32 [batch, sequence, 1, head_dim], both halves alike (Hugging Face's layout)."""
+    """cos and sin of the angles of position_ids [sequence, batch], fp32 [sequence, batch, 1, head_dim], both halves alike (Hugging Face's layout)."""
     angles = position_ids.unsqueeze(-1).float() * frequencies
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [batch, sequence, heads, head_dim] rotated by its position, computed in fp32, in x's dtype."""
+    """x [sequence, batch, heads, head_dim] rotated by its position, computed in fp32, in x's dtype."""
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """bool [batch, sequence, sequence]: position i sees j when both belong to one segment and j is not later than i.
+def segment_masks(segment_ids: torch.Tensor) -> list[torch.Tensor]:
+    """For each block of BLOCK queries, bool [batch, queries, keys]; the keys are those up to the block's end.
 
-    segment_ids [batch, sequence]; padding is segment 0 and sees itself only, so no row of the softmax is empty.
+    Position i sees j when both belong to one segment and j is not later than i. segment_ids [batch, sequence]; padding is segment
+    0 and sees itself only, so no row of the softmax is empty.
     """
-    order = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
-    return same & (order.unsqueeze(1) >= order.unsqueeze(0))
+    sequence = segment_ids.shape[1]
+    order = torch.arange(sequence, device=segment_ids.device)
+    masks = []
+    for first in range(0, sequence, BLOCK):
+        last = min(first + BLOCK, sequence)
+        same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, :last].unsqueeze(1)
+        masks.append(same & (order[first:last].unsqueeze(1) >= order[:last].unsqueeze(0)))
+    return masks
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: list[torch.Tensor],
+           recompute: bool = False) -> torch.Tensor:
     """Scaled dot-product attention with grouped queries; softmax in fp32.
 
-    query [batch, sequence, heads, head_dim]; key, value [batch, sequence, kv_heads, head_dim]; mask [batch, sequence, sequence].
-    Returns [batch, sequence, heads * head_dim]. The query heads that share a KV head form one product: nothing is repeated.
+    query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of segment_masks. Returns
+    [sequence, batch, heads * head_dim]. Block by block of queries, with the keys up to its end: what lies above the diagonal is
+    not computed, and no tensor holds the scores of all queries. With `recompute` the backward computes a block's scores again, so
+    only one block's are held. The query heads that share a KV head form one product: nothing is repeated.
     """
-    batch, sequence, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    shared = heads // kv_heads
-    query = query.view(batch, sequence, kv_heads, shared, head_dim).permute(0, 2, 3, 1, 4)
-    query = query.reshape(batch, kv_heads, shared * sequence, head_dim)
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    scores = (query @ key.transpose(2, 3)).float() / math.sqrt(head_dim)
-    scores = scores.view(batch, kv_heads, shared, sequence, sequence)
-    scores = scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
-    weights = scores.softmax(-1).to(value.dtype).view(batch, kv_heads, shared * sequence, sequence)
-    mixed = (weights @ value).view(batch, kv_heads, shared, sequence, head_dim)
-    return mixed.permute(0, 3, 1, 2, 4).reshape(batch, sequence, heads * head_dim)
+    sequence, batch, heads, head_dim = query.shape
+    query = query.unflatten(2, (key.shape[2], -1)).permute(1, 2, 3, 0, 4)      # [batch, kv_heads, shared, sequence, head_dim]
+    key, value = key.permute(1, 2, 3, 0), value.permute(1, 2, 0, 3)
+    mixed, first = [], 0
+    for mask in masks:
+        queries, last = mask.shape[1:]
+        block = (query[..., first:last, :], key[..., :last], value[:, :, :last], mask)
+        mixed.append(checkpoint(_attend_block, *block, use_reentrant=True) if recompute else _attend_block(*block))
+        first += queries
+    return torch.cat(mixed, 3).permute(3, 0, 1, 2, 4).reshape(sequence, batch, heads * head_dim)
+
+
+def _attend_block(query, key, value, mask):
+    """[batch, kv_heads, shared, queries, head_dim] of a query of that shape, key [batch, kv_heads, head_dim, keys] and value."""
+    batch, kv_heads, shared, queries, head_dim = query.shape
+    scores = (query.flatten(2, 3) @ key).float() / math.sqrt(head_dim)
+    scores = scores.view(batch, kv_heads, shared, queries, -1).masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
+    weights = scores.softmax(-1).to(value.dtype).flatten(2, 3)
+    return (weights @ value).view(query.shape)

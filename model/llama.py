@@ -13,9 +13,9 @@ from torch import nn
 from torch_xla.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 
-from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequencies, segment_mask
+from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequencies, segment_masks
 from model.files import in_one_line
-from parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, divide
+from parallel.layers import ColumnParallelLinear, ParallelEmbedding, ParallelLayer, RowParallelLinear, column_parallel
 from parallel.mesh import ALONE, Group
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -83,13 +83,14 @@ class LlamaConfig:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
 
 
-class LlamaRMSNorm(nn.Module):
+class LlamaRMSNorm(ParallelLayer):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32."""
 
-    def __init__(self, size: int, eps: float, dtype, device):
-        super().__init__()
+    def __init__(self, size: int, eps: float, dtype, device, sequence_parallel_enabled: bool = False,
+                 tensor_model_parallel_group: Group | None = None):
+        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+        self.add_parameter("weight", (size,), None, dtype, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
@@ -98,22 +99,24 @@ class LlamaRMSNorm(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Self-attention with this rank's heads."""
+    """Self-attention with this rank's heads. Where there are more ranks than KV heads, neighbours hold the same KV head."""
 
-    def __init__(self, config: LlamaConfig, **layout):
+    def __init__(self, config: LlamaConfig, recompute: bool, **layout):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.recompute = config.head_dim, recompute
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        column = {"bias": config.attention_bias, "gather_output": False, **layout}
+        column = {"bias": config.attention_bias, **layout}
+        replicas = max(1, layout["tensor_model_parallel_group"].size() // config.num_key_value_heads)
         self.q_proj = ColumnParallelLinear(config.hidden_size, queries, **column)
-        self.k_proj = ColumnParallelLinear(config.hidden_size, keys, **column)
-        self.v_proj = ColumnParallelLinear(config.hidden_size, keys, **column)
+        self.k_proj = ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
         self.o_proj = RowParallelLinear(queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True, **layout)
 
-    def forward(self, x, cos, sin, mask):
-        query, key, value = (projection(x).unflatten(-1, (-1, self.head_dim))
-                             for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value, mask))
+    def forward(self, x, cos, sin, masks):
+        query, key, value = (each.unflatten(-1, (-1, self.head_dim))
+                             for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj]))
+        return self.o_proj(attend(apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value, masks,
+                                  self.recompute and torch.is_grad_enabled()))
 
 
 class LlamaMLP(nn.Module):
@@ -121,58 +124,67 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config: LlamaConfig, **layout):
         super().__init__()
-        column = {"bias": config.mlp_bias, "gather_output": False, **layout}
+        column = {"bias": config.mlp_bias, **layout}
         self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
         self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
                                            input_is_parallel=True, **layout)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = column_parallel(x, [self.gate_proj, self.up_proj])
+        return self.down_proj(F.silu(gate) * up)
 
 
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: LlamaConfig, **layout):
+    def __init__(self, config: LlamaConfig, recompute_attention: bool, **layout):
         super().__init__()
-        norm = {"dtype": layout["dtype"], "device": layout["device"]}
-        self.self_attn = LlamaAttention(config, **layout)
+        self.self_attn = LlamaAttention(config, recompute_attention, **layout)
         self.mlp = LlamaMLP(config, **layout)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **norm)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **norm)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
-    def forward(self, x, cos, sin, mask):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def forward(self, x, cos, sin, masks):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, masks)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the last norm (the name prefix `model.`)."""
 
-    def __init__(self, config: LlamaConfig, **layout):
+    def __init__(self, config: LlamaConfig, recompute_attention: bool, **layout):
         super().__init__()
         self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, **layout)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, **layout) for _ in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, dtype=layout["dtype"], device=layout["device"])
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, recompute_attention, **layout)
+                                    for _ in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
 
 class Llama(nn.Module):
-    """LlamaForCausalLM, sharded over `group`.
+    """LlamaForCausalLM, sharded over `group`; under `sequence_parallel` norms and residuals are divided over it too.
 
-    Activations are of `dtype`; parameters may be kept in another (fp32 while they are trained) and are cast where they are used.
-    Parameters are built uninitialised, by default on the meta device, and filled by model/weights.py.
+    Activations and parameters are of `dtype`. `gradient_checkpointing` is none (activations are kept for the backward), selective
+    (attention scores are computed again) or full (each decoder layer is). Parameters are built uninitialised, by default on the
+    meta device, and filled by model/weights.py. Raises ValueError where the group cannot divide the model.
     """
 
     def __init__(self, config: LlamaConfig, group: Group = ALONE, dtype: torch.dtype = torch.float32, device="meta",
-                 gradient_checkpointing: bool = False):
+                 gradient_checkpointing: str = "none", sequence_parallel: bool = False):
         super().__init__()
-        for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
-            divide(getattr(config, field), group, f"the model's {field}")
-        self.config, self.dtype, self.gradient_checkpointing = config, dtype, gradient_checkpointing
-        layout = {"dtype": dtype, "device": device, "tensor_model_parallel_group": group}
-        self.model = LlamaModel(config, **layout)
-        self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False, gather_output=False, **layout)
+        for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
+            if getattr(config, field) % group.size():
+                raise ValueError(f"the model's {field} {getattr(config, field)} is not divisible by the tensor parallel size "
+                                 f"{group.size()}")
+        kv_heads = config.num_key_value_heads
+        if kv_heads % group.size() and group.size() % kv_heads:
+            raise ValueError(f"the model's num_key_value_heads {kv_heads} neither divides the tensor parallel size "
+                             f"{group.size()} nor is divisible by it")
+        self.config, self.dtype, self.recompute_layers = config, dtype, gradient_checkpointing == "full"
+        layout = {"dtype": dtype, "device": device, "sequence_parallel_enabled": sequence_parallel,
+                  "tensor_model_parallel_group": group}
+        self.model = LlamaModel(config, gradient_checkpointing == "selective", **layout)
+        self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False, **layout)
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
         self.tie_weights()
@@ -189,12 +201,12 @@ class Llama(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
         """Logits of this rank's part of the vocabulary, [batch, sequence, vocab_size / tp], from three [batch, sequence]."""
-        x = self.model.embed_tokens(input_ids).to(self.dtype)
-        cos, sin = rotary_cos_sin(position_ids, self.rotary_frequencies)
-        mask = segment_mask(segment_ids)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        x = self.model.embed_tokens(input_ids.t())
+        cos, sin = rotary_cos_sin(position_ids.t(), self.rotary_frequencies)
+        masks = segment_masks(segment_ids)
+        recompute = self.recompute_layers and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
             x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
         for layer in self.model.layers:
-            x = checkpoint(layer, x, cos, sin, mask, use_reentrant=True) if recompute else layer(x, cos, sin, mask)
-        return self.lm_head(self.model.norm(x))
+            x = checkpoint(layer, x, cos, sin, masks, use_reentrant=True) if recompute else layer(x, cos, sin, masks)
+        return self.lm_head(self.model.norm(x)).transpose(0, 1)

@@ -1,8 +1,9 @@
 """LoRA (https://arxiv.org/abs/2106.09685) on column- and row-parallel layers.
 
 y = W x + (alpha / r) B A dropout(x), with alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732). Of the pair, the factor
-that meets the divided dimension is divided with it and the other is replicated. The reduction over the tensor parallel group
-stands between A and B, where the tensors are r wide: only there are the replicated factor's gradients whole on every rank.
+that meets the divided dimension is divided with it and the other is replicated. The ranks meet between A and B, where the tensors
+are r wide, in the message that the base layer sends anyway: no collective is added, and the replicated factor is used for the
+positions that the rank has, as a norm's weight is.
 """
 import zlib
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.collectives import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
-from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, Shard
+from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, Shard, column_parallel
 
 MASK = 0x7FFFFFFF       # the 31 bits of an int32 that is not negative
 
@@ -38,9 +38,9 @@ class TokenSeeds:
     values: torch.Tensor | None = None
 
     def set(self, row_seeds: torch.Tensor, sequence: int) -> None:
-        """Hash row and position: row_seeds [batch], 31 bits each -> `values`, int32 [batch, sequence], on the same device."""
+        """Hash row and position: row_seeds [batch], 31 bits each -> `values`, int32 [sequence, batch], on the same device."""
         position = torch.arange(sequence, device=row_seeds.device, dtype=torch.int32)
-        self.values = _mix(_mix(row_seeds.to(torch.int32)).unsqueeze(1) ^ ((position * 0x1E3779B1) & MASK).unsqueeze(0))
+        self.values = _mix(((position * 0x1E3779B1) & MASK).unsqueeze(1) ^ _mix(row_seeds.to(torch.int32)).unsqueeze(0))
 
 
 class LoraLinear(nn.Module):
@@ -48,38 +48,56 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base_layer: ColumnParallelLinear | RowParallelLinear, config: LoraConfig, name: str, seeds: TokenSeeds):
         super().__init__()
-        group, device = base_layer.tensor_parallel_group, base_layer.weight.device
         self.base_layer, self.scaling, self.dropout, self.seeds = base_layer, config.scaling, config.lora_dropout, seeds
         self.by_row = isinstance(base_layer, RowParallelLinear)
-        self.lora_A, self.lora_B = ParallelLayer(group), ParallelLayer(group)
-        self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), 1 if self.by_row else None, torch.float32, device)
-        self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), None if self.by_row else 0, torch.float32, device)
+        self.tensor_parallel_group = base_layer.tensor_parallel_group
+        self.sequence_parallel_enabled = base_layer.sequence_parallel_enabled
+        self.lora_A, self.lora_B = (ParallelLayer(self.tensor_parallel_group, self.sequence_parallel_enabled) for _ in "AB")
+        how = (torch.float32, base_layer.weight.device)
+        if self.by_row:
+            self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), 1, *how)
+            self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), None, *how)
+        else:
+            self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), None, *how)
+            self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), 0, *how, base_layer.replicas)
         if self.dropout:
             features = self.lora_A.shards["weight"].slices[1]
             feature = torch.arange(features.start, features.stop, dtype=torch.int32)
             hashes = ((feature * 0x35EBCA6B) ^ (zlib.crc32(name.encode()) & MASK)) & MASK
             self.register_buffer("feature_seeds", hashes, persistent=False)
 
+    def before(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """A dropout(x), [positions of x, batch, r]: of a column-parallel layer, what crosses beside x."""
+        return [F.linear(self._drop(x), self.lora_A.weight.to(x.dtype))]
+
+    def product(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        """Of a column-parallel layer, y of x and `low`, both of all positions."""
+        return self.base_layer.product(x) + self._up(low)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        group = self.base_layer.tensor_parallel_group
-        low = F.linear(self._drop(x), self.lora_A.weight.to(x.dtype))
         if self.by_row:
-            low = reduce_from_tensor_model_parallel_region(low, group)
-        else:
-            low = copy_to_tensor_model_parallel_region(low, group)
-        return self.base_layer(x) + F.linear(low * self.scaling, self.lora_B.weight.to(x.dtype))
+            y, low = self.base_layer(x, *self.before(x))
+            return y + self._up(low)
+        return column_parallel(x, [self])[0]
+
+    def _up(self, low):
+        return F.linear(low * self.scaling, self.lora_B.weight.to(low.dtype))
 
     def _drop(self, x):
         if not self.dropout or not self.training:
             return x
-        keep = keep_mask(self.seeds.values, self.feature_seeds, self.dropout)
+        seeds = self.seeds.values
+        if self.sequence_parallel_enabled and not self.by_row:      # x has this rank's positions only
+            size = self.tensor_parallel_group.size()
+            seeds = seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index).squeeze(0)
+        keep = keep_mask(seeds, self.feature_seeds, self.dropout)
         return x * keep.to(x.dtype) / (1 - self.dropout)
 
 
 def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:
-    """bool [batch, sequence, features]: False with `probability`; a hash of 31-bit seeds, int32 [batch, sequence] and [features].
+    """bool [sequence, batch, features]: False with `probability`; a hash of 31-bit seeds, int32 [sequence, batch] and [features].
 
-    No generator: the mask of a feature is the same whichever rank holds it, in a recomputation, and after a resume.
+    No generator: the mask of a feature and position is the same whichever rank has them, in a recomputation, and after a resume.
     """
     return _mix(token_seeds.unsqueeze(2) ^ feature_seeds.view(1, 1, -1)) >= int(probability * 2**31)
 

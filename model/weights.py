@@ -1,5 +1,6 @@
 """Weights in Hugging Face's safetensors format -> this rank's slices, read lazily; and random ones by the same interface."""
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -126,22 +127,25 @@ def check_weights(config: LlamaConfig, weights: SafetensorsFiles | RandomWeights
 
 
 def fill(model: nn.Module, group: Group, weights: SafetensorsFiles | RandomWeights, device, seed: int,
-         adapter=None) -> None:
-    """Give every parameter of the model its value on `device`, in place: this rank's slice and nothing else is read.
+         read_trained: Callable[[str, Shard], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Give every parameter of the model its value on `device`, in the model's dtype: this rank's slice and nothing else is read.
 
-    LoRA factors start as peft's do (drawn by `seed`), or with the values of `adapter` (a model.adapters.PeftAdapter). What is
-    trained is kept in fp32, what is frozen in the model's dtype.
+    What is trained has the values of `read_trained` (of a checkpoint, or a peft adapter), where that is given; else LoRA factors
+    start as peft's do (drawn by `seed`). Returns the values of what is trained, fp32 on the CPU: before they were rounded.
     """
-    modules = dict(model.named_modules())
+    modules, trained = dict(model.named_modules()), {}
     for name, parameter, shard in list(named_shards(model, group)):
-        if not is_lora(name):
-            value = weights.read(hf_name(name), shard)
+        if read_trained and parameter.requires_grad:
+            value = read_trained(name, shard)
+        elif is_lora(name):
+            value = initial_factor(name, shard, seed)
         else:
-            value = adapter.read(name, shard) if adapter else initial_factor(name, shard, seed)
-        value = value.to(torch.float32 if parameter.requires_grad else model.dtype)
+            value = weights.read(hf_name(name), shard)
+        if parameter.requires_grad:
+            trained[name] = value.float()
         owner, leaf = name.rsplit(".", 1)
-        filled = nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
+        filled = nn.Parameter(value.to(model.dtype).to(device), requires_grad=parameter.requires_grad)
         setattr(modules[owner], leaf, filled)
     model.tie_weights()
     model.to(device)
-
+    return trained

@@ -1,8 +1,11 @@
-"""Collectives over replica groups, and the autograd pairs that tensor parallelism is made of.
+"""Collectives over replica groups, and the autograd pairs that tensor and sequence parallelism are made of.
 
 The only file that calls xm's collectives. Every one is issued with pin_layout=False: XLA:CPU's verifier rejects a mix. In a group
-of one nothing is issued. The names of the autograd pairs are neuronx-distributed's (parallel_layers/mappings.py).
+of one nothing is issued. The names of the autograd pairs are neuronx-distributed's (parallel_layers/mappings.py); the sequence is
+dimension 0.
 """
+from collections.abc import Callable
+
 import torch
 import torch_xla.core.xla_model as xm
 
@@ -21,17 +24,19 @@ def all_reduce_max(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return all_reduce(tensor, group, xm.REDUCE_MAX)
 
 
-def all_reduce_in_place(tensors: list[torch.Tensor], group: Group) -> None:
-    """Replace each tensor by its sum over the group, in one collective."""
-    if group.size() > 1 and tensors:
-        xm.all_reduce(xm.REDUCE_SUM, tensors, groups=group.replica_groups, pin_layout=False)
-
-
 def all_gather(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """The group's tensors, concatenated along `dim`; not differentiable."""
     if group.size() == 1:
         return tensor
     return xm.all_gather(tensor, dim=dim, groups=group.replica_groups, pin_layout=False)
+
+
+def reduce_scatter(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """This rank's part, along `dim`, of the sum over the group; not differentiable."""
+    if group.size() == 1:
+        return tensor
+    return xm.reduce_scatter(xm.REDUCE_SUM, tensor, scale=1.0, scatter_dim=dim, shard_count=group.size(),
+                             groups=group.replica_groups, pin_layout=False)
 
 
 class _Copy(torch.autograd.Function):
@@ -55,18 +60,26 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, group, index):
-        ctx.width = tensor.shape[-1]
-        ctx.save_for_backward(index)
-        return all_gather(tensor, group, dim=-1)
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return all_gather(tensor, group, 0)
 
     @staticmethod
     def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        columns = index * ctx.width + torch.arange(ctx.width, device=grad.device)
-        return grad.index_select(-1, columns), None, None
+        return reduce_scatter(grad, ctx.group, 0), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return reduce_scatter(tensor, group, 0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.group, 0), None
 
 
 def copy_to_tensor_model_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
@@ -79,9 +92,19 @@ def reduce_from_tensor_model_parallel_region(tensor: torch.Tensor, group: Group)
     return tensor if group.size() == 1 else _Reduce.apply(tensor, group)
 
 
-def gather_from_tensor_model_parallel_region(tensor: torch.Tensor, group: Group, index: torch.Tensor) -> torch.Tensor:
-    """The group's tensors side by side in the last dimension; in the backward each rank keeps its own columns.
+def gather_from_sequence_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """[sequence / size, ...] -> [sequence, ...]; in the backward the gradients are summed and each rank keeps its positions."""
+    return tensor if group.size() == 1 else _GatherSequence.apply(tensor, group)
 
-    `index` is this rank's place in the group, a tensor of shape [1]: as data, so that all ranks trace one graph.
-    """
-    return tensor if group.size() == 1 else _Gather.apply(tensor, group, index)
+
+def reduce_scatter_to_sequence_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """[sequence, ...] -> this rank's [sequence / size, ...] of the sum; in the backward the gradient is gathered."""
+    return tensor if group.size() == 1 else _ReduceScatterSequence.apply(tensor, group)
+
+
+def side_by_side(collective: Callable[[torch.Tensor, Group], torch.Tensor], tensors: list[torch.Tensor],
+                 group: Group) -> list[torch.Tensor]:
+    """The collective of each tensor [..., n], all in one message: latency is what a small one costs."""
+    if group.size() == 1 or len(tensors) == 1:
+        return [collective(tensor, group) for tensor in tensors]
+    return list(collective(torch.cat(tensors, -1), group).split([tensor.shape[-1] for tensor in tensors], -1))

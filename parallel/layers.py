@@ -1,8 +1,12 @@
-"""Linear and embedding layers sharded over the tensor parallel group.
+"""Linear and embedding layers sharded over the tensor parallel group, with or without sequence parallelism.
 
 Names and signatures are neuronx-distributed's (parallel_layers/layers.py), as far as markstep uses them; weights have PyTorch's
-layout, [out, in]. Every layer says in `shards` how its parameters are cut out of the whole: loading, saving, merging and the
-gradient norm read that and know no layer by name. A layer knows its rank as data (a tensor of shape [1]), never as a constant.
+layout, [out, in]. Activations are [sequence, batch, features]. Every layer says in `shards` how its parameters are cut out of the
+whole: loading, saving, merging, the reduction of gradients and their norm read that and know no layer by name. A layer knows its
+rank as data (a tensor of shape [1]), never as a constant.
+
+Between a row-parallel layer and the next column-parallel one every rank has all positions, or under sequence parallelism
+(https://arxiv.org/abs/2205.05198) its [sequence / size]: the all-reduce of the one is then a reduce-scatter, and the other gathers.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +17,10 @@ from torch import nn
 
 from parallel.collectives import (
     copy_to_tensor_model_parallel_region,
-    gather_from_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    side_by_side,
 )
 from parallel.mesh import ALONE, Group
 
@@ -24,7 +30,8 @@ class Shard:
     """Which part of a whole parameter a rank holds.
 
     The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds number `index`;
-    `replicas` ranks of the tensor parallel group hold the same slice. A replicated parameter has dim None and parts 1.
+    `replicas` neighbours in the tensor parallel group hold the same slice. A replicated parameter has dim None and parts 1.
+    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole.
     """
 
     global_shape: tuple[int, ...]
@@ -32,6 +39,7 @@ class Shard:
     parts: int = 1
     index: int = 0
     replicas: int = 1
+    partial: bool = False
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -48,17 +56,17 @@ class Shard:
         return tuple(part.stop - part.start for part in self.slices)
 
 
-def divide(size: int, group: Group, what: str) -> int:
-    """size / group.size(); raises ValueError naming `what` where that is no integer."""
-    if size % group.size():
-        raise ValueError(f"{what} {size} is not divisible by the tensor parallel size {group.size()}")
-    return size // group.size()
+def divide(size: int, parts: int, what: str) -> int:
+    """size / parts; raises ValueError naming `what` where that is no integer."""
+    if size % parts:
+        raise ValueError(f"{what} {size} is not divisible by {parts}, over which the tensor parallel ranks divide it")
+    return size // parts
 
 
 def named_shards(module: nn.Module, group: Group) -> Iterator[tuple[str, nn.Parameter, Shard]]:
     """(name, parameter, shard) of each parameter, a tied one once, in the module's order.
 
-    A parameter that no parallel layer owns is replicated over the tensor parallel `group`.
+    A parameter that no parallel layer owns is replicated over the tensor parallel `group`, and its gradient taken for whole.
     """
     seen = set()
     for prefix, owner in module.named_modules():
@@ -73,17 +81,25 @@ def named_shards(module: nn.Module, group: Group) -> Iterator[tuple[str, nn.Para
 class ParallelLayer(nn.Module):
     """What the layers share: the group, this rank's index in it as data, and the shards of the parameters."""
 
-    def __init__(self, group: Group | None):
+    def __init__(self, group: Group | None, sequence_parallel_enabled: bool = False):
         super().__init__()
-        self.tensor_parallel_group = group or ALONE
+        self.tensor_parallel_group, self.sequence_parallel_enabled = group or ALONE, sequence_parallel_enabled
         self.shards: dict[str, Shard] = {}
         self.register_buffer("rank_index", torch.tensor([self.tensor_parallel_group.rank()]), persistent=False)
 
-    def add_parameter(self, name: str, global_shape: tuple[int, ...], dim: int | None, dtype, device) -> None:
-        """Register an uninitialised parameter: the rank's slice along `dim`, or the whole where dim is None."""
-        group = self.tensor_parallel_group
-        parts = 1 if dim is None else group.size()
-        shard = Shard(global_shape, dim, parts, 0 if dim is None else group.rank(), group.size() // parts)
+    def add_parameter(self, name: str, global_shape: tuple[int, ...], dim: int | None, dtype, device, replicas: int = 1) -> None:
+        """Register an uninitialised parameter: the rank's slice along `dim`, or the whole where dim is None.
+
+        A slice may be held by `replicas` neighbours, each of which uses it for other heads. A whole parameter is held by all, and
+        used for all positions, or under sequence parallelism for the rank's own.
+        """
+        size, rank = self.tensor_parallel_group.size(), self.tensor_parallel_group.rank()
+        if dim is None:
+            shard = Shard(global_shape, replicas=size, partial=self.sequence_parallel_enabled and size > 1)
+        else:
+            parts = divide(size, replicas, "the tensor parallel size")
+            divide(global_shape[dim], parts, "the size")
+            shard = Shard(global_shape, dim, parts, rank // replicas, replicas, partial=replicas > 1)
         self.shards[name] = shard
         self.register_parameter(name, nn.Parameter(torch.empty(shard.shape, dtype=dtype, device=device)))
 
@@ -91,41 +107,56 @@ class ParallelLayer(nn.Module):
 class ColumnParallelLinear(ParallelLayer):
     """y = x W^T + b with the rows of W [output_size, input_size] divided over the group.
 
-    x [..., input_size] is replicated; y is this rank's [..., output_size / size], or with gather_output the whole. Parameters
-    are used in x's dtype, whatever dtype they are kept in.
+    x [sequence, batch, input_size] is replicated, or under sequence parallelism the rank's [sequence / size, batch, input_size];
+    y is this rank's [sequence, batch, output_size * replicas / size]. Parameters are used in x's dtype. With `replicas`, so many
+    neighbours hold the same rows (the heads of keys and values, where there are more ranks than heads).
     """
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = True, gather_output: bool = True,
-                 dtype: torch.dtype = torch.float32, device=None, tensor_model_parallel_group: Group | None = None):
-        super().__init__(tensor_model_parallel_group)
-        divide(output_size, self.tensor_parallel_group, "the output size")
-        self.input_size, self.output_size, self.gather_output = input_size, output_size, gather_output
-        self.add_parameter("weight", (output_size, input_size), 0, dtype, device)
+    def __init__(self, input_size: int, output_size: int, bias: bool = True, dtype: torch.dtype = torch.float32, device=None,
+                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None, replicas: int = 1):
+        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
+        self.input_size, self.output_size, self.replicas = input_size, output_size, replicas
+        self.add_parameter("weight", (output_size, input_size), 0, dtype, device, replicas)
         if bias:
-            self.add_parameter("bias", (output_size,), 0, dtype, device)
+            self.add_parameter("bias", (output_size,), 0, dtype, device, replicas)
         else:
             self.bias = None
 
+    def before(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What the layer computes of x before the ranks meet, and takes along in their message: nothing (LoRA does)."""
+        return []
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """y of an x of all positions, whose gradient is summed over the group by the caller."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_tensor_model_parallel_region(x, self.tensor_parallel_group)
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if self.gather_output:
-            y = gather_from_tensor_model_parallel_region(y, self.tensor_parallel_group, self.rank_index)
-        return y
+        return column_parallel(x, [self])[0]
+
+
+def column_parallel(x: torch.Tensor, layers: list[nn.Module]) -> list[torch.Tensor]:
+    """The outputs of several column-parallel layers that read the same x: the ranks meet once for all of them."""
+    group = layers[0].tensor_parallel_group
+    enter = (gather_from_sequence_parallel_region if layers[0].sequence_parallel_enabled
+             else copy_to_tensor_model_parallel_region)
+    taken = [layer.before(x) for layer in layers]
+    whole, *rest = side_by_side(enter, [x, *(tensor for tensors in taken for tensor in tensors)], group)
+    return [layer.product(whole, *(rest.pop(0) for _ in tensors)) for layer, tensors in zip(layers, taken, strict=True)]
 
 
 class RowParallelLinear(ParallelLayer):
     """y = x W^T + b with the columns of W [output_size, input_size] divided over the group.
 
-    x is this rank's [..., input_size / size] (input_is_parallel); y is the whole, the sum over the group.
+    x is this rank's [sequence, batch, input_size / size] (input_is_parallel); y is the sum over the group, [sequence, batch,
+    output_size], or under sequence parallelism the rank's [sequence / size, batch, output_size] of it.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True, input_is_parallel: bool = False,
-                 dtype: torch.dtype = torch.float32, device=None, tensor_model_parallel_group: Group | None = None):
-        super().__init__(tensor_model_parallel_group)
+                 dtype: torch.dtype = torch.float32, device=None, sequence_parallel_enabled: bool = False,
+                 tensor_model_parallel_group: Group | None = None):
+        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
         if not input_is_parallel:
             raise ValueError("RowParallelLinear takes an input that is divided already: pass input_is_parallel=True")
-        divide(input_size, self.tensor_parallel_group, "the input size")
         self.input_size, self.output_size = input_size, output_size
         self.add_parameter("weight", (output_size, input_size), 1, dtype, device)
         if bias:
@@ -133,9 +164,18 @@ class RowParallelLinear(ParallelLayer):
         else:
             self.bias = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = reduce_from_tensor_model_parallel_region(F.linear(x, self.weight.to(x.dtype)), self.tensor_parallel_group)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+    def forward(self, x: torch.Tensor, *along: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """y; or where tensors `along` [sequence, batch, n] are summed in the same message, y and their sums."""
+        y, *sums = leave([F.linear(x, self.weight.to(x.dtype)), *along], self)
+        y = y if self.bias is None else y + self.bias.to(x.dtype)
+        return [y, *sums] if along else y
+
+
+def leave(tensors: list[torch.Tensor], layer: ParallelLayer) -> list[torch.Tensor]:
+    """The sums over the group of tensors [sequence, batch, n]: of all positions, or under sequence parallelism of the rank's."""
+    collective = (reduce_scatter_to_sequence_parallel_region if layer.sequence_parallel_enabled
+                  else reduce_from_tensor_model_parallel_region)
+    return side_by_side(collective, tensors, layer.tensor_parallel_group)
 
 
 def local_index(index: torch.Tensor, size: int, rank_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,16 +188,15 @@ def local_index(index: torch.Tensor, size: int, rank_index: torch.Tensor) -> tup
 class ParallelEmbedding(ParallelLayer):
     """An embedding [num_embeddings, embedding_dim] with the vocabulary divided over the group.
 
-    ids [...] of integers -> [..., embedding_dim], the whole on every rank.
+    ids [sequence, batch] of integers -> [sequence, batch, embedding_dim], or under sequence parallelism the rank's positions.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype = torch.float32, device=None,
-                 tensor_model_parallel_group: Group | None = None):
-        super().__init__(tensor_model_parallel_group)
-        self.rows = divide(num_embeddings, self.tensor_parallel_group, "the vocabulary size")
+                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None):
+        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
         self.add_parameter("weight", (num_embeddings, embedding_dim), 0, dtype, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        local, inside = local_index(ids, self.rows, self.rank_index)
+        local, inside = local_index(ids, self.weight.shape[0], self.rank_index)
         rows = F.embedding(local, self.weight) * inside.unsqueeze(-1).to(self.weight.dtype)
-        return reduce_from_tensor_model_parallel_region(rows, self.tensor_parallel_group)
+        return leave([rows], self)[0]

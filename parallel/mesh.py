@@ -43,7 +43,18 @@ class Mesh:
         if tp < 1 or world_size % tp:
             raise ValueError(f"the world size {world_size} is not divisible by --tensor_parallel_size {tp}: "
                              f"start a multiple of {tp} ranks, or choose a divisor of {world_size}")
-        dp = world_size // tp
-        tp_groups = [list(range(d * tp, (d + 1) * tp)) for d in range(dp)]
         dp_groups = [list(range(t, world_size, tp)) for t in range(tp)]
-        return cls(rank, world_size, Group(tp_groups, rank % tp), Group(dp_groups, rank // tp))
+        return cls(rank, world_size, _neighbours(rank, world_size, tp), Group(dp_groups, rank // tp))
+
+    @property
+    def world(self) -> Group:
+        """All ranks."""
+        return _neighbours(self.rank, self.world_size, self.world_size)
+
+    def replicas(self, count: int) -> Group:
+        """The `count` neighbours in the tensor parallel group that hold the same slice of a parameter."""
+        return _neighbours(self.rank, self.world_size, count)
+
+
+def _neighbours(rank: int, world_size: int, count: int) -> Group:
+    return Group([list(range(first, first + count)) for first in range(0, world_size, count)], rank % count)

@@ -10,6 +10,7 @@ seconds. `mark_step` compares the graphs of all ranks before anything is execute
 import gc
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -45,10 +46,15 @@ def requested_world_size(flag: int | None) -> int:
     return int(started)
 
 
-def prepare_environment(world_size: int) -> None:
-    """Set what XLA:CPU needs for `world_size` virtual devices; on Neuron, nothing. Before torch_xla is imported."""
+def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> None:
+    """Set what XLA:CPU needs for `world_size` virtual devices, and Neuron to round at random. Before torch_xla is imported."""
     if on_neuron():
+        if stochastic_rounding:
+            os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = "1"
         return
+    if stochastic_rounding:
+        print("warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, which loses updates that are "
+              "small beside their weight: leave the flag out here to train with fp32 master weights.", file=sys.stderr)
     # Measured on torch_xla 2.9: fewer threads than ranks that wait in a collective is a deadlock, and with donated buffers the
     # first rank's sync waits for the others.
     os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(world_size), "NPROC": str(4 * world_size),

@@ -2,18 +2,20 @@
 
     manifest.json          format, version, step, topology, what makes it this run (identity), where the base model is, flags,
                            bytes of each file
-    rank-<n>.safetensors   `parameter/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32: the slices of
-                           rank n; its metadata entry `shards` says for each tensor: global_shape, dim, parts, index, replicas
+    rank-<n>.safetensors   `parameter/<name>` (master weights), `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32, one
+                           dimension: elements of the slice of rank n. The metadata entry `shards` says for each tensor which
+                           slice (global_shape, dim, parts, index, replicas), and the number of its first element (first)
     config.json, tokenizer files, generation_config.json: the model's, so that a merged model needs no other source for them
 
-Only the ranks of the first data parallel replica write: the others hold the same. Under LoRA the frozen base is not stored but
+Only the ranks of the first data parallel replica write: the others hold the same. Under ZeRO-1 each holds its own part, and all
+write. Under LoRA the frozen base is not stored but
 named in the manifest. Everything is written to `checkpoint-<step>.incomplete` and renamed at the end.
 """
 import json
 import os
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,8 +28,9 @@ from parallel.layers import Shard
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
 
-FORMAT, VERSION = "markstep checkpoint", 1
+FORMAT, VERSION = "markstep checkpoint", 2
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
+SHARD = ("global_shape", "dim", "parts", "index", "replicas")     # what the files say of a Shard
 MODEL_FILES = ("config.json", "generation_config.json")
 
 
@@ -65,40 +68,45 @@ class Checkpoint:
             raise ValueError(f"{manifest} is damaged: identity's lora: {error}") from None
         self._slices = self._open()
         # The global shape of each stored parameter.
-        self.shapes = {key.removeprefix("parameter/"): slices[0][0].global_shape for key, slices in self._slices.items()
+        self.shapes = {key.removeprefix("parameter/"): slices[0].shard.global_shape for key, slices in self._slices.items()
                        if key.startswith("parameter/")}
 
-    def _open(self) -> dict[str, list]:
-        """`<kind>/<name>` -> [(shard, open file)], every slice of the whole once."""
-        found: dict[str, dict[int, tuple]] = {}
+    def _open(self) -> dict[str, list["_Slice"]]:
+        """`<kind>/<name>` -> every slice of the whole once."""
+        found: dict[str, dict[int, _Slice]] = {}
         for name in self.manifest["files"]:
             try:
                 file = safe_open(self.path / name, framework="pt")
-                shards = {key: Shard(**values | {"global_shape": tuple(values["global_shape"])})
-                          for key, values in json.loads(file.metadata()["shards"]).items()}
+                described = json.loads(file.metadata()["shards"])
                 views = {key: file.get_slice(key) for key in file.keys()}       # noqa: SIM118  (safe_open is not iterable)
-                held = {key: (tuple(view.get_shape()), view.get_dtype()) for key, view in views.items()}
-                if held != {key: (shard.shape, "F32") for key, shard in shards.items()}:
-                    raise ValueError("what its metadata says of the tensors is not what they are")
+                if set(views) != set(described):
+                    raise ValueError("its metadata speaks of other tensors than it holds")
+                for key, values in described.items():
+                    shard = Shard(**{field: values[field] for field in SHARD} | {"global_shape": tuple(values["global_shape"])})
+                    (length,) = views[key].get_shape()
+                    if views[key].get_dtype() != "F32" or not 0 <= values["first"] <= torch.Size(shard.shape).numel() - length:
+                        raise ValueError(f"what its metadata says of {key} is not what it holds")
+                    here = found.setdefault(key, {}).setdefault(shard.index, _Slice(key, shard))
+                    here.pieces.setdefault(values["first"], (length, file))
             except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 raise ValueError(f"{self.path / name} is damaged: {error}") from None
-            for key, shard in shards.items():
-                found.setdefault(key, {}).setdefault(shard.index, (shard, file))
         for key, slices in found.items():
-            parts = next(iter(slices.values()))[0].parts
+            parts = next(iter(slices.values())).shard.parts
             if sorted(slices) != list(range(parts)):
                 raise ValueError(f"{self.path}: of the {parts} parts of {key}, the files hold {sorted(slices)}")
+            for index, each in slices.items():
+                if not each.complete():
+                    raise ValueError(f"{self.path}: of part {index} of {key}, the files hold only some elements")
         return {key: [slices[index] for index in sorted(slices)] for key, slices in found.items()}
 
     def read(self, kind: str, name: str, shard: Shard | None = None) -> torch.Tensor:
         """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote its parts."""
-        key = f"{kind}/{name}"
-        slices = self._slices[key]
-        for stored, file in slices:
-            if shard is not None and stored.slices == shard.slices:
-                return file.get_tensor(key)
-        parts = [file.get_tensor(key) for _, file in slices]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=slices[0][0].dim)
+        slices = self._slices[f"{kind}/{name}"]
+        for stored in slices:
+            if shard is not None and stored.shard.slices == shard.slices:
+                return stored.read()
+        parts = [stored.read() for stored in slices]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=slices[0].shard.dim)
         return whole if shard is None else whole[shard.slices].clone()
 
     def check(self, identity: dict) -> None:
@@ -110,21 +118,40 @@ class Checkpoint:
 
     def check_tensors(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold the parameters `expected` (name and global shape), and nothing else."""
-        found = {key: slices[0][0].global_shape for key, slices in self._slices.items()}
+        found = {key: slices[0].shard.global_shape for key, slices in self._slices.items()}
         wanted = {f"{kind}/{name}": shape for kind in KINDS for name, shape in expected.items()}
         odd = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
         if odd:
             raise ValueError(f"{self.path} is damaged, or of another model: {odd[0]} has shape {found.get(odd[0], 'none')}, and "
                              f"{wanted.get(odd[0], 'none')} was expected")
 
-    def restore(self, optimizer, shards: dict[str, Shard]) -> int:
-        """Give the optimizer's parameters and moments their stored values, in place; returns the number of steps done."""
-        for name, parameter in optimizer.parameters.items():
-            device = parameter.device
-            parameter.data = self.read("parameter", name, shards[name]).to(device)
-            optimizer.exp_avg[name] = self.read("exp_avg", name, shards[name]).to(device)
-            optimizer.exp_avg_sq[name] = self.read("exp_avg_sq", name, shards[name]).to(device)
-        return self.step
+    def restore(self, optimizer) -> None:
+        """Give the optimizer's moments their stored values, in place. (Its weights were read when the model was filled.)"""
+        for kind, state in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
+            values = {name: self.read(kind, name, shard) for name, shard in optimizer.buckets.shards.items()}
+            state[:] = [value.to(old.device) for value, old in zip(optimizer.buckets.own(values), state, strict=True)]
+
+
+@dataclass
+class _Slice:
+    """A slice of a tensor of the files: its elements in pieces, by the number of the first."""
+
+    key: str
+    shard: Shard
+    pieces: dict[int, tuple] = field(default_factory=dict)
+
+    def complete(self) -> bool:
+        """Whether the pieces follow each other from the first element to the last."""
+        end = 0
+        for first, (length, _) in sorted(self.pieces.items()):
+            if first != end:
+                return False
+            end += length
+        return end == torch.Size(self.shard.shape).numel()
+
+    def read(self) -> torch.Tensor:
+        pieces = [file.get_tensor(self.key) for _, (_, file) in sorted(self.pieces.items(), key=lambda item: item[0])]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(self.shard.shape)
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -160,7 +187,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
     return checkpoint
 
 
-def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer, shards: dict[str, Shard]) -> None:
+def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer) -> None:
     """Write `OUT/checkpoint-<step>`; called by every rank after a mark_step. The host waits for the device here."""
     final = Path(job.config.output_dir) / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".incomplete")
@@ -168,12 +195,15 @@ def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer, sha
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     runtime.barrier()
-    if mesh.dp.rank() == 0:
+    if mesh.dp.rank() == 0 or optimizer.buckets.parts > 1:
         tensors, described = {}, {}
-        for name, parameter in optimizer.parameters.items():
-            for kind, value in zip(KINDS, (parameter, optimizer.exp_avg[name], optimizer.exp_avg_sq[name]), strict=True):
-                tensors[f"{kind}/{name}"] = value.detach().cpu()
-                described[f"{kind}/{name}"] = asdict(shards[name])
+        for kind, state in zip(KINDS, (optimizer.weights, optimizer.exp_avg, optimizer.exp_avg_sq), strict=True):
+            on_host = [value.float().cpu() for value in state]
+            for name, shard in optimizer.buckets.shards.items():
+                values, first = optimizer.buckets.own_piece(name, on_host)
+                if len(values):
+                    tensors[f"{kind}/{name}"] = values
+                    described[f"{kind}/{name}"] = {each: getattr(shard, each) for each in SHARD} | {"first": first}
         file = partial / f"rank-{runtime.rank:05d}.safetensors"
         save_file(tensors, file, metadata={"shards": json.dumps(described)})
         _flush(file)

@@ -13,8 +13,8 @@ SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
-def _flag(default, text: str):
-    return field(default=default, metadata={"help": text})
+def _flag(default, text: str, **argument):
+    return field(default=default, metadata={"help": text, **argument})
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,11 @@ class Config:
     # model
     model_id: str | None = _flag(None, "Directory or hub id of a Hugging Face Llama; default: a tiny one with random weights.")
     random_weights: bool = _flag(False, "Start from random weights: of --model_id, only config and tokenizer are read.")
-    bf16: bool = _flag(False, "Compute in bfloat16; what is trained is kept in fp32, frozen weights in bfloat16.")
-    gradient_checkpointing: bool = _flag(False, "Recompute each decoder layer in the backward instead of keeping activations.")
+    bf16: bool = _flag(False, "Weights and activations in bfloat16; the optimizer keeps fp32 master weights of what is trained.")
+    stochastic_rounding: bool = _flag(False, "With --bf16, no fp32 master weights: NeuronCores round the updated ones at random.")
+    gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
+        "none", "What the backward computes again instead of keeping it: attention scores (selective), decoder layers (full).",
+        nargs="?", const="full")
     # LoRA
     lora_r: int = _flag(16, "Rank of the LoRA update; 0 trains all weights.")
     lora_alpha: float = _flag(32.0, "The update is scaled by lora_alpha / lora_r.")
@@ -41,7 +44,8 @@ class Config:
     # parallelism
     tensor_parallel_size: int = _flag(1, "Ranks that share the weights of each layer.")
     pipeline_parallel_size: int = _flag(1, "Stages that share the layers; only 1 is implemented.")
-    zero_1: bool = _flag(False, "Divide the optimizer's state over data parallel ranks; not implemented.")
+    sequence_parallel: bool = _flag(False, "Divide norms and residuals over the tensor parallel ranks too, by position.")
+    zero_1: bool = _flag(False, "Divide master weights and optimizer state over the data parallel ranks.")
     world_size: int | None = _flag(None, "Ranks hosted by this process on a CPU, where torchrun did not start it; default 1.")
     # training
     do_train: bool = _flag(True, "Train.")
@@ -90,13 +94,21 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: a number from 0 to below 1 was expected")
         if not 1 <= self.validation_split_percentage <= 99:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: 1 to 99 was expected")
-        if self.zero_1:
-            raise ValueError("--zero_1 true: dividing the optimizer's state is not implemented; leave it at false")
+        if self.sequence_parallel and self.max_seq_length % self.tensor_parallel_size:
+            raise ValueError(f"--max_seq_length {self.max_seq_length} is not divisible by --tensor_parallel_size "
+                             f"{self.tensor_parallel_size}, over which --sequence_parallel divides it")
+        if self.stochastic_rounding and not self.bf16:
+            raise ValueError("--stochastic_rounding rounds to bfloat16: pass --bf16 too")
         if self.pipeline_parallel_size != 1:
             raise ValueError(f"--pipeline_parallel_size {self.pipeline_parallel_size}: pipeline parallelism is not "
                              "implemented; leave it at 1 and raise --tensor_parallel_size")
         if self.adapter_name_or_path and not self.lora_r:
             raise ValueError("--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one")
+
+    @property
+    def recompute(self) -> str:
+        """none, selective or full: --gradient_checkpointing, of which bare and `true` mean full."""
+        return {"true": "full", "false": "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
 
     @property
     def model_directory(self) -> str:

@@ -3,6 +3,7 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from data.loader import Loader
@@ -36,6 +37,13 @@ class Job:
     summary: str
     resume: Checkpoint | None
     identity: dict
+
+    @property
+    def read_trained(self):
+        """(name, shard) -> the first value of what is trained, of the checkpoint or the adapter that the run goes on from."""
+        if self.resume:
+            return partial(self.resume.read, "parameter")
+        return self.adapter and self.adapter.read
 
     @property
     def model_reference(self) -> str:

@@ -10,8 +10,9 @@ from data.loader import Loader
 from model.llama import Llama
 from model.lora import add_lora
 from model.weights import fill, open_weights
+from parallel.buckets import Buckets
 from parallel.collectives import all_reduce
-from parallel.gradients import clip_gradients, global_norm, reduce_gradients
+from parallel.gradients import clip_gradients, global_norm
 from parallel.layers import named_shards
 from parallel.loss import parallel_cross_entropy
 from parallel.mesh import Mesh
@@ -29,25 +30,29 @@ def run(runtime: Runtime, job: Job) -> None:
 
     # Model: this rank's shards, read slice by slice and moved to the device.
     model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
-                  gradient_checkpointing=config.gradient_checkpointing)
+                  gradient_checkpointing=config.recompute, sequence_parallel=config.sequence_parallel)
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
-    fill(model, mesh.tp, weights, device, config.seed, job.adapter)
-    trained = {name: (parameter, shard) for name, parameter, shard in named_shards(model, mesh.tp) if parameter.requires_grad}
-    parameters = [parameter for parameter, _ in trained.values()]
-    shards = [shard for _, shard in trained.values()]
+    initial = fill(model, mesh.tp, weights, device, config.seed, job.read_trained)
+    trained = [(name, parameter, shard) for name, parameter, shard in named_shards(model, mesh.tp) if parameter.requires_grad]
+    buckets = Buckets({name: parameter for name, parameter, _ in trained}, {name: shard for name, _, shard in trained}, mesh,
+                      config.zero_1)
 
     # Optimizer and data. The position in the data is a function of the step, so a resumed run needs nothing but the step.
-    optimizer = AdamW(dict(zip(trained, parameters, strict=True)), config)
+    optimizer = AdamW(buckets, config, initial, device)
+    del initial
     first_step = 0
     if job.resume:
-        first_step = job.resume.restore(optimizer, dict(zip(trained, shards, strict=True)))
+        job.resume.restore(optimizer)
+        first_step = job.resume.step
     layout = {"dp_rank": mesh.dp.rank(), "dp_size": mesh.dp.size(), "seed": config.seed}
     loader = Loader(job.train_rows, batch_size=config.per_device_train_batch_size,
                     accumulation=config.gradient_accumulation_steps, **layout)
     eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
     metrics = Metrics(runtime, job, first_step, loader.steps_per_epoch)
     zeros = torch.zeros(3).to(device)
+    accumulates = config.gradient_accumulation_steps > 1
+    sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if accumulates else None
     runtime.mark_step()
 
     # Before the first step: what the model can do untrained; and no graph is left to compile later.
@@ -61,7 +66,7 @@ def run(runtime: Runtime, job: Job) -> None:
         scalars = optimizer.scalars(step, rate).to(device)
         totals = zeros                                                  # loss sum, target tokens, tokens
 
-        # Forward and backward. Gradients of the *sum* of the losses add up in parameter.grad, in fp32.
+        # Forward and backward. Gradients of the *sum* of the losses add up, in fp32.
         for batch in loader.step(step):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             if job.lora and job.lora.lora_dropout:
@@ -69,22 +74,23 @@ def run(runtime: Runtime, job: Job) -> None:
             logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
             losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
             losses.sum().backward()
+            sums = buckets.take_gradients(sums)
             totals = totals + batch_totals(losses, batch)
-            if config.gradient_accumulation_steps > 1:
+            if accumulates:
                 runtime.mark_step()         # one graph for every micro-batch; a single one shares the graph of the update
 
         # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the step's tokens.
         totals = all_reduce(totals, mesh.dp)
-        reduce_gradients(parameters, mesh.dp)
         target_tokens = totals[1:2].clamp(min=1.0)
-        for parameter in parameters:
-            parameter.grad.div_(target_tokens)
+        gradients = [total / target_tokens for total in buckets.reduce(sums)]
+        sums = [torch.zeros_like(total) for total in sums] if accumulates else None
 
-        # Clipping and update; the optimizer leaves the gradients at zero.
-        norm = global_norm(parameters, shards, mesh.tp)
+        # Clipping and update: of fp32 master weights, under --zero_1 this rank's part, to which the parameters are rounded.
+        norm = global_norm(buckets, gradients)
         if config.max_grad_norm:
-            clip_gradients(parameters, norm, config.max_grad_norm)
-        optimizer.step(scalars)
+            gradients = clip_gradients(gradients, norm, config.max_grad_norm)
+        optimizer.step(gradients, scalars)
+        buckets.set_parameters(optimizer.weights)
         values = torch.cat([totals[0:1] / target_tokens, norm, totals[1:]])
         runtime.mark_step()
 
@@ -96,7 +102,7 @@ def run(runtime: Runtime, job: Job) -> None:
             metrics.restart_clock()
         if last or (step + 1) % config.save_steps == 0:
             metrics.flush()
-            save_checkpoint(runtime, mesh, job, step + 1, optimizer, dict(zip(trained, shards, strict=True)))
+            save_checkpoint(runtime, mesh, job, step + 1, optimizer)
             metrics.restart_clock()
     metrics.close()
 

@@ -22,7 +22,7 @@ def main() -> int:
         from trainer.config import parse
         config = parse()
         world_size = requested_world_size(config.world_size)
-        prepare_environment(world_size)
+        prepare_environment(world_size, config.stochastic_rounding)
         from trainer.job import prepare
         from trainer.loop import run
         job = prepare(config, world_size)

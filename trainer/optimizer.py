@@ -2,25 +2,28 @@
 import math
 
 import torch
-from torch import nn
 
+from parallel.buckets import Buckets
 from trainer.config import Config
 
 
 class AdamW:
     """AdamW (https://arxiv.org/abs/1711.05101), the arithmetic of torch.optim.AdamW, in a graph that is the same every step.
 
-    What changes from step to step (learning rate and bias corrections) is computed on the host in double precision and goes to
-    the device as one tensor; moments and gradients are there from the start, so that the second step is no second graph.
-    Matrices decay; norms and biases do not.
+    `weights`, `exp_avg` and `exp_avg_sq` are this rank's parts [1, columns] of each bucket (parallel/buckets.py): fp32 master
+    weights, from which the parameters are rounded, and moments. Under --stochastic_rounding the weights are bf16: the hardware
+    rounds the updated ones. What changes from step to step (learning rate and bias corrections) is computed on the host in double
+    precision and goes to the device as one tensor. Matrices decay; norms and biases do not.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], config: Config):
-        self.parameters, self.config = parameters, config
-        self.exp_avg = {name: _zeros(parameter) for name, parameter in parameters.items()}
-        self.exp_avg_sq = {name: _zeros(parameter) for name, parameter in parameters.items()}
-        for parameter in parameters.values():
-            parameter.grad = _zeros(parameter)
+    def __init__(self, buckets: Buckets, config: Config, values: dict[str, torch.Tensor], device):
+        """`values`: the fp32 values of the parameters on the CPU, by name, this rank's slices."""
+        self.buckets, self.config = buckets, config
+        # Made on the CPU: zeros made on the device would be a graph of their own.
+        own = buckets.own(values)
+        dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
+        self.weights = [value.to(dtype).to(device) for value in own]
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(value).to(device) for value in own] for _ in range(2))
 
     def scalars(self, step: int, learning_rate: float) -> torch.Tensor:
         """[learning rate, learning rate / (1 - beta1^t), sqrt(1 - beta2^t)] fp32 on the CPU, t = step + 1."""
@@ -29,23 +32,17 @@ class AdamW:
         return torch.tensor([learning_rate, learning_rate / first, math.sqrt(second)], dtype=torch.float32)
 
     @torch.no_grad()
-    def step(self, scalars: torch.Tensor) -> None:
-        """Update every parameter from its gradient, then set the gradients to zero; `scalars` [3] on the device."""
+    def step(self, gradients: list[torch.Tensor], scalars: torch.Tensor) -> None:
+        """Update the weights from the gradients, this rank's part of each bucket; `scalars` [3] on the device."""
         beta1, beta2, decay = self.config.adam_beta1, self.config.adam_beta2, self.config.weight_decay
         learning_rate, step_size, root = scalars[0:1], scalars[1:2], scalars[2:3]
-        for name, parameter in self.parameters.items():
-            first, second = self.exp_avg[name], self.exp_avg_sq[name]
-            if decay and parameter.dim() > 1:
-                parameter.mul_(1 - learning_rate * decay)
-            first.mul_(beta1).add_(parameter.grad, alpha=1 - beta1)
-            second.mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-            parameter.sub_(step_size * first / (second.sqrt() / root + self.config.adam_epsilon))
-            parameter.grad.zero_()
-
-
-def _zeros(parameter: nn.Parameter) -> torch.Tensor:
-    # Made on the CPU: zeros made on the device would be a graph of their own.
-    return torch.zeros(parameter.shape, dtype=torch.float32).to(parameter.device)
+        for bucket, weight, first, second, gradient in zip(self.buckets.buckets, self.weights, self.exp_avg, self.exp_avg_sq,
+                                                           gradients, strict=True):
+            first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            update = step_size * first / (second.sqrt() / root + self.config.adam_epsilon)
+            new = weight.float() * (1 - learning_rate * decay) if decay and bucket.decays else weight.float()
+            weight.copy_(new - update)
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

@@ -1,0 +1,121 @@
+"""Parameters of all shapes as a few long ones: what is reduced, updated and, under ZeRO-1, divided together.
+
+ZeRO-1 (https://arxiv.org/abs/1910.02054): each of the `parts` data parallel ranks keeps master weights and moments of one part of
+every parameter. A parameter's slice of n elements is a matrix [parts, ceil(n / parts)], padded with zeros, whose row p is part p;
+without ZeRO-1 there is one part. A bucket is such matrices side by side, cut where it would exceed BUCKET_BYTES, so one
+reduce-scatter along dimension 0 reduces and divides it, and the optimizer sees one tensor in place of hundreds.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from parallel.collectives import all_gather, all_reduce, reduce_scatter
+from parallel.layers import Shard
+from parallel.mesh import Mesh
+
+BUCKET_BYTES = 128 * 10**6      # of fp32 in one collective; Neuron's runtime is slow, or fails, above some 130 MB
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`pieces` (name, first column, last column + 1) of parameters that agree in the rest.
+
+    `decays`: weight decay applies (matrices). `replicas` and `partial` are those of the shards.
+    """
+
+    pieces: tuple[tuple[str, int, int], ...]
+    decays: bool
+    replicas: int
+    partial: bool
+
+
+class Buckets:
+    """The buckets of the trained parameters. All lists of tensors that it takes and gives have one entry a bucket."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], shards: dict[str, Shard], mesh: Mesh, zero_1: bool = False,
+                 bucket_bytes: int = BUCKET_BYTES):
+        self.parameters, self.shards, self.mesh = parameters, shards, mesh
+        self.parts, self.part = (mesh.dp.size(), mesh.dp.rank()) if zero_1 else (1, 0)
+        self.divided = mesh.dp if zero_1 else mesh.replicas(1)      # over these ranks the parts are spread
+        room = max(1, bucket_bytes // (4 * self.parts))             # columns
+        grouped: dict[tuple, list[list]] = {}
+        for name, shard in shards.items():
+            buckets = grouped.setdefault((len(shard.global_shape) > 1, shard.replicas, shard.partial), [[]])
+            start, columns = 0, self.columns(name)
+            while start < columns:
+                free = room - sum(stop - first for _, first, stop in buckets[-1])
+                if not free:
+                    buckets.append([])
+                    continue
+                stop = min(columns, start + free)
+                buckets[-1].append((name, start, stop))
+                start = stop
+        self.buckets = [Bucket(tuple(pieces), *key) for key, buckets in grouped.items() for pieces in buckets]
+        # Of the gradients, before they are reduced.
+        self.shapes = [(self.parts, sum(stop - start for _, start, stop in bucket.pieces)) for bucket in self.buckets]
+
+    def columns(self, name: str) -> int:
+        """Elements of a part of the parameter, padding included."""
+        return -(-torch.Size(self.shards[name].shape).numel() // self.parts)
+
+    def own(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """This rank's part [1, columns], fp32, of values (name -> this rank's slice); on their device, which is the CPU."""
+        return [torch.cat([self._matrix(name, values[name])[self.part:self.part + 1, start:stop]
+                           for name, start, stop in bucket.pieces], 1) for bucket in self.buckets]
+
+    def own_piece(self, name: str, state: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """(the elements of a parameter in a state of [1, columns], without padding; the number of the first in the slice)."""
+        pieces = []
+        for bucket, tensor in zip(self.buckets, state, strict=True):
+            offset = 0
+            for other, start, stop in bucket.pieces:
+                if other == name:
+                    pieces.append(tensor[0, offset:offset + stop - start])
+                offset += stop - start
+        columns = self.columns(name)
+        first = min(self.part * columns, torch.Size(self.shards[name].shape).numel())
+        length = min(columns, torch.Size(self.shards[name].shape).numel() - first)
+        return torch.cat(pieces)[:length], first
+
+    def take_gradients(self, sums: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        """`sums` plus the parameters' gradients, fp32 [parts, columns]; the gradients are gone afterwards."""
+        found = [torch.cat([self._matrix(name, self.parameters[name].grad)[:, start:stop]
+                            for name, start, stop in bucket.pieces], 1) for bucket in self.buckets]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return found if sums is None else [total + one for total, one in zip(sums, found, strict=True)]
+
+    def reduce(self, sums: list[torch.Tensor]) -> list[torch.Tensor]:
+        """[parts, columns] of each rank -> this rank's part [1, columns] of the sum over all ranks.
+
+        Partial gradients are summed over the replicas of their slice, then all over the data parallel ranks.
+        """
+        reduced = []
+        for bucket, total in zip(self.buckets, sums, strict=True):
+            if bucket.partial:
+                total = all_reduce(total, self.mesh.replicas(bucket.replicas))
+            if self.divided.size() > 1:
+                reduced.append(reduce_scatter(total, self.divided, 0))
+            else:
+                reduced.append(all_reduce(total, self.mesh.dp))
+        return reduced
+
+    @torch.no_grad()
+    def set_parameters(self, weights: list[torch.Tensor]) -> None:
+        """Give the parameters the values of the master weights [1, columns], rounded to their dtype, from all parts."""
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in self.parameters}
+        for bucket, weight in zip(self.buckets, weights, strict=True):
+            dtype = self.parameters[bucket.pieces[0][0]].dtype
+            whole = all_gather(weight.to(dtype), self.divided, 0)
+            widths = [stop - start for _, start, stop in bucket.pieces]
+            for (name, *_), piece in zip(bucket.pieces, whole.split(widths, 1), strict=True):
+                columns[name].append(piece)
+        for name, parameter in self.parameters.items():
+            flat = (columns[name][0] if len(columns[name]) == 1 else torch.cat(columns[name], 1)).flatten()
+            parameter.copy_(flat[:parameter.numel()].view(parameter.shape))
+
+    def _matrix(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        flat = value.float().flatten()
+        return F.pad(flat, (0, self.columns(name) * self.parts - len(flat))).view(self.parts, -1)
