@@ -26,7 +26,10 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
 
 
 def rotary_cos_sin(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the angles of position_ids [sequence, batch], fp32 [sequence, batch, 1, head_dim], both halves alike (Hugging Face's layout)."""
+    """cos and sin of the angles, fp32 [sequence, batch, 1, head_dim], both halves alike (Hugging Face's layout).
+
+    position_ids [sequence, batch]; frequencies [head_dim / 2].
+    """
     angles = position_ids.unsqueeze(-1).float() * frequencies
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
     return angles.cos(), angles.sin()

@@ -6,7 +6,8 @@ whole: loading, saving, merging, the reduction of gradients and their norm read 
 rank as data (a tensor of shape [1]), never as a constant.
 
 Between a row-parallel layer and the next column-parallel one every rank has all positions, or under sequence parallelism
-(https://arxiv.org/abs/2205.05198) its [sequence / size]: the all-reduce of the one is then a reduce-scatter, and the other gathers.
+(https://arxiv.org/abs/2205.05198) its [sequence / size]: the first ends with a reduce-scatter in place of an all-reduce, and the
+second begins with an all-gather.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass

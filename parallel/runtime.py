@@ -53,8 +53,8 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
             os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = "1"
         return
     if stochastic_rounding:
-        print("warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, which loses updates that are "
-              "small beside their weight: leave the flag out here to train with fp32 master weights.", file=sys.stderr)
+        print("warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, so updates that are "
+              "small beside their weight are lost: leave the flag out here to train with fp32 master weights.", file=sys.stderr)
     # Measured on torch_xla 2.9: fewer threads than ranks that wait in a collective is a deadlock, and with donated buffers the
     # first rank's sync waits for the others.
     os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(world_size), "NPROC": str(4 * world_size),

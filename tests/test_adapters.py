@@ -30,7 +30,7 @@ def test_logits_are_those_of_peft(tmp_path, targets, changes):
     model = Llama(LlamaConfig.from_pretrained(base))
     add_lora(model, adapter.config)
     adapter.check({name: shard.global_shape for name, _, shard in named_shards(model, ALONE) if is_lora(name)})
-    fill(model, ALONE, SafetensorsFiles(base), "cpu", 0, adapter)
+    fill(model, ALONE, SafetensorsFiles(base), "cpu", 0, adapter.read)
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         logits = model(ids, torch.arange(57)[None], torch.ones(1, 57, dtype=torch.int64))

@@ -57,8 +57,9 @@ def edit_weights(directory, change):
 def test_topology(tmp_path, base):
     assert "world size 6 is not divisible by --tensor_parallel_size 4" in refused(
         tmp_path, "--tensor_parallel_size", 4, world_size=6)
-    assert "num_key_value_heads 4 is not divisible by the tensor parallel size 8" in refused(
-        tmp_path, "--tensor_parallel_size", 8, world_size=8, model=base)
+    save_llama(tmp_path / "six", hidden_size=96, num_attention_heads=24, num_key_value_heads=6)
+    assert "num_key_value_heads 6 neither divides the tensor parallel size 4 nor is divisible by it" in refused(
+        tmp_path, "--tensor_parallel_size", 4, world_size=4, model=tmp_path / "six")
     assert "num_attention_heads 8 is not divisible by the tensor parallel size 3" in refused(
         tmp_path, "--tensor_parallel_size", 3, world_size=3, model=base)
 
@@ -160,7 +161,10 @@ def test_merging(tmp_path):
 
 
 @pytest.mark.parametrize("flags, problem", [
-    (["--zero_1", "true"], "--zero_1 true"), (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
+    (["--stochastic_rounding"], "pass --bf16 too"),
+    (["--sequence_parallel", "--tensor_parallel_size", "3"], "1024 is not divisible by --tensor_parallel_size 3"),
+    (["--gradient_checkpointing", "some"], "invalid choice: 'some'"),
+    (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
     (["--gradient_accumulation_steps", "0"], "at least 1"), (["--no_such_flag"], "--no_such_flag"),
     (["--lr_scheduler_type", "magic"], "magic"), (["--bf16", "perhaps"], "perhaps"), (["--lora_dropout", "1"], "below 1"),
     (["--learning_rate", "nan"], "fp32"), (["--weight_decay", "1e39"], "fp32"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from parallel.buckets import Buckets
 from parallel.layers import Shard
 from parallel.mesh import Mesh
 from parallel.runtime import Meeting, ThreadRuntime
@@ -30,17 +31,17 @@ def shards_of(mesh):
             for name, (shape, dim) in SHAPES.items()}
 
 
-def optimizer_of(shards, filled):
+def optimizer_of(mesh, filled, zero_1=False):
+    shards = shards_of(mesh)
     parameters = {name: torch.nn.Parameter(torch.zeros(shard.shape)) for name, shard in shards.items()}
-    optimizer = AdamW(parameters, Config())
-    for name, shard in shards.items() if filled else ():
-        parameters[name].data = whole("parameter", name)[shard.slices].clone()
-        optimizer.exp_avg[name] = whole("exp_avg", name)[shard.slices].clone()
-        optimizer.exp_avg_sq[name] = whole("exp_avg_sq", name)[shard.slices].clone()
+    buckets = Buckets(parameters, shards, mesh, zero_1, bucket_bytes=80)
+    values = {kind: {name: whole(kind, name)[shard.slices] * filled for name, shard in shards.items()} for kind in KINDS}
+    optimizer = AdamW(buckets, Config(), values["parameter"], "cpu")
+    optimizer.exp_avg, optimizer.exp_avg_sq = (buckets.own(values[kind]) for kind in KINDS[1:])
     return optimizer
 
 
-def save(output, step, tp=2, dp=2, limit=None):
+def save(output, step, tp=2, dp=2, limit=None, zero_1=False):
     """What the loop does, with a thread a rank and the CPU as every rank's device."""
     config = replace(Config(), output_dir=str(output), save_total_limit=limit)
     tiny = SAMPLE / "tiny"
@@ -50,32 +51,34 @@ def save(output, step, tp=2, dp=2, limit=None):
 
     def rank_saves(rank):
         mesh = Mesh.create(rank, tp * dp, tp)
-        shards = shards_of(mesh)
         runtime = ThreadRuntime(rank, tp * dp, torch.device("cpu"), meeting)
-        save_checkpoint(runtime, mesh, job, step, optimizer_of(shards, True), shards)
+        save_checkpoint(runtime, mesh, job, step, optimizer_of(mesh, True, zero_1))
 
     with ThreadPoolExecutor(tp * dp) as pool:
         list(pool.map(rank_saves, range(tp * dp)))
     return output / f"checkpoint-{step}"
 
 
-def test_what_two_ranks_wrote_any_topology_reads(tmp_path):
-    checkpoint = Checkpoint(save(tmp_path, 7))
+@pytest.mark.parametrize("zero_1, files", [(False, 2), (True, 6)])
+def test_what_some_ranks_wrote_any_topology_reads(tmp_path, zero_1, files):
+    """Also where ZeRO-1 divides 6 or 24 elements over 3 or 5 ranks, and buckets cut them."""
+    checkpoint = Checkpoint(save(tmp_path, 7, dp=3, zero_1=zero_1))
     assert checkpoint.step == 7 and checkpoint.lora is None
-    assert sorted(checkpoint.manifest["files"]) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert sorted(checkpoint.manifest["files"]) == [f"rank-{rank:05d}.safetensors" for rank in range(6) if zero_1 or rank < 2]
+    assert len(checkpoint.manifest["files"]) == files
     assert checkpoint.shapes == {name: shape for name, (shape, _) in SHAPES.items()}
     for name in SHAPES:
         for kind in KINDS:
             assert torch.equal(checkpoint.read(kind, name), whole(kind, name))
-    for tp in (1, 2, 4):
-        for rank in range(tp):
-            shards = shards_of(Mesh.create(rank, tp, tp))
-            optimizer, expected = optimizer_of(shards, False), optimizer_of(shards, True)
-            assert checkpoint.restore(optimizer, shards) == 7
-            for name in SHAPES:
-                assert torch.equal(optimizer.parameters[name], expected.parameters[name])
-                assert torch.equal(optimizer.exp_avg[name], expected.exp_avg[name])
-                assert torch.equal(optimizer.exp_avg_sq[name], expected.exp_avg_sq[name])
+    for tp, dp, divided in ((1, 1, False), (2, 1, False), (4, 1, False), (1, 5, True), (2, 5, True), (2, 2, False)):
+        for rank in range(tp * dp):
+            mesh = Mesh.create(rank, tp * dp, tp)
+            optimizer, expected = optimizer_of(mesh, False, divided), optimizer_of(mesh, True, divided)
+            checkpoint.restore(optimizer)
+            for name, shard in shards_of(mesh).items():
+                assert torch.equal(checkpoint.read("parameter", name, shard), whole("parameter", name)[shard.slices])
+            for ours, theirs in ((optimizer.exp_avg, expected.exp_avg), (optimizer.exp_avg_sq, expected.exp_avg_sq)):
+                assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs) > 2
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -111,7 +114,7 @@ def forget_a_rank(path):
     (lambda path: (path.parent / "manifest.json").unlink(), "is no complete checkpoint"),
     (lambda path: cut(path.parent / "manifest.json"), "manifest.json is damaged"),
     (lambda path: (path.parent / "manifest.json").write_text('{"format": "other"}'), "format 'other'"),
-    (lambda path: (path.parent / "manifest.json").write_text('{"format": "markstep checkpoint", "version": 1}'), "has no step"),
+    (lambda path: (path.parent / "manifest.json").write_text('{"format": "markstep checkpoint", "version": 2}'), "has no step"),
 ])
 def test_damage_is_named(tmp_path, damage, problem):
     path = save(tmp_path, 7)

@@ -7,7 +7,7 @@ from model.lora import LoraConfig, TokenSeeds, initial_factor, keep_mask
 from parallel.layers import Shard
 from tests.on_ranks import on_ranks
 
-HIDDEN, MIDDLE, RANK, BATCH, SEQUENCE, DROPOUT = 16, 24, 4, 2, 6, 0.25
+HIDDEN, MIDDLE, RANK, BATCH, SEQUENCE, DROPOUT = 16, 24, 4, 2, 8, 0.25
 SHAPES = {"up.base_layer.weight": (MIDDLE, HIDDEN), "up.lora_A.weight": (RANK, HIDDEN), "up.lora_B.weight": (MIDDLE, RANK),
           "down.base_layer.weight": (HIDDEN, MIDDLE), "down.lora_A.weight": (RANK, MIDDLE), "down.lora_B.weight": (HIDDEN, RANK)}
 CONFIG = LoraConfig(RANK, 6.0, DROPOUT, ("up", "down"))
@@ -18,31 +18,39 @@ def whole(name, *shape):
 
 
 def sharded(runtime):
-    """{tp: output, gradients of the factors with their slices, dropout's feature seeds} on one rank of four."""
+    """{(tp, sequence parallel): output, gradients of the factors with their slices, feature seeds} on one rank of four."""
     from torch import nn
 
     from model.lora import add_lora
+    from parallel.buckets import Buckets
+    from parallel.collectives import all_gather
     from parallel.layers import ColumnParallelLinear, RowParallelLinear, named_shards
     from parallel.mesh import Mesh
     found = {}
-    for tp in (1, 2, 4):
-        group = Mesh.create(runtime.rank, runtime.world_size, tp).tp
-        net = nn.ModuleDict({"up": ColumnParallelLinear(HIDDEN, MIDDLE, bias=False, gather_output=False, dtype=torch.float32,
-                                                        tensor_model_parallel_group=group),
-                             "down": RowParallelLinear(MIDDLE, HIDDEN, bias=False, input_is_parallel=True,
-                                                       tensor_model_parallel_group=group)})
+    for tp, sequence_parallel in ((1, False), (2, False), (2, True), (4, False), (4, True)):
+        mesh = Mesh.create(runtime.rank, runtime.world_size, tp)
+        layout = {"bias": False, "tensor_model_parallel_group": mesh.tp, "sequence_parallel_enabled": sequence_parallel}
+        net = nn.ModuleDict({"up": ColumnParallelLinear(HIDDEN, MIDDLE, **layout),
+                             "down": RowParallelLinear(MIDDLE, HIDDEN, input_is_parallel=True, **layout)})
         seeds = add_lora(net, CONFIG)
-        for name, parameter, shard in named_shards(net, group):
+        for name, parameter, shard in named_shards(net, mesh.tp):
             parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
         net.to(runtime.device)
+        named = [each for each in named_shards(net, mesh.tp) if each[1].requires_grad]
+        shards = {name: shard for name, _, shard in named}
+        buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh)
         seeds.set(torch.tensor([5, 6]).to(runtime.device), SEQUENCE)
-        output = net["down"](F.silu(net["up"](whole("x", BATCH, SEQUENCE, HIDDEN).float().to(runtime.device))))
+        x = whole("x", SEQUENCE, BATCH, HIDDEN).float()
+        x = x.chunk(tp)[mesh.tp.rank()] if sequence_parallel else x
+        output = net["down"](F.silu(net["up"](x.to(runtime.device))))
         output.square().sum().backward()
-        gradients = {name: (parameter.grad, shard.slices) for name, parameter, shard in named_shards(net, group)
-                     if parameter.requires_grad}
+        gradients = [total / mesh.dp.size() for total in buckets.reduce(buckets.take_gradients(None))]
+        output = all_gather(output.detach(), mesh.tp, 0) if sequence_parallel else output.detach()
         runtime.mark_step()
-        found[tp] = (output.detach().cpu(), {name: (grad.cpu(), slices) for name, (grad, slices) in gradients.items()},
-                     {name: net[name].feature_seeds.cpu() for name in net})
+        gradients = [gradient.cpu() for gradient in gradients]
+        found[tp, sequence_parallel] = (
+            output.cpu(), {name: (buckets.own_piece(name, gradients)[0].view(shard.shape), shard.slices)
+                           for name, shard in shards.items()}, {name: net[name].feature_seeds.cpu() for name in net})
     return found, runtime.compilations()
 
 
@@ -57,11 +65,11 @@ def test_every_factor_has_the_dense_gradient_on_every_rank():
         low = F.linear(x * keep / (1 - DROPOUT), dense[f"{name}.lora_A.weight"])
         return F.linear(x, dense[f"{name}.base_layer.weight"]) + 1.5 * F.linear(low, dense[f"{name}.lora_B.weight"])
 
-    features = results[0][0][1][2]
-    expected = lora("down", F.silu(lora("up", whole("x", BATCH, SEQUENCE, HIDDEN), features["up"])), features["down"])
+    features = results[0][0][1, False][2]
+    expected = lora("down", F.silu(lora("up", whole("x", SEQUENCE, BATCH, HIDDEN), features["up"])), features["down"])
     expected.square().sum().backward()
     for found, compilations in results:
-        assert compilations == 3
+        assert compilations == len(found) == 5
         for output, gradients, _ in found.values():
             torch.testing.assert_close(output.double(), expected.detach(), rtol=1e-5, atol=1e-5)
             assert set(gradients) == {name for name in SHAPES if "lora" in name}

@@ -14,7 +14,7 @@ ACCUMULATION = {"one": 1, "three": 3, "ragged": 3}
 
 
 def micro_batch(accumulation, dp_rank, micro):
-    """Two rows of two or three examples and padding; a ragged step ends with a row that has no target, and one that is all padding."""
+    """Two rows of two or three examples and padding; a ragged step ends with a row without targets, and one of padding."""
     generator = torch.Generator().manual_seed(100 * dp_rank + micro)
     batch = {"input_ids": torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=generator),
              "labels": torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=generator)}
@@ -32,7 +32,7 @@ def micro_batch(accumulation, dp_rank, micro):
 
 
 def sharded(runtime, tp, sequence_parallel, bases):
-    """{(kv heads, checkpointing, accumulation): loss, norm, clipped norm, gradients with their shards}; and the graphs compiled."""
+    """{(kv heads, checkpointing, accumulation): totals, norm, clipped norm, gradients with their shards}; and compilations."""
     from model.adapters import PeftAdapter
     from model.llama import Llama, LlamaConfig
     from model.lora import add_lora
@@ -126,7 +126,7 @@ def bases(tmp_path_factory):
     return directories, expected
 
 
-@pytest.mark.parametrize("tp, sequence_parallel", [(1, False), (2, False), (2, True), (4, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize("tp, sequence_parallel", [(1, False), *((tp, on) for tp in (2, 4, 8) for on in (False, True))])
 def test_every_gradient_is_the_dense_one(bases, tp, sequence_parallel):
     directories, expected = bases
     dp = 1 if tp >= 4 else 2

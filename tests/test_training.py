@@ -42,25 +42,20 @@ def column(output, name="loss"):
 
 def sharded_logits(runtime, checkpoint, base, tp, ids):
     """The whole vocabulary's logits of one example, by the model that was trained: its shards, not merged."""
+    from functools import partial
     from pathlib import Path
 
     from model.llama import Llama, LlamaConfig
     from model.lora import add_lora
     from model.weights import SafetensorsFiles, fill
     from parallel.collectives import all_gather
-    from parallel.layers import named_shards
     from parallel.mesh import Mesh
     from trainer.checkpoint import Checkpoint
-    from trainer.config import Config
-    from trainer.optimizer import AdamW
     mesh, checkpoint = Mesh.create(runtime.rank, runtime.world_size, tp), Checkpoint(Path(checkpoint))
     model = Llama(LlamaConfig.from_pretrained(Path(base)), mesh.tp)
     if checkpoint.lora:
         add_lora(model, checkpoint.lora)
-    fill(model, mesh.tp, SafetensorsFiles(Path(base)), runtime.device, 0)
-    trained = {name: (parameter, shard) for name, parameter, shard in named_shards(model, mesh.tp) if parameter.requires_grad}
-    optimizer = AdamW({name: parameter for name, (parameter, _) in trained.items()}, Config())
-    checkpoint.restore(optimizer, {name: shard for name, (_, shard) in trained.items()})
+    fill(model, mesh.tp, SafetensorsFiles(Path(base)), runtime.device, 0, partial(checkpoint.read, "parameter"))
     model.eval()
     with torch.no_grad():
         batch = [torch.tensor([values]).to(runtime.device) for values in (ids, range(len(ids)), [1] * len(ids))]
@@ -94,9 +89,13 @@ def check_that_another_base_is_refused(output, base, step, flags):
     assert not (output / "again").exists()
 
 
-# World size -> (tp, dp), rows of a micro-batch and micro-batches: a global batch of 4 rows each.
-TOPOLOGIES = {1: [(1, 1, 2, 2)], 2: [(2, 1, 4, 1), (1, 2, 1, 2)], 4: [(4, 1, 1, 4), (2, 2, 2, 1)],
-              8: [(8, 1, 2, 2), (2, 4, 1, 1)]}
+# World size -> (tp, dp), rows of a micro-batch and micro-batches: a global batch of 4 rows each; and flags.
+TOPOLOGIES = {
+    1: [(1, 1, 2, 2, "")],
+    2: [(2, 1, 4, 1, ""), (1, 2, 1, 2, "--zero_1")],
+    4: [(4, 1, 1, 4, "--sequence_parallel false --gradient_checkpointing selective"),
+        (2, 2, 2, 1, "--zero_1 --gradient_checkpointing")],
+    8: [(8, 1, 2, 2, "--sequence_parallel false"), (2, 4, 1, 1, "--zero_1")]}
 MODES = {"lora": ["--lora_r", "4", "--lora_dropout", "0.1"], "full": ["--lora_r", "0", "--weight_decay", "0.1"]}
 
 
@@ -115,13 +114,13 @@ def test_the_topology_does_not_change_the_run(tmp_path):
     """10 losses and gradient norms over (tp, dp), rows divided over ranks and micro-batches in different ways."""
     curves = {"lora": {}, "full": {}}
     for world_size, topologies in TOPOLOGIES.items():
-        commands = [[*SHORT, *flags, "--max_steps", "10", "--tensor_parallel_size", str(tp),
+        commands = [[*SHORT, *flags, *more.split(), "--max_steps", "10", "--tensor_parallel_size", str(tp),
                      "--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation),
                      "--output_dir", f"{tmp_path}/{mode}-{tp}-{dp}"]
-                    for tp, dp, batch, accumulation in topologies for mode, flags in MODES.items()]
+                    for tp, dp, batch, accumulation, more in topologies for mode, flags in MODES.items()]
         on_ranks(several_runs, world_size, commands=commands)
         compiled = 0        # so far in this process
-        for tp, dp, batch, accumulation in topologies:
+        for tp, dp, batch, accumulation, _ in topologies:
             assert (tp * dp, batch * dp * accumulation) == (world_size, 4)
             for mode, curve in curves.items():
                 output = tmp_path / f"{mode}-{tp}-{dp}"

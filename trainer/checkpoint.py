@@ -2,9 +2,9 @@
 
     manifest.json          format, version, step, topology, what makes it this run (identity), where the base model is, flags,
                            bytes of each file
-    rank-<n>.safetensors   `parameter/<name>` (master weights), `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32, one
-                           dimension: elements of the slice of rank n. The metadata entry `shards` says for each tensor which
-                           slice (global_shape, dim, parts, index, replicas), and the number of its first element (first)
+    rank-<n>.safetensors   `parameter/<name>` (master weights), `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32,
+                           one dimension: elements of the slice of rank n. The metadata entry `shards` says for each tensor
+                           which slice (global_shape, dim, parts, index, replicas), and the number of its first element (first)
     config.json, tokenizer files, generation_config.json: the model's, so that a merged model needs no other source for them
 
 Only the ranks of the first data parallel replica write: the others hold the same. Under ZeRO-1 each holds its own part, and all

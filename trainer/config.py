@@ -44,7 +44,8 @@ class Config:
     # parallelism
     tensor_parallel_size: int = _flag(1, "Ranks that share the weights of each layer.")
     pipeline_parallel_size: int = _flag(1, "Stages that share the layers; only 1 is implemented.")
-    sequence_parallel: bool = _flag(False, "Divide norms and residuals over the tensor parallel ranks too, by position.")
+    sequence_parallel: bool | None = _flag(
+        None, "Divide norms and residuals over the tensor parallel ranks too, by position; default: where it divides.")
     zero_1: bool = _flag(False, "Divide master weights and optimizer state over the data parallel ranks.")
     world_size: int | None = _flag(None, "Ranks hosted by this process on a CPU, where torchrun did not start it; default 1.")
     # training
@@ -104,6 +105,13 @@ class Config:
                              "implemented; leave it at 1 and raise --tensor_parallel_size")
         if self.adapter_name_or_path and not self.lora_r:
             raise ValueError("--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one")
+
+    @property
+    def divides_sequence(self) -> bool:
+        """--sequence_parallel, or its default."""
+        if self.sequence_parallel is None:
+            return self.tensor_parallel_size > 1 and self.max_seq_length % self.tensor_parallel_size == 0
+        return self.sequence_parallel
 
     @property
     def recompute(self) -> str:

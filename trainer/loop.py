@@ -30,7 +30,7 @@ def run(runtime: Runtime, job: Job) -> None:
 
     # Model: this rank's shards, read slice by slice and moved to the device.
     model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
-                  gradient_checkpointing=config.recompute, sequence_parallel=config.sequence_parallel)
+                  gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence)
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
     initial = fill(model, mesh.tp, weights, device, config.seed, job.read_trained)

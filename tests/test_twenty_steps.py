@@ -1,0 +1,71 @@
+"""The state of every rank after twenty steps of the real loop: replicas are equal to the bit, and ZeRO-1 changes nothing."""
+import json
+from pathlib import Path
+
+import torch
+
+from tests.models import save_llama
+from tests.on_ranks import on_ranks
+
+STEPS, TP, DP = 20, 4, 2
+LORA, FULL = ["--lora_r", "4", "--lora_dropout", "0.1"], ["--lora_r", "0", "--weight_decay", "0.1"]
+TWICE = ["--gradient_accumulation_steps", "2"]
+RUNS = {"lora": [*LORA, *TWICE], "lora zero": [*LORA, *TWICE, "--zero_1"],
+        "full": [*FULL, "--gradient_checkpointing"], "full zero": [*FULL, "--gradient_checkpointing", "--zero_1"],
+        "bf16 zero": [*FULL, "--bf16", "--zero_1", "--sequence_parallel", "false"]}
+seen: dict[tuple[int, str], tuple] = {}
+
+
+def look(runtime, mesh, job, step, optimizer):
+    """In place of save_checkpoint: every rank's parameters with their shards, and the elements of its optimizer state."""
+    states = (optimizer.weights, optimizer.exp_avg, optimizer.exp_avg_sq)
+    shards = optimizer.buckets.shards
+    seen[runtime.rank, Path(job.config.output_dir).name] = (
+        {name: (parameter.detach().cpu(), shards[name]) for name, parameter in optimizer.buckets.parameters.items()},
+        [sum(value.numel() for value in state) for state in states])
+
+
+def train(runtime, commands):
+    import trainer.loop
+    from trainer.config import parse
+    from trainer.job import prepare
+    trainer.loop.save_checkpoint = look
+    for flags in commands:
+        job = prepare(parse(flags), runtime.world_size)
+        runtime.barrier()
+        trainer.loop.run(runtime, job)
+    return {name: state for (rank, name), state in seen.items() if rank == runtime.rank}
+
+
+def test_replicas_are_equal_and_zero_1_changes_nothing(tmp_path):
+    """At tp 4 with two KV heads, of which two ranks hold each."""
+    save_llama(tmp_path / "base", num_hidden_layers=2, num_key_value_heads=2, mlp_bias=True)
+    commands = [["--model_id", f"{tmp_path}/base", "--max_seq_length", "64", "--learning_rate", "1e-3", "--max_steps", str(STEPS),
+                 "--tensor_parallel_size", str(TP), *flags, "--output_dir", f"{tmp_path}/{name}"] for name, flags in RUNS.items()]
+    ranks = on_ranks(train, TP * DP, commands=commands)
+    compiled = 0
+    for name, flags in RUNS.items():
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        compiled += 2 if "--gradient_accumulation_steps" in flags else 1
+        assert len(lines) == STEPS and {line["compilations"] for line in lines} == {compiled}
+        assert lines[-1]["loss"] < lines[0]["loss"]
+        replicas = 0
+        for parameter in ranks[0][name][0]:
+            holders = {}
+            for rank in ranks:
+                value, shard = rank[name][0][parameter]
+                holders.setdefault(str(shard.slices), []).append(value)
+            for first, *others in holders.values():
+                assert len(others) == DP * shard.replicas - 1
+                assert all(torch.equal(first, other) for other in others), f"{name}: {parameter}"
+            replicas += shard.replicas > 1
+        assert replicas > 10
+
+    for on, off in (("lora zero", "lora"), ("full zero", "full")):
+        for rank in ranks:
+            (parameters, state), (expected, whole) = rank[on], rank[off]
+            for name, (value, _) in parameters.items():
+                difference = (value - expected[name][0]).norm() / expected[name][0].norm()
+                assert difference < 1e-6, f"{name}: {difference}"
+            assert len(state) == 3 and all(one <= all_of_it / DP + len(parameters)
+                                           for one, all_of_it in zip(state, whole, strict=True))
