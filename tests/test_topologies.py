@@ -56,26 +56,27 @@ def sharded(runtime, tp, sequence_parallel, bases):
             shards = {name: shard for name, _, shard in named}
             # Buckets so small that parameters are cut between them.
             buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh, bucket_bytes=4 * 1000)
-            for accumulation, micro_batches in ACCUMULATION.items():
-                sums = [torch.zeros(shape).to(runtime.device) for shape in buckets.shapes]
-                totals = torch.zeros(2).to(runtime.device)
-                for micro in range(micro_batches):
-                    batch = micro_batch(accumulation, mesh.dp.rank(), micro)
-                    batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-                    logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-                    losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
-                    losses.sum().backward()
-                    sums = buckets.take_gradients(sums)
-                    totals = totals + torch.stack([losses.detach().sum(), (batch["labels"] != -100).sum().float()])
-                    runtime.mark_step()
-                totals = all_reduce(totals, mesh.dp)
-                gradients = [each / totals[1:2] for each in buckets.reduce(sums)]
+            sums = [[torch.zeros(shape).to(runtime.device) for shape in buckets.shapes]]
+            totals = [torch.zeros(2).to(runtime.device)]
+            # After one micro-batch, two and three; and after two and a ragged one.
+            for before, ragged in ((0, False), (1, False), (2, False), (2, True)):
+                batch = micro_batch("ragged" if ragged else "three", mesh.dp.rank(), before)
+                batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
+                logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
+                losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
+                losses.sum().backward()
+                sums.append(buckets.take_gradients(sums[before]))
+                totals.append(totals[before] + torch.stack([losses.detach().sum(), (batch["labels"] != -100).sum().float()]))
+                runtime.mark_step()
+            for accumulation, after in (("one", 1), ("three", 3), ("ragged", 4)):
+                total = all_reduce(totals[after], mesh.dp)
+                gradients = [each / total[1:2] for each in buckets.reduce(sums[after])]
                 norm = global_norm(buckets, gradients)
                 clipped = global_norm(buckets, clip_gradients(gradients, norm, 0.5))
                 runtime.mark_step()
                 on_host = [gradient.cpu() for gradient in gradients]
                 found[kv_heads, checkpointing, accumulation] = (
-                    totals.cpu(), norm.item(), clipped.item(),
+                    total.cpu(), norm.item(), clipped.item(),
                     {name: (buckets.own_piece(name, on_host)[0].view(shard.shape), shard) for name, shard in shards.items()})
     return found, runtime.compilations()
 

@@ -136,7 +136,7 @@ def test_the_topology_does_not_change_the_run(tmp_path):
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
     flags = [*SHORT, "--lora_dropout", "0.1", "--world_size", 4, "--tensor_parallel_size", 2, "--max_steps", 10, "--do_eval",
-             "--save_steps", 5, "--gradient_checkpointing"]
+             "--save_steps", 5, "--gradient_checkpointing", "--zero_1"]
     whole, halves, other = tmp_path / "whole", tmp_path / "halves", tmp_path / "other"
     start(*flags, "--output_dir", whole)
     halves.mkdir()
