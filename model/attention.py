@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch_xla.utils.checkpoint import checkpoint
 
-BLOCK = 1024    # queries that attend at once: the scores of so many rows are held, [heads, BLOCK, sequence]
+BLOCK = 1024    # queries that attend at once: a tensor of scores is [heads, BLOCK, sequence]
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> torch.Tensor:
@@ -63,9 +63,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: l
     """Scaled dot-product attention with grouped queries; softmax in fp32.
 
     query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of segment_masks. Returns
-    [sequence, batch, heads * head_dim]. Block by block of queries, with the keys up to its end: what lies above the diagonal is
-    not computed, and no tensor holds the scores of all queries. With `recompute` the backward computes a block's scores again, so
-    only one block's are held. The query heads that share a KV head form one product: nothing is repeated.
+    [sequence, batch, heads * head_dim]. Block by block of queries, with the keys up to its end: blocks above the diagonal are not
+    computed, and no tensor holds the scores of all queries. With `recompute` the backward computes a block's scores again: one
+    block's are held at a time. The query heads that share a KV head form one product: nothing is repeated.
     """
     sequence, batch, heads, head_dim = query.shape
     query = query.unflatten(2, (key.shape[2], -1)).permute(1, 2, 3, 0, 4)      # [batch, kv_heads, shared, sequence, head_dim]
@@ -74,7 +74,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: l
     for mask in masks:
         queries, last = mask.shape[1:]
         block = (query[..., first:last, :], key[..., :last], value[:, :, :last], mask)
-        mixed.append(checkpoint(_attend_block, *block, use_reentrant=True) if recompute else _attend_block(*block))
+        mixed.append(checkpoint(_attend_block, *block, preserve_rng_state=False) if recompute else _attend_block(*block))
         first += queries
     return torch.cat(mixed, 3).permute(3, 0, 1, 2, 4).reshape(sequence, batch, heads * head_dim)
 

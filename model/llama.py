@@ -208,5 +208,5 @@ class Llama(nn.Module):
         if recompute and not x.requires_grad:
             x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
         for layer in self.model.layers:
-            x = checkpoint(layer, x, cos, sin, masks, use_reentrant=True) if recompute else layer(x, cos, sin, masks)
+            x = checkpoint(layer, x, cos, sin, masks, preserve_rng_state=False) if recompute else layer(x, cos, sin, masks)
         return self.lm_head(self.model.norm(x)).transpose(0, 1)

@@ -53,7 +53,7 @@ class LoraLinear(nn.Module):
         self.tensor_parallel_group = base_layer.tensor_parallel_group
         self.sequence_parallel_enabled = base_layer.sequence_parallel_enabled
         self.lora_A, self.lora_B = (ParallelLayer(self.tensor_parallel_group, self.sequence_parallel_enabled) for _ in "AB")
-        how = (torch.float32, base_layer.weight.device)
+        how = (base_layer.weight.dtype, base_layer.weight.device)
         if self.by_row:
             self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), 1, *how)
             self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), None, *how)
@@ -68,7 +68,7 @@ class LoraLinear(nn.Module):
 
     def before(self, x: torch.Tensor) -> list[torch.Tensor]:
         """A dropout(x), [positions of x, batch, r]: of a column-parallel layer, what crosses beside x."""
-        return [F.linear(self._drop(x), self.lora_A.weight.to(x.dtype))]
+        return [F.linear(self._drop(x), self.lora_A.weight)]
 
     def product(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Of a column-parallel layer, y of x and `low`, both of all positions."""
@@ -81,7 +81,7 @@ class LoraLinear(nn.Module):
         return column_parallel(x, [self])[0]
 
     def _up(self, low):
-        return F.linear(low * self.scaling, self.lora_B.weight.to(low.dtype))
+        return F.linear(low * self.scaling, self.lora_B.weight)
 
     def _drop(self, x):
         if not self.dropout or not self.training:

@@ -11,7 +11,6 @@ from model.files import read_json
 from model.llama import Llama, LlamaConfig
 from model.lora import LoraConfig, add_lora, generator_of, hf_name, initial_factor, is_lora
 from parallel.layers import Shard, named_shards
-from parallel.mesh import ALONE, Group
 
 DTYPES = ("F64", "F32", "F16", "BF16")     # safetensors' names; integers and 8-bit floats would need scales beside them
 
@@ -116,7 +115,7 @@ def trained_shapes(config: LlamaConfig, lora: LoraConfig | None) -> dict[str, tu
     model = Llama(config)
     if lora:
         add_lora(model, lora)
-    return {name: shard.global_shape for name, parameter, shard in named_shards(model, ALONE) if parameter.requires_grad}
+    return {name: shard.global_shape for name, parameter, shard in named_shards(model) if parameter.requires_grad}
 
 
 def check_weights(config: LlamaConfig, weights: SafetensorsFiles | RandomWeights) -> None:
@@ -126,7 +125,7 @@ def check_weights(config: LlamaConfig, weights: SafetensorsFiles | RandomWeights
     weights.check(base_shapes(config), ignored)
 
 
-def fill(model: nn.Module, group: Group, weights: SafetensorsFiles | RandomWeights, device, seed: int,
+def fill(model: nn.Module, weights: SafetensorsFiles | RandomWeights, device, seed: int,
          read_trained: Callable[[str, Shard], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Give every parameter of the model its value on `device`, in the model's dtype: this rank's slice and nothing else is read.
 
@@ -134,7 +133,7 @@ def fill(model: nn.Module, group: Group, weights: SafetensorsFiles | RandomWeigh
     start as peft's do (drawn by `seed`). Returns the values of what is trained, fp32 on the CPU: before they were rounded.
     """
     modules, trained = dict(model.named_modules()), {}
-    for name, parameter, shard in list(named_shards(model, group)):
+    for name, parameter, shard in list(named_shards(model)):
         if read_trained and parameter.requires_grad:
             value = read_trained(name, shard)
         elif is_lora(name):

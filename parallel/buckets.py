@@ -13,9 +13,9 @@ from torch import nn
 
 from parallel.collectives import all_gather, all_reduce, reduce_scatter
 from parallel.layers import Shard
-from parallel.mesh import Mesh
+from parallel.mesh import ALONE, Mesh
 
-BUCKET_BYTES = 128 * 10**6      # of fp32 in one collective; Neuron's runtime is slow, or fails, above some 130 MB
+BUCKET_BYTES = 128 * 10**6      # of fp32 gradients in one collective
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Buckets:
                  bucket_bytes: int = BUCKET_BYTES):
         self.parameters, self.shards, self.mesh = parameters, shards, mesh
         self.parts, self.part = (mesh.dp.size(), mesh.dp.rank()) if zero_1 else (1, 0)
-        self.divided = mesh.dp if zero_1 else mesh.replicas(1)      # over these ranks the parts are spread
+        self.divided = mesh.dp if zero_1 else ALONE                 # over these ranks the parts are spread
         room = max(1, bucket_bytes // (4 * self.parts))             # columns
         grouped: dict[tuple, list[list]] = {}
         for name, shard in shards.items():
@@ -58,12 +58,11 @@ class Buckets:
 
     def columns(self, name: str) -> int:
         """Elements of a part of the parameter, padding included."""
-        return -(-torch.Size(self.shards[name].shape).numel() // self.parts)
+        return -(-self.shards[name].numel // self.parts)
 
     def own(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """This rank's part [1, columns], fp32, of values (name -> this rank's slice); on their device, which is the CPU."""
-        return [torch.cat([self._matrix(name, values[name])[self.part:self.part + 1, start:stop]
-                           for name, start, stop in bucket.pieces], 1) for bucket in self.buckets]
+        return [bucket[self.part:self.part + 1] for bucket in self._flatten(values)]
 
     def own_piece(self, name: str, state: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
         """(the elements of a parameter in a state of [1, columns], without padding; the number of the first in the slice)."""
@@ -75,31 +74,26 @@ class Buckets:
                     pieces.append(tensor[0, offset:offset + stop - start])
                 offset += stop - start
         columns = self.columns(name)
-        first = min(self.part * columns, torch.Size(self.shards[name].shape).numel())
-        length = min(columns, torch.Size(self.shards[name].shape).numel() - first)
+        first = min(self.part * columns, self.shards[name].numel)
+        length = min(columns, self.shards[name].numel - first)
         return torch.cat(pieces)[:length], first
 
     def take_gradients(self, sums: list[torch.Tensor] | None) -> list[torch.Tensor]:
-        """`sums` plus the parameters' gradients, fp32 [parts, columns]; the gradients are gone afterwards."""
-        found = [torch.cat([self._matrix(name, self.parameters[name].grad)[:, start:stop]
-                            for name, start, stop in bucket.pieces], 1) for bucket in self.buckets]
+        """The parameters' gradients, fp32 [parts, columns], or `sums` with them added in place; .grad is None afterwards."""
+        found = self._flatten({name: parameter.grad for name, parameter in self.parameters.items()})
         for parameter in self.parameters.values():
             parameter.grad = None
-        return found if sums is None else [total + one for total, one in zip(sums, found, strict=True)]
+        return found if sums is None else [total.add_(one) for total, one in zip(sums, found, strict=True)]
 
     def reduce(self, sums: list[torch.Tensor]) -> list[torch.Tensor]:
         """[parts, columns] of each rank -> this rank's part [1, columns] of the sum over all ranks.
 
-        Partial gradients are summed over the replicas of their slice, then all over the data parallel ranks.
+        Over the data parallel ranks, and partial gradients over the replicas of their slice.
         """
         reduced = []
         for bucket, total in zip(self.buckets, sums, strict=True):
-            if bucket.partial:
-                total = all_reduce(total, self.mesh.replicas(bucket.replicas))
-            if self.divided.size() > 1:
-                reduced.append(reduce_scatter(total, self.divided, 0))
-            else:
-                reduced.append(all_reduce(total, self.mesh.dp))
+            total = reduce_scatter(total, self.divided, 0) if self.parts > 1 else all_reduce(total, self.mesh.dp)
+            reduced.append(all_reduce(total, self.mesh.replicas(bucket.replicas)) if bucket.partial else total)
         return reduced
 
     @torch.no_grad()
@@ -116,6 +110,10 @@ class Buckets:
             flat = (columns[name][0] if len(columns[name]) == 1 else torch.cat(columns[name], 1)).flatten()
             parameter.copy_(flat[:parameter.numel()].view(parameter.shape))
 
-    def _matrix(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        flat = value.float().flatten()
-        return F.pad(flat, (0, self.columns(name) * self.parts - len(flat))).view(self.parts, -1)
+    def _flatten(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """fp32 [parts, columns] of each bucket."""
+        matrices = {}
+        for name, value in values.items():
+            flat, padding = value.float().flatten(), self.columns(name) * self.parts - value.numel()
+            matrices[name] = (F.pad(flat, (0, padding)) if padding else flat).view(self.parts, -1)
+        return [torch.cat([matrices[name][:, start:stop] for name, start, stop in bucket.pieces], 1) for bucket in self.buckets]

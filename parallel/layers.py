@@ -56,6 +56,11 @@ class Shard:
         """The shape of the slice."""
         return tuple(part.stop - part.start for part in self.slices)
 
+    @property
+    def numel(self) -> int:
+        """The number of elements of the slice."""
+        return torch.Size(self.shape).numel()
+
 
 def divide(size: int, parts: int, what: str) -> int:
     """size / parts; raises ValueError naming `what` where that is no integer."""
@@ -64,10 +69,10 @@ def divide(size: int, parts: int, what: str) -> int:
     return size // parts
 
 
-def named_shards(module: nn.Module, group: Group) -> Iterator[tuple[str, nn.Parameter, Shard]]:
+def named_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
     """(name, parameter, shard) of each parameter, a tied one once, in the module's order.
 
-    A parameter that no parallel layer owns is replicated over the tensor parallel `group`, and its gradient taken for whole.
+    Raises ValueError for a parameter that no parallel layer has added: how its gradient adds up over the ranks is not known.
     """
     seen = set()
     for prefix, owner in module.named_modules():
@@ -75,17 +80,23 @@ def named_shards(module: nn.Module, group: Group) -> Iterator[tuple[str, nn.Para
             if parameter in seen:
                 continue
             seen.add(parameter)
-            shard = getattr(owner, "shards", {}).get(name) or Shard(tuple(parameter.shape), replicas=group.size())
-            yield (f"{prefix}.{name}" if prefix else name), parameter, shard
+            full_name = f"{prefix}.{name}" if prefix else name
+            if name not in getattr(owner, "shards", {}):
+                raise ValueError(f"the parameter {full_name} belongs to no parallel layer: derive {type(owner).__name__} from "
+                                 "parallel.layers.ParallelLayer and add it by add_parameter")
+            yield full_name, parameter, owner.shards[name]
 
 
 class ParallelLayer(nn.Module):
-    """What the layers share: the group, this rank's index in it as data, and the shards of the parameters."""
+    """What the layers share: the group, and the shards of the parameters."""
 
     def __init__(self, group: Group | None, sequence_parallel_enabled: bool = False):
         super().__init__()
         self.tensor_parallel_group, self.sequence_parallel_enabled = group or ALONE, sequence_parallel_enabled
         self.shards: dict[str, Shard] = {}
+
+    def add_rank_index(self) -> None:
+        """Register `rank_index`: this rank's place in the group as data, integer [1]."""
         self.register_buffer("rank_index", torch.tensor([self.tensor_parallel_group.rank()]), persistent=False)
 
     def add_parameter(self, name: str, global_shape: tuple[int, ...], dim: int | None, dtype, device, replicas: int = 1) -> None:
@@ -109,13 +120,14 @@ class ColumnParallelLinear(ParallelLayer):
     """y = x W^T + b with the rows of W [output_size, input_size] divided over the group.
 
     x [sequence, batch, input_size] is replicated, or under sequence parallelism the rank's [sequence / size, batch, input_size];
-    y is this rank's [sequence, batch, output_size * replicas / size]. Parameters are used in x's dtype. With `replicas`, so many
-    neighbours hold the same rows (the heads of keys and values, where there are more ranks than heads).
+    y is this rank's [sequence, batch, output_size * replicas / size]. With `replicas`, so many neighbours hold the same
+    rows (the heads of keys and values, where there are more ranks than heads).
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True, dtype: torch.dtype = torch.float32, device=None,
                  sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None, replicas: int = 1):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
+        self.add_rank_index()
         self.input_size, self.output_size, self.replicas = input_size, output_size, replicas
         self.add_parameter("weight", (output_size, input_size), 0, dtype, device, replicas)
         if bias:
@@ -129,7 +141,7 @@ class ColumnParallelLinear(ParallelLayer):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """y of an x of all positions, whose gradient is summed over the group by the caller."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return column_parallel(x, [self])[0]
@@ -167,8 +179,8 @@ class RowParallelLinear(ParallelLayer):
 
     def forward(self, x: torch.Tensor, *along: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """y; or where tensors `along` [sequence, batch, n] are summed in the same message, y and their sums."""
-        y, *sums = leave([F.linear(x, self.weight.to(x.dtype)), *along], self)
-        y = y if self.bias is None else y + self.bias.to(x.dtype)
+        y, *sums = leave([F.linear(x, self.weight), *along], self)
+        y = y if self.bias is None else y + self.bias
         return [y, *sums] if along else y
 
 
@@ -195,6 +207,7 @@ class ParallelEmbedding(ParallelLayer):
     def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype = torch.float32, device=None,
                  sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
+        self.add_rank_index()
         self.add_parameter("weight", (num_embeddings, embedding_dim), 0, dtype, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

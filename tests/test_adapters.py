@@ -9,7 +9,6 @@ from model.llama import Llama, LlamaConfig
 from model.lora import add_lora, is_lora
 from model.weights import SafetensorsFiles, fill
 from parallel.layers import named_shards
-from parallel.mesh import ALONE
 from tests.models import save_adapter, save_llama
 
 ADAPTERS = {
@@ -29,8 +28,8 @@ def test_logits_are_those_of_peft(tmp_path, targets, changes):
     adapter = PeftAdapter(directory)
     model = Llama(LlamaConfig.from_pretrained(base))
     add_lora(model, adapter.config)
-    adapter.check({name: shard.global_shape for name, _, shard in named_shards(model, ALONE) if is_lora(name)})
-    fill(model, ALONE, SafetensorsFiles(base), "cpu", 0, adapter.read)
+    adapter.check({name: shard.global_shape for name, _, shard in named_shards(model) if is_lora(name)})
+    fill(model, SafetensorsFiles(base), "cpu", 0, adapter.read)
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         logits = model(ids, torch.arange(57)[None], torch.ones(1, 57, dtype=torch.int64))

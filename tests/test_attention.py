@@ -50,23 +50,22 @@ def test_blocks_change_nothing(block):
 
 
 def largest_tensors(runtime, base, sequence):
-    """{gradient checkpointing: elements of the largest tensor of forward and backward, traced and not executed}."""
+    """{gradient checkpointing: (elements of the largest tensor, barriers) of forward and backward, traced and not executed}."""
     from pathlib import Path
 
     import torch_xla
 
     from model.llama import Llama, LlamaConfig
     from model.weights import RandomWeights, fill
-    from parallel.mesh import ALONE
     config, found = LlamaConfig.from_pretrained(Path(base)), {}
     for checkpointing in ("none", "selective", "full"):
         model = Llama(config, gradient_checkpointing=checkpointing)
-        fill(model, ALONE, RandomWeights(config, 0), runtime.device, 0)
+        fill(model, RandomWeights(config, 0), runtime.device, 0)
         ids = torch.zeros(1, sequence, dtype=torch.int64).to(runtime.device)
         model(ids, ids, ids).square().sum().backward()
         text = torch_xla._XLAC._get_xla_tensors_hlo([parameter.grad for parameter in model.parameters()])
         shapes = [[int(size) for size in shape.split(",")] for shape in re.findall(r"(?:f32|pred|bf16)\[([\d,]+)\]", text)]
-        found[checkpointing] = max(map(math.prod, shapes))
+        found[checkpointing] = (max(map(math.prod, shapes)), text.count("opt-barrier("))
     return found
 
 
@@ -76,5 +75,7 @@ def test_no_tensor_holds_the_scores_of_all_queries(tmp_path):
     save_llama(tmp_path, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1, head_dim=128,
                max_position_embeddings=8192)
     (found,) = on_ranks(largest_tensors, 1, base=str(tmp_path), sequence=8192)
-    for checkpointing, elements in found.items():
+    for checkpointing, (elements, _) in found.items():
         assert 0 < elements <= 4 * 8192 * 1024, checkpointing
+    # A barrier stands before what is computed again: each block of queries, or the layer.
+    assert {checkpointing: barriers for checkpointing, (_, barriers) in found.items()} == {"none": 0, "selective": 8, "full": 1}

@@ -48,10 +48,10 @@ def sharded(runtime):
             "gate": ColumnParallelLinear(HIDDEN, MIDDLE, **group),
             "down": RowParallelLinear(MIDDLE, HIDDEN, input_is_parallel=True, **group),
             "head": ColumnParallelLinear(HIDDEN, VOCABULARY, bias=False, **group)})
-        for name, parameter, shard in named_shards(net, mesh.tp):
+        for name, parameter, shard in named_shards(net):
             parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
         net.to(runtime.device)
-        named = list(named_shards(net, mesh.tp))
+        named = list(named_shards(net))
         shards = {name: shard for name, _, shard in named}
         buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh, bucket_bytes=bucket_bytes)
         ids, target = (tensor.to(runtime.device) for tensor in data())
@@ -107,3 +107,10 @@ def test_sizes_that_cannot_be_divided():
         RowParallelLinear(8, 8, tensor_model_parallel_group=group)
     with pytest.raises(ValueError, match="world size 6 is not divisible by --tensor_parallel_size 4"):
         Mesh.create(0, 6, 4)
+
+
+def test_a_parameter_of_no_parallel_layer_is_refused():
+    from parallel.layers import ColumnParallelLinear, named_shards
+    net = torch.nn.ModuleDict({"up": ColumnParallelLinear(8, 8), "norm": torch.nn.LayerNorm(8)})
+    with pytest.raises(ValueError, match="the parameter norm.weight belongs to no parallel layer: derive LayerNorm from"):
+        list(named_shards(net))

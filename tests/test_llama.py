@@ -21,7 +21,7 @@ def forward(runtime, directory, tensor_parallel_sizes, rows):
     for tp in tensor_parallel_sizes:
         mesh = Mesh.create(runtime.rank, runtime.world_size, tp)
         model = Llama(config, mesh.tp)
-        fill(model, mesh.tp, files, runtime.device, seed=0)
+        fill(model, files, runtime.device, seed=0)
         with torch.no_grad():
             batch = [torch.tensor(rows[name]).to(runtime.device) for name in ("input_ids", "position_ids", "segment_ids")]
             logits = all_gather(model(*batch), mesh.tp, -1)

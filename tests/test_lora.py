@@ -33,10 +33,10 @@ def sharded(runtime):
         net = nn.ModuleDict({"up": ColumnParallelLinear(HIDDEN, MIDDLE, **layout),
                              "down": RowParallelLinear(MIDDLE, HIDDEN, input_is_parallel=True, **layout)})
         seeds = add_lora(net, CONFIG)
-        for name, parameter, shard in named_shards(net, mesh.tp):
+        for name, parameter, shard in named_shards(net):
             parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
         net.to(runtime.device)
-        named = [each for each in named_shards(net, mesh.tp) if each[1].requires_grad]
+        named = [each for each in named_shards(net) if each[1].requires_grad]
         shards = {name: shard for name, _, shard in named}
         buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh)
         seeds.set(torch.tensor([5, 6]).to(runtime.device), SEQUENCE)

@@ -81,3 +81,15 @@ def test_processes_that_leave_import_no_torch():
     code = ("import os, sys; os.environ |= {'LOCAL_RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}\n"
             "import parallel.runtime as r; assert r.leaves_at_once(); assert 'torch' not in sys.modules")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("neuron", [False, True])
+def test_stochastic_rounding_is_switched_on_or_warned_of(monkeypatch, capsys, neuron):
+    from parallel import runtime
+    monkeypatch.setattr(runtime, "on_neuron", lambda: neuron)
+    monkeypatch.setattr(runtime.os, "environ", {})
+    runtime.prepare_environment(1)
+    assert "NEURON_RT_STOCHASTIC_ROUNDING_EN" not in runtime.os.environ and not capsys.readouterr().err
+    runtime.prepare_environment(1, stochastic_rounding=True)
+    assert runtime.os.environ.get("NEURON_RT_STOCHASTIC_ROUNDING_EN") == ("1" if neuron else None)
+    assert ("warning: --stochastic_rounding needs NeuronCores" in capsys.readouterr().err) is not neuron

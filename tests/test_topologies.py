@@ -50,12 +50,12 @@ def sharded(runtime, tp, sequence_parallel, bases):
                           sequence_parallel=sequence_parallel)
             adapter = PeftAdapter(Path(base) / "adapter")
             add_lora(model, adapter.config)
-            fill(model, mesh.tp, SafetensorsFiles(Path(base)), runtime.device, 0, adapter.read)
+            fill(model, SafetensorsFiles(Path(base)), runtime.device, 0, adapter.read)
             model.requires_grad_(True)      # LoRA and all weights at once: more than a run trains, in one graph
-            named = list(named_shards(model, mesh.tp))
+            named = list(named_shards(model))
             shards = {name: shard for name, _, shard in named}
-            # Buckets so small that parameters are cut between them.
-            buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh, bucket_bytes=4 * 1000)
+            # Buckets so small that parameters are cut between them; under ZeRO-1 where the KV heads are two.
+            buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh, kv_heads == "2", 4 * 1000)
             sums = [[torch.zeros(shape).to(runtime.device) for shape in buckets.shapes]]
             totals = [torch.zeros(2).to(runtime.device)]
             # After one micro-batch, two and three; and after two and a ragged one.
@@ -65,7 +65,7 @@ def sharded(runtime, tp, sequence_parallel, bases):
                 logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
                 losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
                 losses.sum().backward()
-                sums.append(buckets.take_gradients(sums[before]))
+                sums.append(buckets.take_gradients([total.clone() for total in sums[before]]))
                 totals.append(totals[before] + torch.stack([losses.detach().sum(), (batch["labels"] != -100).sum().float()]))
                 runtime.mark_step()
             for accumulation, after in (("one", 1), ("three", 3), ("ragged", 4)):
@@ -77,7 +77,7 @@ def sharded(runtime, tp, sequence_parallel, bases):
                 on_host = [gradient.cpu() for gradient in gradients]
                 found[kv_heads, checkpointing, accumulation] = (
                     total.cpu(), norm.item(), clipped.item(),
-                    {name: (buckets.own_piece(name, on_host)[0].view(shard.shape), shard) for name, shard in shards.items()})
+                    {name: (*buckets.own_piece(name, on_host), shard) for name, shard in shards.items()})
     return found, runtime.compilations()
 
 
@@ -117,11 +117,12 @@ def dense(adapted):
 def bases(tmp_path_factory):
     """{kv heads: directory of a model, with an adapter in it} and {kv heads: what `dense` says}."""
     directories, expected = {}, {}
-    for kv_heads in (1, 2, 8):
+    for kv_heads, targets, changes in ((1, [*LINEAR, "lm_head"], {}), (2, LINEAR, {"attention_bias": True, "mlp_bias": True}),
+                                       (8, LINEAR, {"tied": True})):
         directory = tmp_path_factory.mktemp(f"kv{kv_heads}")
         model = save_llama(directory, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           num_key_value_heads=kv_heads, max_position_embeddings=64)
-        adapted = save_adapter(model, directory / "adapter", LINEAR).double()
+                           num_key_value_heads=kv_heads, max_position_embeddings=64, **changes)
+        adapted = save_adapter(model, directory / "adapter", targets).double()
         adapted.requires_grad_(True)
         directories[kv_heads], expected[kv_heads] = str(directory), dense(adapted)
     return directories, expected
@@ -139,7 +140,8 @@ def test_every_gradient_is_the_dense_one(bases, tp, sequence_parallel):
             assert totals[1] == tokens and abs(totals[0] - loss) < 1e-5 * loss, at
             assert abs(norm - dense_norm) < 1e-5 * dense_norm and abs(clipped - min(0.5, dense_norm)) < 1e-5, at
             assert set(gradients) == set(dense_gradients)
-            for name, (gradient, shard) in gradients.items():
-                part = dense_gradients[name][shard.slices]
+            for name, (gradient, first, shard) in gradients.items():
+                part = dense_gradients[name][shard.slices].flatten()[first:first + len(gradient)]
+                assert len(gradient) == shard.numel // (dp if kv_heads == "2" else 1)
                 error = (gradient.double() - part).norm() / dense_gradients[name].norm()
                 assert error < 1e-5, f"{at}{name}: {error}"

@@ -55,7 +55,7 @@ def sharded_logits(runtime, checkpoint, base, tp, ids):
     model = Llama(LlamaConfig.from_pretrained(Path(base)), mesh.tp)
     if checkpoint.lora:
         add_lora(model, checkpoint.lora)
-    fill(model, mesh.tp, SafetensorsFiles(Path(base)), runtime.device, 0, partial(checkpoint.read, "parameter"))
+    fill(model, SafetensorsFiles(Path(base)), runtime.device, 0, partial(checkpoint.read, "parameter"))
     model.eval()
     with torch.no_grad():
         batch = [torch.tensor([values]).to(runtime.device) for values in (ids, range(len(ids)), [1] * len(ids))]

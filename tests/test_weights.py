@@ -46,9 +46,9 @@ def test_a_rank_reads_its_slices_and_nothing_else(tmp_path, monkeypatch):
         files = weights.SafetensorsFiles(tmp_path)
         weights.check_weights(config, files)
         assert not counts
-        weights.fill(model, group, files, "cpu", seed=0)
+        weights.fill(model, files, "cpu", seed=0)
         assert counts == {name: tensor.numel() // (1 if "norm" in name else 4) for name, tensor in reference.items()}
-        for name, parameter, shard in named_shards(model, group):
+        for name, parameter, shard in named_shards(model):
             whole[name][shard.slices] = parameter.detach()
     assert all(torch.equal(whole[name], tensor) for name, tensor in reference.items())
 

@@ -84,7 +84,7 @@ class Checkpoint:
                 for key, values in described.items():
                     shard = Shard(**{field: values[field] for field in SHARD} | {"global_shape": tuple(values["global_shape"])})
                     (length,) = views[key].get_shape()
-                    if views[key].get_dtype() != "F32" or not 0 <= values["first"] <= torch.Size(shard.shape).numel() - length:
+                    if views[key].get_dtype() != "F32" or not 0 <= values["first"] <= shard.numel - length:
                         raise ValueError(f"what its metadata says of {key} is not what it holds")
                     here = found.setdefault(key, {}).setdefault(shard.index, _Slice(key, shard))
                     here.pieces.setdefault(values["first"], (length, file))
@@ -147,7 +147,7 @@ class _Slice:
             if first != end:
                 return False
             end += length
-        return end == torch.Size(self.shard.shape).numel()
+        return end == self.shard.numel
 
     def read(self) -> torch.Tensor:
         pieces = [file.get_tensor(self.key) for _, (_, file) in sorted(self.pieces.items(), key=lambda item: item[0])]
@@ -198,7 +198,7 @@ def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer) -> 
     if mesh.dp.rank() == 0 or optimizer.buckets.parts > 1:
         tensors, described = {}, {}
         for kind, state in zip(KINDS, (optimizer.weights, optimizer.exp_avg, optimizer.exp_avg_sq), strict=True):
-            on_host = [value.float().cpu() for value in state]
+            on_host = [value.cpu().float() for value in state]
             for name, shard in optimizer.buckets.shards.items():
                 values, first = optimizer.buckets.own_piece(name, on_host)
                 if len(values):

@@ -45,7 +45,8 @@ class Config:
     tensor_parallel_size: int = _flag(1, "Ranks that share the weights of each layer.")
     pipeline_parallel_size: int = _flag(1, "Stages that share the layers; only 1 is implemented.")
     sequence_parallel: bool | None = _flag(
-        None, "Divide norms and residuals over the tensor parallel ranks too, by position; default: where it divides.")
+        None, "Divide norms and residuals over the tensor parallel ranks too, by position; default: where it divides.",
+        nargs="?", const=True)
     zero_1: bool = _flag(False, "Divide master weights and optimizer state over the data parallel ranks.")
     world_size: int | None = _flag(None, "Ranks hosted by this process on a CPU, where torchrun did not start it; default 1.")
     # training

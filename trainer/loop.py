@@ -33,8 +33,8 @@ def run(runtime: Runtime, job: Job) -> None:
                   gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence)
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
-    initial = fill(model, mesh.tp, weights, device, config.seed, job.read_trained)
-    trained = [(name, parameter, shard) for name, parameter, shard in named_shards(model, mesh.tp) if parameter.requires_grad]
+    initial = fill(model, weights, device, config.seed, job.read_trained)
+    trained = [(name, parameter, shard) for name, parameter, shard in named_shards(model) if parameter.requires_grad]
     buckets = Buckets({name: parameter for name, parameter, _ in trained}, {name: shard for name, _, shard in trained}, mesh,
                       config.zero_1)
 
@@ -76,6 +76,7 @@ def run(runtime: Runtime, job: Job) -> None:
             losses.sum().backward()
             sums = buckets.take_gradients(sums)
             totals = totals + batch_totals(losses, batch)
+            del logits, losses              # what lives at a mark_step is an output of its graph, and takes memory
             if accumulates:
                 runtime.mark_step()         # one graph for every micro-batch; a single one shares the graph of the update
 
@@ -83,7 +84,7 @@ def run(runtime: Runtime, job: Job) -> None:
         totals = all_reduce(totals, mesh.dp)
         target_tokens = totals[1:2].clamp(min=1.0)
         gradients = [total / target_tokens for total in buckets.reduce(sums)]
-        sums = [torch.zeros_like(total) for total in sums] if accumulates else None
+        sums = [total.zero_() for total in sums] if accumulates else None
 
         # Clipping and update: of fp32 master weights, under --zero_1 this rank's part, to which the parameters are rounded.
         norm = global_norm(buckets, gradients)
@@ -91,6 +92,7 @@ def run(runtime: Runtime, job: Job) -> None:
             gradients = clip_gradients(gradients, norm, config.max_grad_norm)
         optimizer.step(gradients, scalars)
         buckets.set_parameters(optimizer.weights)
+        del gradients
         values = torch.cat([totals[0:1] / target_tokens, norm, totals[1:]])
         runtime.mark_step()
 
@@ -117,6 +119,7 @@ def evaluate(runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh, zeros: 
         logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
         losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
         totals = totals + all_reduce(batch_totals(losses, batch), mesh.dp)
+        del logits, losses
         runtime.mark_step()
     loss_sum, target_tokens, _ = totals.cpu().tolist()
     return loss_sum / target_tokens, int(target_tokens)
