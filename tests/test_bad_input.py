@@ -186,7 +186,8 @@ def test_booleans_as_hugging_face_takes_them():
     for flags, divides in (([], True), (["--sequence_parallel", "false"], False), (["--sequence_parallel"], True),
                            (["--max_seq_length", "255"], False), (["--tensor_parallel_size", "1"], False)):
         assert parse(["--tensor_parallel_size", "2", *flags]).divides_sequence is divides
-    for flags, recompute in (([], "none"), (["--gradient_checkpointing"], "full"), (["--gradient_checkpointing", "false"], "none"),
+    for flags, recompute in (([], "none"), (["--gradient_checkpointing"], "full"),
+                             (["--gradient_checkpointing", "false"], "none"),
                              (["--gradient_checkpointing", "selective", "--bf16"], "selective")):
         assert parse(flags).recompute == recompute
     assert parse([]).dataset_path == str(SAMPLE / "instructions.jsonl")
