@@ -1,10 +1,11 @@
 """Several examples in a row of fixed length, kept apart by segment ids, positions and labels."""
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from data.records import IGNORED, Example
+from data.tokens import IGNORED, Tokens
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -37,42 +38,65 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """What of the tokens goes into rows: piece i has the tokens start[i] to stop[i] of the source number source[i]."""
+
+    source: np.ndarray          # int64 [pieces]
+    start: np.ndarray           # int64 [pieces]
+    stop: np.ndarray            # int64 [pieces]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
 class Rows:
-    """int32 arrays [rows, row_length].
+    """Rows of `row_length` tokens; `groups[r]` are the numbers of the pieces in row r, in their order."""
 
-    Segments count from 1 in each row, 0 is padding; positions restart in each segment. Labels are shifted: labels[t]
-    is what position t has to predict, -100 where nothing is trained; nothing is predicted across a boundary.
-    """
+    tokens: list[Tokens]
+    pieces: Pieces
+    groups: list[list[int]]
+    row_length: int
+    pad_token_id: int
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-    segment_ids: np.ndarray
+    def __post_init__(self):
+        """Raise ValueError where a group is longer than a row."""
+        lengths = self.pieces.lengths
+        for row, group in enumerate(self.groups):
+            if (total := sum(int(lengths[piece]) for piece in group)) > self.row_length:
+                raise ValueError(f"row {row} is given {total} tokens: at most {self.row_length} were expected")
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.groups)
+
+    @cached_property
+    def total_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.pieces.lengths.sum())
 
     @property
     def efficiency(self) -> float:
         """The share of tokens that are no padding."""
-        return float((self.segment_ids > 0).mean()) if self.segment_ids.size else 0.0
+        return self.total_tokens / max(1, len(self) * self.row_length)
 
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """input_ids, labels, position_ids, segment_ids: int64 [row_length].
 
-def build_rows(examples: list[Example], groups: list[list[int]], row_length: int, pad_token_id: int) -> Rows:
-    """One row for each group of example indices; raises ValueError where a group is longer than a row."""
-    shape = (len(groups), row_length)
-    rows = Rows(np.full(shape, pad_token_id, np.int32), np.full(shape, IGNORED, np.int32), np.zeros(shape, np.int32),
-                np.zeros(shape, np.int32))
-    for row, group in enumerate(groups):
-        start, total = 0, sum(len(examples[index].input_ids) for index in group)
-        if total > row_length:
-            raise ValueError(f"row {row} is given {total} tokens: at most {row_length} were expected")
-        for segment, index in enumerate(group, 1):
-            ids, labels = examples[index]
-            stop = start + len(ids)
-            rows.input_ids[row, start:stop] = ids
-            rows.labels[row, start:stop - 1] = labels[1:]
-            rows.position_ids[row, start:stop] = np.arange(len(ids))
-            rows.segment_ids[row, start:stop] = segment
-            start = stop
-    return rows
+        Segments count from 1, 0 is padding; positions restart in each segment. Labels are shifted: labels[t] is what position t
+        has to predict, -100 where nothing is trained; nothing is predicted across a boundary.
+        """
+        row = {"input_ids": np.full(self.row_length, self.pad_token_id), "labels": np.full(self.row_length, IGNORED),
+               "position_ids": np.zeros(self.row_length, np.int64), "segment_ids": np.zeros(self.row_length, np.int64)}
+        begin = 0
+        for segment, piece in enumerate(self.groups[index], 1):
+            tokens = self.tokens[self.pieces.source[piece]]
+            where = slice(self.pieces.start[piece], self.pieces.stop[piece])
+            ids, trained = tokens.input_ids[where], tokens.trained[where]
+            end = begin + len(ids)
+            row["input_ids"][begin:end] = ids
+            row["labels"][begin:end - 1] = np.where(trained, ids, IGNORED)[1:]
+            row["position_ids"][begin:end] = np.arange(len(ids))
+            row["segment_ids"][begin:end] = segment
+            begin = end
+        return row

@@ -147,7 +147,11 @@ def test_data(tmp_path):
     assert "the data set is empty" in refused(tmp_path, "--dataset", path)
     assert "no such file" in refused(tmp_path, "--dataset", tmp_path / "none.jsonl")
     path.write_text(json.dumps({"instruction": "a" * 900, "response": "b"}))
-    assert "all prompts are longer" in refused(tmp_path, "--dataset", path)
+    assert f"{path}:1: no target token is left within --max_seq_length 64 (1 such examples): raise it" in refused(
+        tmp_path, "--dataset", path)
+    assert "nothing is left to train" in refused(tmp_path, "--dataset", path, "--skip_bad")
+    path.write_text(good)
+    assert "at least two examples with prompts" in refused(tmp_path, "--dataset", path, "--do_eval")
 
 
 def test_merging(tmp_path):
@@ -162,6 +166,9 @@ def test_merging(tmp_path):
 
 @pytest.mark.parametrize("flags, problem", [
     (["--stochastic_rounding"], "pass --bf16 too"),
+    (["--dataset", "a", "b", "--dataset_weights", "1"], "--dataset_weights has 1 numbers for 2 data sets"),
+    (["--dataset_weights", "0"], "numbers above 0"), (["--max_samples", "0"], "at least 1"),
+    (["--long_examples", "drop"], "invalid choice: 'drop'"),
     (["--sequence_parallel", "--tensor_parallel_size", "3"], "1024 is not divisible by --tensor_parallel_size 3"),
     (["--gradient_checkpointing", "some"], "invalid choice: 'some'"),
     (["--pipeline_parallel_size", "2"], "--pipeline_parallel_size 2"),
@@ -190,4 +197,5 @@ def test_booleans_as_hugging_face_takes_them():
                              (["--gradient_checkpointing", "false"], "none"),
                              (["--gradient_checkpointing", "selective", "--bf16"], "selective")):
         assert parse(flags).recompute == recompute
-    assert parse([]).dataset_path == str(SAMPLE / "instructions.jsonl")
+    assert parse([]).datasets == [str(SAMPLE / "instructions.jsonl")]
+    assert parse(["--dataset", "a", "b", "--dataset_weights", "1", "0.5"]).dataset_weights == [1.0, 0.5]

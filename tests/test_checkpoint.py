@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data.loader import Position
 from parallel.buckets import Buckets
 from parallel.layers import Shard
 from parallel.mesh import Mesh
@@ -52,7 +53,7 @@ def save(output, step, tp=2, dp=2, limit=None, zero_1=False):
     def rank_saves(rank):
         mesh = Mesh.create(rank, tp * dp, tp)
         runtime = ThreadRuntime(rank, tp * dp, torch.device("cpu"), meeting)
-        save_checkpoint(runtime, mesh, job, step, optimizer_of(mesh, True, zero_1))
+        save_checkpoint(runtime, mesh, job, Position(step, 1, 3), optimizer_of(mesh, True, zero_1))
 
     with ThreadPoolExecutor(tp * dp) as pool:
         list(pool.map(rank_saves, range(tp * dp)))
@@ -63,7 +64,7 @@ def save(output, step, tp=2, dp=2, limit=None, zero_1=False):
 def test_what_some_ranks_wrote_any_topology_reads(tmp_path, zero_1, files):
     """Also where ZeRO-1 divides 6 or 24 elements over 3 or 5 ranks, and buckets cut them."""
     checkpoint = Checkpoint(save(tmp_path, 7, dp=3, zero_1=zero_1))
-    assert checkpoint.step == 7 and checkpoint.lora is None
+    assert checkpoint.step == 7 and checkpoint.position == Position(7, 1, 3) and checkpoint.lora is None
     assert sorted(checkpoint.manifest["files"]) == [f"rank-{rank:05d}.safetensors" for rank in range(6) if zero_1 or rank < 2]
     assert len(checkpoint.manifest["files"]) == files
     assert checkpoint.shapes == {name: shape for name, (shape, _) in SHAPES.items()}
@@ -107,6 +108,11 @@ def forget_a_rank(path):
     manifest.write_text(json.dumps(values))
 
 
+def misplace(path):
+    manifest = path.parent / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"position": {"epoch": 1}}))
+
+
 @pytest.mark.parametrize("damage, problem", [
     (Path.unlink, "rank-00001.safetensors is missing"), (cut, "rank-00001.safetensors has .* bytes of .* is truncated"),
     (break_header, "rank-00001.safetensors is damaged"),
@@ -114,6 +120,7 @@ def forget_a_rank(path):
     (lambda path: (path.parent / "manifest.json").unlink(), "is no complete checkpoint"),
     (lambda path: cut(path.parent / "manifest.json"), "manifest.json is damaged"),
     (lambda path: (path.parent / "manifest.json").write_text('{"format": "other"}'), "format 'other'"),
+    (misplace, "manifest.json is damaged: its position is"),
     (lambda path: (path.parent / "manifest.json").write_text('{"format": "markstep checkpoint", "version": 2}'), "has no step"),
 ])
 def test_damage_is_named(tmp_path, damage, problem):

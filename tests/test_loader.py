@@ -2,10 +2,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data.loader import Loader
-from data.packing import build_rows
-from data.records import Example
+from data.loader import BEGINNING, Loader, Position, Prefetcher
+from tests.examples import rows_of
 
 COUNT, GLOBAL_BATCH, STEPS = 27, 8, 4       # the last global batch of an epoch has 3 rows and 5 empty ones
 DIVISIONS = [(1, 8, 1), (2, 2, 2), (1, 1, 8), (8, 1, 1), (4, 1, 2), (1, 2, 4)]      # batch_size, accumulation, dp_size
@@ -15,12 +16,11 @@ FIELDS = ("input_ids", "labels", "position_ids", "segment_ids")
 @pytest.fixture(scope="module")
 def rows():
     """Row i has the ids 100 + i, and is padded with 0."""
-    examples = [Example(np.full(5, 100 + i, np.int32), np.full(5, 100 + i, np.int32)) for i in range(COUNT)]
-    return build_rows(examples, [[index] for index in range(COUNT)], 6, 0)
+    return rows_of([(np.full(5, 100 + i), [True] * 5) for i in range(COUNT)], [[index] for index in range(COUNT)], 6)
 
 
-def loaders(rows, batch_size, accumulation, dp_size, seed=9):
-    return [Loader(rows, batch_size=batch_size, accumulation=accumulation, dp_rank=rank, dp_size=dp_size, seed=seed)
+def loaders(rows, batch_size, accumulation, dp_size, seed=9, start=BEGINNING):
+    return [Loader(rows, batch_size=batch_size, accumulation=accumulation, dp_rank=rank, dp_size=dp_size, seed=seed, start=start)
             for rank in range(dp_size)]
 
 
@@ -62,7 +62,9 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(rows):
 
 def test_batches_are_whole_rows_and_empty_ones_train_nothing(rows):
     loader, = loaders(rows, 8, 1, 1)
-    assert (loader.global_batch, loader.steps_per_epoch) == (GLOBAL_BATCH, STEPS)
+    assert loader.global_batch == GLOBAL_BATCH
+    assert [loader.epochs(step) for step in (0, 1, STEPS, 2 * STEPS + 1)] == [0, 8 / 27, 1, 2 + 8 / 27]
+    assert [loader.steps_until(epochs) for epochs in (0.1, 8 / 27, 0.3, 1, 1.01, 3)] == [1, 1, 2, STEPS, STEPS + 1, 3 * STEPS]
     batch, = loader.step(STEPS - 1)
     assert set(batch) == {*FIELDS, "row_seeds"} and batch["row_seeds"].shape == (8,)
     for name in FIELDS:
@@ -71,7 +73,7 @@ def test_batches_are_whole_rows_and_empty_ones_train_nothing(rows):
     for place in range(3):
         index = int(batch["input_ids"][place, 0]) - 100
         for name in FIELDS:
-            assert batch[name][place].tolist() == getattr(rows, name)[index].tolist()
+            assert batch[name][place].tolist() == rows.row(index)[name].tolist()
     for name, value in zip(FIELDS, (0, -100, 0, 0), strict=True):
         assert (batch[name][3:] == value).all()
 
@@ -110,6 +112,53 @@ def test_a_layout_that_is_none(rows, change):
 
 def test_no_rows_and_no_such_step(rows):
     with pytest.raises(ValueError, match="there are no rows"):
-        loaders(build_rows([], [], 6, 0), 1, 1, 1)
+        loaders(rows_of([], [], 6), 1, 1, 1)
     with pytest.raises(ValueError, match="step is -1"):
         loaders(rows, 1, 1, 1)[0].step(-1)
+    with pytest.raises(ValueError, match="step is 4: 5 or more was expected"):
+        loaders(rows, 1, 1, 1, start=Position(5, 0, 5))[0].step(4)
+
+
+DIVISION = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+
+
+def rows_seen(ranks, step):
+    """The rows of a step over all ranks, without the empty ones, sorted."""
+    firsts = [int(first) for loader in ranks for batch in loader.step(step) for first in batch["input_ids"][:, 0]]
+    return sorted(first - 100 for first in firsts if first)
+
+
+@given(divisions=st.lists(DIVISION, min_size=1, max_size=5), steps=st.lists(st.integers(1, 6), min_size=5, max_size=5))
+def test_no_row_twice_and_none_lost_however_often_the_division_changes(divisions, steps):
+    """Stopped after some steps and gone on with in another division: an epoch has the rows that it has without a stop."""
+    rows = rows_of([(np.full(5, 100 + i), [True] * 5) for i in range(COUNT)], [[index] for index in range(COUNT)], 6)
+    start, seen = BEGINNING, []
+    for division, count in zip(divisions, steps, strict=False):
+        ranks = loaders(rows, *division, start=start)
+        for step in range(start.step, start.step + count):
+            position = ranks[0].position(step)
+            order = np.random.default_rng([9, position.epoch]).permutation(COUNT)
+            expected = order[position.row:position.row + ranks[0].global_batch].tolist()
+            assert rows_seen(ranks, step) == sorted(expected)
+            seen += [(position.epoch, row) for row in expected]
+        start = ranks[0].position(start.step + count)
+        assert start.epoch * COUNT + start.row == len(seen)
+    assert len(set(seen)) == len(seen)
+    assert {epoch for epoch, _ in seen} == set(range(start.epoch + (start.row > 0)))
+
+
+def test_the_prefetcher_gives_the_batches_of_the_loader(rows):
+    moved = []
+
+    def move(tensor):
+        moved.append(tensor)
+        return tensor + 1
+
+    loader, = loaders(rows, 2, 2, 1)
+    prefetcher = Prefetcher(loader, move)
+    for step in (3, 4, 5, 9):           # 9: not the one that was begun
+        found = prefetcher.step(step, last=step == 9)
+        assert 0 <= prefetcher.waited < 60
+        for batch, expected in zip(found, loader.step(step), strict=True):
+            assert all(torch.equal(batch[name], expected[name] + 1) for name in expected)
+    assert len(moved) in (40, 50)       # after the last step none is begun

@@ -156,13 +156,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
     torch.testing.assert_close(column(other), column(whole)[5:], rtol=1e-4, atol=0)
 
 
-def peft_losses(adapted, tokenizer, dataset):
-    """Ten steps of peft and torch.optim.AdamW on the rows of our loader, each segment alone in a row of its own."""
+def peft_losses(adapted, rows):
+    """Ten steps of peft and torch.optim.AdamW on the rows, each segment alone in a row of its own."""
     from data.loader import Loader
-    from data.packing import build_rows, pack
-    from data.records import load_records, tokenize
-    examples, *_ = tokenize(load_records(str(dataset)), tokenizer, 64)
-    rows = build_rows(examples, pack([len(example.input_ids) for example in examples], 64), 64, 0)
     loader = Loader(rows, batch_size=1, accumulation=4, dp_rank=0, dp_size=1, seed=42)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
@@ -190,16 +186,15 @@ def peft_losses(adapted, tokenizer, dataset):
 def test_lora_follows_peft_and_comes_back(tmp_path, tied, rslora, targets):
     """From peft's adapter through ten steps on TP2 x DP2 to peft's adapter and to a merged model, compared at each end."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     adapted = save_adapter(save_llama(base, tied), adapter, targets, use_rslora=rslora)
-    dataset = ROOT / "data" / "sample" / "instructions.jsonl"
     flags = [str(flag) for flag in (
         "--model_id", base, "--adapter_name_or_path", adapter, "--max_seq_length", 64, "--learning_rate", "1e-2",
         "--lr_scheduler_type", "constant", "--world_size", 4, "--tensor_parallel_size", 2, "--gradient_accumulation_steps", 2,
         "--max_steps", 10, "--output_dir", output)]
     start(*flags)
-    reference = peft_losses(adapted, AutoTokenizer.from_pretrained(base), dataset)
+    reference = peft_losses(adapted, prepare(parse([*flags, "--output_dir", f"{tmp_path}/rows"]), 4).train_rows)
     torch.testing.assert_close(column(output), reference, rtol=0, atol=1e-4)
 
     merged = check_merged(output, base, 10)
@@ -238,7 +233,7 @@ def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
     lines = read(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["compilations"] == 2
     assert all(set(line) == {"step", "epoch", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_per_second",
-                             "step_seconds", "compilations"} for line in lines)
+                             "step_seconds", "data_wait_seconds", "compilations"} for line in lines)
 
 
 def test_thirty_two_ranks_compile_the_step_once(tmp_path):

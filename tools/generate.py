@@ -5,7 +5,7 @@
 import argparse
 import sys
 
-from data.records import format_prompt
+from data.formats import format_prompt
 from model.files import in_one_line
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: `OUT/checkpoint-<step>/`, complete when it has that name.
 
-    manifest.json          format, version, step, topology, what makes it this run (identity), where the base model is, flags,
-                           bytes of each file
+    manifest.json          format, version, step, position in the data, topology, what makes it this run (identity), where the
+                           base model is, flags, bytes of each file
     rank-<n>.safetensors   `parameter/<name>` (master weights), `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32,
                            one dimension: elements of the slice of rank n. The metadata entry `shards` says for each tensor
                            which slice (global_shape, dim, parts, index, replicas), and the number of its first element (first)
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from data.loader import Position
 from model.files import read_json
 from model.lora import LoraConfig
 from parallel.layers import Shard
@@ -50,7 +51,7 @@ class Checkpoint:
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
             raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
                              f"this program reads {FORMAT!r} version {VERSION}")
-        absent = [key for key, kind in (("step", int), ("files", dict), ("identity", dict))
+        absent = [key for key, kind in (("step", int), ("files", dict), ("identity", dict), ("position", dict))
                   if not isinstance(self.manifest.get(key), kind) or not self.manifest[key]]
         if absent or "lora" not in self.manifest["identity"] or self.manifest["step"] < 1:
             raise ValueError(f"{manifest} is damaged: it has no {absent[0] if absent else 'lora in identity, or a step below 1'}")
@@ -61,6 +62,10 @@ class Checkpoint:
             if file.stat().st_size != size:
                 raise ValueError(f"{file} has {file.stat().st_size} bytes of {size}: the checkpoint is truncated")
         self.step: int = self.manifest["step"]
+        place = self.manifest["position"]
+        self.position = Position(self.step, place.get("epoch"), place.get("row"))
+        if not all(isinstance(value, int) and value >= 0 for value in (self.position.epoch, self.position.row)):
+            raise ValueError(f"{manifest} is damaged: its position is {place}")
         lora = self.manifest["identity"]["lora"]
         try:
             self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
@@ -187,9 +192,12 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
     return checkpoint
 
 
-def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer) -> None:
-    """Write `OUT/checkpoint-<step>`; called by every rank after a mark_step. The host waits for the device here."""
-    final = Path(job.config.output_dir) / f"checkpoint-{step}"
+def save_checkpoint(runtime: Runtime, mesh: Mesh, job, position: Position, optimizer) -> None:
+    """Write `OUT/checkpoint-<step>`, the state before the step of `position`.
+
+    Called by every rank after a mark_step. The host waits for the device here.
+    """
+    final = Path(job.config.output_dir) / f"checkpoint-{position.step}"
     partial = final.with_name(final.name + ".incomplete")
     if runtime.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -214,7 +222,8 @@ def save_checkpoint(runtime: Runtime, mesh: Mesh, job, step: int, optimizer) -> 
                 shutil.copyfile(job.model_directory / name, partial / name)
         job.tokenizer.save_pretrained(partial)
         manifest = {
-            "format": FORMAT, "version": VERSION, "step": step, "world_size": mesh.world_size,
+            "format": FORMAT, "version": VERSION, "step": position.step,
+            "position": {"epoch": position.epoch, "row": position.row}, "world_size": mesh.world_size,
             "tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(), "identity": job.identity,
             "model": job.model_reference, "random_seed": job.config.random_seed, "config": asdict(job.config),
             "files": {path.name: path.stat().st_size for path in sorted(partial.glob("rank-*"))}}

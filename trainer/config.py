@@ -37,8 +37,19 @@ class Config:
     use_rslora: bool = _flag(False, "Scale the update by lora_alpha / sqrt(lora_r).")
     adapter_name_or_path: str | None = _flag(None, "Directory of a peft adapter to go on from; it sets the LoRA flags.")
     # data
-    dataset: str | None = _flag(None, "JSONL file or hub id with instruction, context, response; default: the embedded sample.")
-    max_seq_length: int = _flag(1024, "Tokens per row; longer examples are truncated.")
+    dataset: list[str] | None = _flag(
+        None, "Files (JSONL, JSON, CSV, Parquet, text), folders or hub ids; default: the embedded sample.")
+    dataset_weights: list[float] | None = _flag(None, "How often an epoch has each --dataset, such as 2 0.5; default 1 each.")
+    format: str = _flag("auto", "messages, prompt_completion, dolly, alpaca, text, or module:function, which makes one of these; "
+                                "auto takes the first whose fields a data set has.")
+    train_on_prompt: bool = _flag(False, "Train on all tokens, not on answers only.")
+    max_samples: int | None = _flag(None, "Take only so many records of each --dataset, the first.")
+    streaming: bool = _flag(False, "Read hub data sets record by record, without storing them first.")
+    skip_bad: bool = _flag(False, "Leave records out that cannot be used, and count and name them, in place of an error.")
+    data_cache_dir: str | None = _flag(None, "Where tokens are kept for the next start; default: the user's cache.")
+    max_seq_length: int = _flag(1024, "Tokens per row.")
+    long_examples: Literal["truncate", "split", "refuse"] | None = _flag(
+        None, "What happens to examples longer than a row; default: truncate, and split plain text.")
     packing: bool = _flag(True, "Fill rows with several examples that do not see each other; false: an example a row, padded.")
     validation_split_percentage: int = _flag(5, "Per cent of the examples held out for --do_eval.")
     # parallelism
@@ -82,8 +93,8 @@ class Config:
                 raise ValueError(f"--{name} {value}: a number that fp32 can hold was expected")
         at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "logging_steps": 1,
                     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-                    "save_steps": 1, "save_total_limit": 1, "world_size": 1, "warmup_steps": 0, "learning_rate": 0,
-                    "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "seed": 0, "adam_epsilon": 1e-30}
+                    "save_steps": 1, "save_total_limit": 1, "max_samples": 1, "world_size": 1, "warmup_steps": 0,
+                    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "seed": 0, "adam_epsilon": 1e-30}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -96,6 +107,11 @@ class Config:
                 raise ValueError(f"--{name} {getattr(self, name)}: a number from 0 to below 1 was expected")
         if not 1 <= self.validation_split_percentage <= 99:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: 1 to 99 was expected")
+        if self.dataset_weights and len(self.dataset_weights) != len(self.datasets):
+            raise ValueError(f"--dataset_weights has {len(self.dataset_weights)} numbers for {len(self.datasets)} data sets: "
+                             "one each was expected")
+        if not all(0 < weight <= 1000 for weight in self.dataset_weights or ()):
+            raise ValueError(f"--dataset_weights {self.dataset_weights}: numbers above 0, up to 1000, were expected")
         if self.sequence_parallel and self.max_seq_length % self.tensor_parallel_size:
             raise ValueError(f"--max_seq_length {self.max_seq_length} is not divisible by --tensor_parallel_size "
                              f"{self.tensor_parallel_size}, over which --sequence_parallel divides it")
@@ -125,9 +141,9 @@ class Config:
         return self.model_id or str(SAMPLE / "tiny")
 
     @property
-    def dataset_path(self) -> str:
+    def datasets(self) -> list[str]:
         """--dataset, or the embedded sample."""
-        return self.dataset or str(SAMPLE / "instructions.jsonl")
+        return self.dataset or [str(SAMPLE / "instructions.jsonl")]
 
     @property
     def random_seed(self) -> int | None:

@@ -1,14 +1,11 @@
 """A run before its ranks start: everything that can be read and refused without a device."""
-import hashlib
-import math
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from data.loader import Loader
-from data.packing import Rows, build_rows, pack
-from data.records import load_records, split, tokenize
+from data.loader import BEGINNING, Loader
+from data.packing import Rows
 from model.adapters import PeftAdapter
 from model.files import in_one_line, resolve
 from model.llama import Llama, LlamaConfig
@@ -17,6 +14,7 @@ from model.weights import base_shapes, check_weights, open_weights, trained_shap
 from parallel.mesh import Mesh
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
+from trainer.rows import build_rows, fingerprint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -58,9 +56,6 @@ def prepare(config: Config, world_size: int) -> Job:
     resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)
     model_config = LlamaConfig.from_pretrained(directory)
-    if config.max_seq_length > model_config.max_position_embeddings:
-        raise ValueError(f"--max_seq_length {config.max_seq_length} is more than the model's positions "
-                         f"(max_position_embeddings {model_config.max_position_embeddings})")
     adapter = None
     if config.adapter_name_or_path:
         adapter = PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
@@ -72,19 +67,19 @@ def prepare(config: Config, world_size: int) -> Job:
     weights = open_weights(directory, model_config, config.random_seed)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
-    train_rows, eval_rows, summary = _rows(config, tokenizer, model_config)
-    loader = Loader(train_rows, batch_size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
-                    dp_rank=0, dp_size=mesh.dp.size(), seed=config.seed)
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * loader.steps_per_epoch)
+    train_rows, eval_rows, summary = build_rows(config, tokenizer, model_config)
     identity = {
         "base": weights.fingerprint(base_shapes(model_config)), "lora": asdict(lora) if lora else None, "seed": config.seed,
-        "data": _fingerprint(train_rows), "global_batch": loader.global_batch}
+        "data": fingerprint(train_rows)}
     if resume:
         resume.check(identity)
         resume.check_tensors(trained)
-        if resume.step >= steps:
-            raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
-                             "raise --max_steps or --num_train_epochs")
+    loader = Loader(train_rows, batch_size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
+                    dp_rank=0, dp_size=mesh.dp.size(), seed=config.seed, start=resume.position if resume else BEGINNING)
+    steps = config.max_steps if config.max_steps > 0 else loader.steps_until(config.num_train_epochs)
+    if resume and resume.step >= steps:
+        raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
+                         "raise --max_steps or --num_train_epochs")
     # The one thing that is written here, after everything was checked.
     try:
         os.makedirs(config.output_dir, exist_ok=True)
@@ -115,32 +110,3 @@ def load_tokenizer(directory: Path):
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:          # what transformers raises for odd files has no base class
         raise ValueError(f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}") from None
-
-
-def _rows(config, tokenizer, model_config):
-    records = load_records(config.dataset_path)
-    examples, truncated, dropped = tokenize(records, tokenizer, config.max_seq_length)
-    highest = max(int(example.input_ids.max()) for example in examples)
-    if highest >= model_config.vocab_size:
-        raise ValueError(f"the tokenizer gives token {highest}, and the model's vocabulary has {model_config.vocab_size}: "
-                         "tokenizer and model do not belong together")
-    held_out = []
-    if config.do_eval:
-        examples, held_out = split(examples, config.validation_split_percentage, config.seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def rows(chosen):
-        lengths = [len(example.input_ids) for example in chosen]
-        groups = pack(lengths, config.max_seq_length) if config.packing else [[index] for index in range(len(chosen))]
-        return build_rows(chosen, groups, config.max_seq_length, pad)
-
-    train = rows(examples)
-    summary = (f"data: {len(examples)} examples in {len(train)} rows of {config.max_seq_length} tokens, {train.efficiency:.1%} "
-               f"filled; {truncated} truncated, {dropped} dropped for having no target left; {len(held_out)} held out")
-    return train, rows(held_out) if held_out else None, summary
-
-
-def _fingerprint(rows: Rows) -> str:
-    digest = hashlib.sha256(rows.input_ids.tobytes())
-    digest.update(rows.labels.tobytes())
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ equal on all ranks: what depends on the rank or the step is data, and values are
 """
 import torch
 
-from data.loader import Loader
+from data.loader import BEGINNING, Loader, Prefetcher
 from model.llama import Llama
 from model.lora import add_lora
 from model.weights import fill, open_weights
@@ -38,18 +38,20 @@ def run(runtime: Runtime, job: Job) -> None:
     buckets = Buckets({name: parameter for name, parameter, _ in trained}, {name: shard for name, _, shard in trained}, mesh,
                       config.zero_1)
 
-    # Optimizer and data. The position in the data is a function of the step, so a resumed run needs nothing but the step.
+    # Optimizer and data. The rows of a step are a function of the step and of where the run began or goes on.
     optimizer = AdamW(buckets, config, initial, device)
     del initial
-    first_step = 0
+    start = BEGINNING
     if job.resume:
         job.resume.restore(optimizer)
-        first_step = job.resume.step
+        start = job.resume.position
+    first_step = start.step
     layout = {"dp_rank": mesh.dp.rank(), "dp_size": mesh.dp.size(), "seed": config.seed}
     loader = Loader(job.train_rows, batch_size=config.per_device_train_batch_size,
-                    accumulation=config.gradient_accumulation_steps, **layout)
+                    accumulation=config.gradient_accumulation_steps, start=start, **layout)
+    batches = Prefetcher(loader, lambda tensor: tensor.to(device))
     eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
-    metrics = Metrics(runtime, job, first_step, loader.steps_per_epoch)
+    metrics = Metrics(runtime, job, first_step, loader)
     zeros = torch.zeros(3).to(device)
     accumulates = config.gradient_accumulation_steps > 1
     sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if accumulates else None
@@ -62,13 +64,13 @@ def run(runtime: Runtime, job: Job) -> None:
 
     for step in range(first_step, job.total_steps if config.do_train else first_step):
         model.train()
+        last = step + 1 == job.total_steps
         rate = learning_rate(config, step, job.total_steps)
         scalars = optimizer.scalars(step, rate).to(device)
         totals = zeros                                                  # loss sum, target tokens, tokens
 
         # Forward and backward. Gradients of the *sum* of the losses add up, in fp32.
-        for batch in loader.step(step):
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        for batch in batches.step(step, last):
             if job.lora and job.lora.lora_dropout:
                 dropout_seeds.set(batch["row_seeds"], config.max_seq_length)
             logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
@@ -96,15 +98,14 @@ def run(runtime: Runtime, job: Job) -> None:
         values = torch.cat([totals[0:1] / target_tokens, norm, totals[1:]])
         runtime.mark_step()
 
-        metrics.hold(step + 1, rate, values)                            # read one step late: the host does not wait
-        last = step + 1 == job.total_steps
+        metrics.hold(step + 1, rate, batches.waited, values)            # read one step late: the host does not wait
         if eval_loader and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.flush()
             metrics.evaluation(step + 1, *evaluate(runtime, model, eval_loader, mesh, zeros))
             metrics.restart_clock()
         if last or (step + 1) % config.save_steps == 0:
             metrics.flush()
-            save_checkpoint(runtime, mesh, job, step + 1, optimizer)
+            save_checkpoint(runtime, mesh, job, loader.position(step + 1), optimizer)
             metrics.restart_clock()
     metrics.close()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.loader import Loader
 from parallel.runtime import Runtime
 from trainer.job import Job
 
@@ -19,10 +20,10 @@ class Metrics:
     mark_step before it to its own: tracing, compilation if it is new, and the wait for the step before.
     """
 
-    def __init__(self, runtime: Runtime, job: Job, first_step: int, steps_per_epoch: int):
+    def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
         self._runtime, self._output, self._active = runtime, Path(job.config.output_dir), runtime.rank == 0
-        self._steps_per_epoch, self._logging_steps = steps_per_epoch, job.config.logging_steps
-        self._held: tuple[int, float, float, torch.Tensor] | None = None
+        self._epochs, self._logging_steps = loader.epochs, job.config.logging_steps
+        self._held: tuple[int, float, float, float, torch.Tensor] | None = None
         if self._active:
             _keep_until(self._output / "metrics.jsonl", first_step)
             _keep_until(self._output / "eval.jsonl", first_step - 1 if job.eval_rows else first_step)
@@ -30,7 +31,7 @@ class Metrics:
             self._bar = tqdm(total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
             self._last = time.perf_counter()
 
-    def hold(self, step: int, learning_rate: float, values: torch.Tensor) -> None:
+    def hold(self, step: int, learning_rate: float, waited: float, values: torch.Tensor) -> None:
         """Keep the values of the 1-based `step`, and write those of the step before it.
 
         values [4] on the device, part of the last mark_step: loss per target token, gradient norm, target tokens, tokens.
@@ -38,27 +39,27 @@ class Metrics:
         if self._active:
             self.flush()
             now = time.perf_counter()
-            self._held, self._last = (step, now - self._last, learning_rate, values), now
+            self._held, self._last = (step, now - self._last, learning_rate, waited, values), now
 
     def flush(self) -> None:
         """Write what is held. The host waits here until the device has finished that step."""
         if not self._active or self._held is None:
             return
-        (step, seconds, learning_rate, device_values), self._held = self._held, None
+        (step, seconds, learning_rate, waited, device_values), self._held = self._held, None
         loss, norm, targets, tokens = device_values.cpu().tolist()
         self._bar.update()
         self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
         if step % self._logging_steps == 0:
             self._append("metrics.jsonl", {
-                "step": step, "epoch": step / self._steps_per_epoch, "loss": loss, "grad_norm": norm,
+                "step": step, "epoch": self._epochs(step), "loss": loss, "grad_norm": norm,
                 "learning_rate": learning_rate, "target_tokens": int(targets), "tokens_per_second": tokens / seconds,
-                "step_seconds": seconds, "compilations": self._runtime.compilations()})
+                "step_seconds": seconds, "data_wait_seconds": waited, "compilations": self._runtime.compilations()})
 
     def evaluation(self, step: int, loss: float, target_tokens: int) -> None:
         """Write the evaluation loss per target token after `step` steps."""
         if self._active:
             tqdm.write(f"step {step}: evaluation loss {loss:.4f} over {target_tokens} target tokens")
-            self._append("eval.jsonl", {"step": step, "epoch": step / self._steps_per_epoch, "eval_loss": loss,
+            self._append("eval.jsonl", {"step": step, "epoch": self._epochs(step), "eval_loss": loss,
                                         "target_tokens": target_tokens, "compilations": self._runtime.compilations()})
 
     def restart_clock(self) -> None:

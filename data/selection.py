@@ -1,0 +1,84 @@
+"""Which examples are trained on and which are held out, and what of them fits into a row."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.packing import Pieces
+from data.tokens import Tokens
+
+Chosen = list[np.ndarray]       # for each source, int64 numbers of its examples
+
+
+def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Chosen]:
+    """(training, held-out) examples, about `percentage` of them held out by `seed`, each side in the given order.
+
+    Examples that share the prompt (or the text), in whichever source, are on one side: what is evaluated was not trained on.
+    At least one is held out, and one is left; raises ValueError where that cannot be.
+    """
+    if not 1 <= percentage <= 99:
+        raise ValueError(f"the percentage to hold out is {percentage}: 1 to 99 was expected")
+    groups, sizes = np.unique(np.concatenate([source.groups for source in tokens]), return_counts=True)
+    if len(groups) < 2:
+        raise ValueError("holding out a part for evaluation needs at least two examples with prompts (or texts) of their own; "
+                         f"there {'is' if len(groups) == 1 else 'are'} {len(groups)}")
+    order = np.random.default_rng(seed).permutation(len(groups))
+    wanted = max(1, int(sizes.sum()) * percentage // 100)
+    # Groups in random order until the wanted number is reached, never the last group.
+    count = min(len(groups) - 1, 1 + int(np.searchsorted(np.cumsum(sizes[order]), wanted)))
+    held_out = groups[order[:count]]
+    sides = [np.isin(source.groups, held_out) for source in tokens]
+    return [np.flatnonzero(~side) for side in sides], [np.flatnonzero(side) for side in sides]
+
+
+def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
+    """Each source's examples `weights` times: whole repetitions, and a choice by `seed` for the rest; in the given order."""
+    weighed = []
+    for number, (examples, weight) in enumerate(zip(chosen, weights, strict=True)):
+        whole, rest = divmod(round(weight * len(examples)), max(1, len(examples)))
+        order = np.random.default_rng([seed, number]).permutation(len(examples))[:rest]
+        weighed.append(np.concatenate([*[examples] * whole, examples[np.sort(order)]]))
+    return weighed
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What cutting to the row's length did.
+
+    `examples` were longer, `tokens` were cut off, and of those in `without_target` (source, number) no target is left.
+    """
+
+    examples: int
+    tokens: int
+    without_target: list[tuple[int, int]]
+
+
+def cut(tokens: list[Tokens], chosen: Chosen, row_length: int, long_examples: str | None) -> tuple[Pieces, Cut]:
+    """The chosen examples in pieces of at most `row_length` tokens, and what was cut.
+
+    An example that is longer is truncated, split into pieces (each an example of its own), or refused by ValueError; None
+    truncates, and splits plain text. A piece in which nothing would be trained is left out: its tokens count as cut.
+    """
+    found, longer, cut_tokens, without_target = [], 0, 0, []
+    for number, (source, examples) in enumerate(zip(tokens, chosen, strict=True)):
+        how = long_examples or ("split" if source.meta["format"] == "text" else "truncate")
+        # trained_before[t]: targets among the first t tokens.
+        trained_before = np.concatenate([[0], np.cumsum(source.trained)])
+        start, end = source.offsets[examples], source.offsets[examples + 1]
+        longer += int((end - start > row_length).sum())
+        if how == "refuse" and (end - start > row_length).any():
+            first = int(np.argmax(end - start > row_length))
+            raise ValueError(f"{source.where(int(examples[first]))}: {end[first] - start[first]} tokens are more than "
+                             f"--max_seq_length {row_length}: raise it, or pass --long_examples truncate or split")
+        pieces_each = -(-(end - start) // row_length) if how == "split" else np.ones(len(start), np.int64)
+        owner = np.repeat(np.arange(len(start)), pieces_each)
+        nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces_each) - pieces_each, pieces_each)
+        piece_start = start[owner] + nth * row_length
+        piece_stop = np.minimum(piece_start + row_length, end[owner])
+        # The first token of a piece is predicted by nothing.
+        useful = trained_before[piece_stop] > trained_before[np.minimum(piece_start + 1, piece_stop)]
+        cut_tokens += int((end - start).sum() - (piece_stop - piece_start)[useful].sum())
+        lost = np.setdiff1d(np.arange(len(start)), owner[useful])
+        without_target += [(number, int(examples[index])) for index in lost]
+        found.append((np.full(int(useful.sum()), number), piece_start[useful], piece_stop[useful]))
+    pieces = Pieces(*(np.concatenate(parts).astype(np.int64) for parts in zip(*found, strict=True)))
+    return pieces, Cut(longer, cut_tokens, without_target)
