@@ -1,6 +1,7 @@
 """Records -> the text of an example and which of it is trained, in the formats that people have."""
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +18,15 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Rendered:
-    """`prompt` is not trained, `text` is. A chat template's `text` is the whole, of which the characters in `spans` train."""
+    """`prompt` is not trained, `text` is. A chat template's `text` is the whole, of which the characters in `spans` train.
+
+    `question` is what a model is asked: the prompt, a chat up to its first answer, or of plain text the text.
+    """
 
     prompt: str
     text: str
+    question: str
     spans: tuple[tuple[int, int], ...] | None = None
-
-    @property
-    def question(self) -> str:
-        """What precedes the first trained character; of plain text, the text."""
-        if self.spans is not None:
-            return self.text[:self.spans[0][0]]
-        return self.prompt or self.text
 
 
 def format_prompt(instruction: str, context: str = "") -> str:
@@ -54,9 +52,11 @@ def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:          # importing runs the user's code
+        if not callable(found):
+            raise TypeError(f"it is {type(found).__name__}")
+        return found, inspect.getsource(inspect.getmodule(found))
+    except (Exception, SystemExit) as error:        # importing runs the user's code
         raise ValueError(f"--format {name}: {module} has no function {function!r} that can be imported here ({error})") from None
-    return found, inspect.getsource(inspect.getmodule(found))
 
 
 def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
@@ -75,11 +75,12 @@ def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
     fields = [_text(record, field, where, required=True) for field in needed]
     fields += [_text(record, field, where, required=False) for field in optional]
     if format_name == "text":
-        return Rendered("", fields[0])
+        return Rendered("", fields[0], fields[0])
     if format_name == "prompt_completion":
-        return Rendered(*fields)
+        return Rendered(*fields, fields[0])
     instruction, answer, context = fields
-    return Rendered(format_prompt(instruction, context), answer)
+    prompt = format_prompt(instruction, context)
+    return Rendered(prompt, answer, prompt)
 
 
 def _text(record: dict, field: str, where: str, required: bool) -> str:
@@ -117,19 +118,25 @@ def _render_chat(messages: object, first: int, where: str, tokenizer) -> Rendere
     if not trained:
         raise BadRecord(f"{where}: no message of the assistant: nothing would be trained")
 
-    def written(count: int, generation: bool = False) -> str:
+    def written(count: int, generation: bool = False, messages=messages) -> str:
         try:
             return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=generation)
         except Exception as error:      # a template's own errors, whatever they are
             raise BadRecord(f"{where}: the chat template fails: {' '.join(str(error).split())[:200]}") from None
 
-    whole, spans = written(len(messages)), []
-    for number in trained:
+    def opening() -> str:
+        """What the template writes before an answer that opens a chat: the same whatever is said (it renders no empty chat)."""
+        return os.path.commonprefix([written(1, messages=[{"role": "assistant", "content": content}]) for content in "01"])
+
+    whole, spans = written(len(messages)), {}
+    if not whole:
+        raise BadRecord(f"{where}: the chat template writes nothing")
+    for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
         after = written(number + 1)
-        # transformers renders no empty chat, so of an answer that opens one, what precedes its content is the template's.
-        before = written(number, True) if number else after[:max(0, after.find(messages[0]["content"].strip()))]
+        before = written(number, True) if number else opening()
         if not (whole.startswith(after) and after.startswith(before)):
             raise BadRecord(f"{where}, message {number}: the chat template writes the turns before an answer differently once "
                             "the answer is there, so what it adds cannot be told; write prompt and completion instead")
-        spans.append((len(before), len(after)))
-    return Rendered("", whole, tuple(spans))
+        spans[number] = (len(before), len(after))
+    asked = [start for number, (start, _) in spans.items() if number]
+    return Rendered("", whole, whole[:asked[0]] if asked else whole, tuple(spans[number] for number in trained))

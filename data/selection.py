@@ -13,7 +13,8 @@ def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Cho
     """(training, held-out) examples, about `percentage` of them held out by `seed`, each side in the given order.
 
     Examples that share the prompt (or the text), in whichever source, are on one side: what is evaluated was not trained on.
-    At least one is held out, and one is left; raises ValueError where that cannot be.
+    At most that many are held out, but at least the smallest group that shares a prompt; raises ValueError where there is only
+    one such group.
     """
     if not 1 <= percentage <= 99:
         raise ValueError(f"the percentage to hold out is {percentage}: 1 to 99 was expected")
@@ -21,19 +22,25 @@ def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Cho
     if len(groups) < 2:
         raise ValueError("holding out a part for evaluation needs at least two examples with prompts (or texts) of their own; "
                          f"there {'is' if len(groups) == 1 else 'are'} {len(groups)}")
-    order = np.random.default_rng(seed).permutation(len(groups))
-    wanted = max(1, int(sizes.sum()) * percentage // 100)
-    # Groups in random order until the wanted number is reached, never the last group.
-    count = min(len(groups) - 1, 1 + int(np.searchsorted(np.cumsum(sizes[order]), wanted)))
-    held_out = groups[order[:count]]
+    left, held_out = int(sizes.sum()) * percentage // 100, []
+    for group in np.random.default_rng(seed).permutation(len(groups)):
+        if sizes[group] <= left:
+            held_out.append(groups[group])
+            left -= sizes[group]
+    held_out = held_out or [groups[np.argmin(sizes)]]
     sides = [np.isin(source.groups, held_out) for source in tokens]
     return [np.flatnonzero(~side) for side in sides], [np.flatnonzero(side) for side in sides]
 
 
 def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
-    """Each source's examples `weights` times: whole repetitions, and a choice by `seed` for the rest; in the given order."""
+    """Each source's examples `weights` times: whole repetitions, and a choice by `seed` for the rest; in the given order.
+
+    Raises ValueError where that leaves none of a source.
+    """
     weighed = []
     for number, (examples, weight) in enumerate(zip(chosen, weights, strict=True)):
+        if len(examples) and not round(weight * len(examples)):
+            raise ValueError(f"--dataset_weights {weight} of the {len(examples)} examples of data set {number + 1} is none")
         whole, rest = divmod(round(weight * len(examples)), max(1, len(examples)))
         order = np.random.default_rng([seed, number]).permutation(len(examples))[:rest]
         weighed.append(np.concatenate([*[examples] * whole, examples[np.sort(order)]]))
@@ -60,7 +67,7 @@ def cut(tokens: list[Tokens], chosen: Chosen, row_length: int, long_examples: st
     """
     found, longer, cut_tokens, without_target = [], 0, 0, []
     for number, (source, examples) in enumerate(zip(tokens, chosen, strict=True)):
-        how = long_examples or ("split" if source.meta["format"] == "text" else "truncate")
+        how = long_examples or ("split" if source.meta["plain_text"] else "truncate")
         # trained_before[t]: targets among the first t tokens.
         trained_before = np.concatenate([[0], np.cumsum(source.trained)])
         start, end = source.offsets[examples], source.offsets[examples + 1]

@@ -25,8 +25,8 @@ Located = tuple[str, object]        # where a record is, and the record, or a Ba
 class Source:
     """A data set by the name that a user gives: a file, a folder of files, a directory of `save_to_disk`, or a hub id.
 
-    Iterating gives (where, record), with a BadRecord in place of one that is broken, and raises it where the rest of a file is
-    lost. Raises ValueError where nothing of that name can be read. `streaming` reads a hub data set without storing it.
+    Iterating gives (where, record), with a BadRecord in place of one that is broken, or of the rest of a file that is. Raises
+    ValueError where nothing of that name can be read. `streaming` reads a hub data set without storing it.
     """
 
     def __init__(self, name: str, streaming: bool = False):
@@ -36,13 +36,16 @@ class Source:
         if os.path.isdir(name) and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
             self._hub = _from_disk(path)
         elif os.path.isdir(name):
-            self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
+                                 and not any(part.startswith(".") for part in file.relative_to(path).parts))
             if not self._files:
                 raise ValueError(f"--dataset {name}: the folder has no file that ends in {', '.join(SUFFIXES)}")
         elif os.path.exists(name) or not is_hub_id:
             self._files = [path]
             if not os.path.exists(name):
                 raise ValueError(f"--dataset {name}: no such file; a file, a folder or a hub id was expected")
+            if not os.path.isfile(name):
+                raise ValueError(f"--dataset {name}: neither a file nor a folder")
             if path.suffix.lower() not in SUFFIXES:
                 raise ValueError(f"--dataset {name}: a file that ends in {', '.join(SUFFIXES)} was expected")
         else:
@@ -65,10 +68,18 @@ class Source:
 
     def __iter__(self) -> Iterator[Located]:
         if self._hub is not None:
-            for number, record in enumerate(self._hub):
-                yield f"{self.name} row {number}", record
+            number = -1
+            try:
+                for number, record in enumerate(self._hub):
+                    yield f"{self.name} row {number}", record
+            except Exception as error:  # of the network, or of what the rows hold
+                where = f"{self.name} row {number + 1}"
+                yield where, BadRecord(f"{where}: {' '.join(str(error).split())[:200]}; this row and what follows cannot be read")
         for file in self._files:
-            yield from READERS[file.suffix.lower()](file)
+            try:
+                yield from READERS[file.suffix.lower()](file)
+            except BadRecord as error:
+                yield str(file), BadRecord(f"{error}; what follows in the file cannot be read")
 
 
 def _from_hub(name, streaming):
@@ -145,6 +156,8 @@ def _read_csv(file):
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(lines(), strict=True)
     try:
+        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+            raise BadRecord(f"{file}:1: two columns of one name ({', '.join(reader.fieldnames)}); each needs its own")
         for record in reader:
             where = f"{file}:{reader.line_num}"
             if None in record or None in record.values():
@@ -166,7 +179,7 @@ def _read_parquet(file):
             for record in batch.to_pylist():
                 yield f"{file} row {number}", record
                 number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:      # of values that Python cannot hold, too
         raise BadRecord(f"{file}: invalid Parquet ({' '.join(str(error).split())[:200]})") from None
 
 

@@ -6,7 +6,9 @@ flags); it has its name when it is complete:
     input_ids.bin   int32 [tokens]      trained.bin   bool [tokens]      offsets.bin   int64 [examples + 1]
     groups.bin      uint64 [examples]: equal where examples share the prompt
     where.txt       the place of each example, a line each
-    meta.json       format, how it was chosen, what was skipped
+    meta.json       format, whether it was guessed, whether all is plain text, what was skipped, the bytes of the other files
+
+An entry whose files have other sizes is damaged, and made anew.
 """
 import hashlib
 import json
@@ -84,17 +86,31 @@ def tokenize(name: str, tokenizer, *, format_name: str = "auto", train_on_prompt
         raise ValueError(f"--format {format_name}: auto, {', '.join(FORMATS)} or module:function was expected")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, which ends every example")
-    settings = [VERSION, source.fingerprint(), format_name, code, train_on_prompt, max_samples, skip_bad, _fingerprint(tokenizer)]
+    settings = [VERSION, name, source.fingerprint(), format_name, code, train_on_prompt, max_samples, skip_bad,
+                _fingerprint(tokenizer)]
     entry = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    if not (entry / "meta.json").is_file():
-        _make(entry, source, tokenizer, format_name, function, train_on_prompt, max_samples, skip_bad)
+    if not _complete(entry):
+        try:
+            _make(entry, source, tokenizer, format_name, function, train_on_prompt, max_samples, skip_bad)
+        except OSError as error:
+            raise ValueError(f"the tokens of {name} cannot be kept in {cache}: {error.strerror}; --data_cache_dir chooses "
+                             "another directory") from None
     return Tokens.open(entry)
+
+
+def _complete(entry: Path) -> bool:
+    """Whether all files of a cache entry are there, with the sizes that they had."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
+        return all((entry / name).stat().st_size == size for name, size in meta["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _make(entry, source, tokenizer, format_name, function, train_on_prompt, max_samples, skip_bad):
     from tqdm import tqdm
     partial = Path(tempfile.mkdtemp(prefix=entry.name + ".", dir=entry.parent))
-    meta = {"format": format_name, "guessed": False, "skipped": 0, "named": []}
+    meta = {"format": format_name, "guessed": False, "plain_text": True, "skipped": 0, "named": []}
     offsets = [0]
     try:
         with ExitStack() as stack:
@@ -116,11 +132,16 @@ def _make(entry, source, tokenizer, format_name, function, train_on_prompt, max_
         if len(offsets) == 1:
             rest = f"; {meta['skipped']} were skipped, the first: {meta['named'][0]}" if meta["skipped"] else ""
             raise ValueError(f"--dataset {source.name}: the data set is empty; at least one record was expected{rest}")
+        meta["files"] = {path.name: path.stat().st_size for path in partial.iterdir()}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        if entry.is_file():
+            entry.unlink()
+        elif entry.exists() and not _complete(entry):
+            shutil.rmtree(entry)
         try:
             os.rename(partial, entry)
         except OSError:                 # another run made the same entry meanwhile
-            if not (entry / "meta.json").is_file():
+            if not _complete(entry):
                 raise
             shutil.rmtree(partial)
     except BaseException:
@@ -136,7 +157,9 @@ def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[st
             where, record = next(records)
             if isinstance(record, BadRecord):
                 raise record
-            yield where, _render(record, where, meta, function, tokenizer)
+            rendered = _render(record, where, meta, function, tokenizer)
+            meta["plain_text"] &= rendered.spans is None and not rendered.prompt
+            yield where, rendered
         except StopIteration:
             return
         except BadRecord as error:
@@ -151,7 +174,7 @@ def _render(record, where, meta, function, tokenizer):
     if function is not None:
         try:
             record = function(record)
-        except Exception as error:      # the user's code
+        except (Exception, SystemExit) as error:        # the user's code
             raise BadRecord(f"{where}: --format {meta['format']} raises {type(error).__name__}: {error}") from None
         return render(record, where, guess_format(record, where), tokenizer)
     if meta["format"] == "auto":
@@ -160,7 +183,7 @@ def _render(record, where, meta, function, tokenizer):
 
 
 def _encode(batch: list[Rendered], tokenizer, train_on_prompt: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids int32, trained bool) of each example; of a chat, tokens that lie wholly within what is trained."""
+    """(ids int32, trained bool) of each example; of a chat, each token with a part in what is trained, as in transformers."""
     if len({example.spans is None for example in batch}) > 1:       # a function of the user's gave both kinds
         for example in batch:
             yield from _encode([example], tokenizer, train_on_prompt)
@@ -171,10 +194,12 @@ def _encode(batch: list[Rendered], tokenizer, train_on_prompt: bool) -> Iterator
         encoded = tokenizer([example.text for example in batch], add_special_tokens=False, return_offsets_mapping=True,
                             verbose=False)
         for example, ids, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            places = np.array(places, np.int64).reshape(-1, 2)
+            first, last = np.array(places, np.int64).reshape(-1, 2).T
+            # Some tokenizers trim white space from the places: a token begins where the one before it ends.
+            first = np.minimum(first, np.concatenate([[0], last[:-1]]))
             trained = np.full(len(ids), train_on_prompt)
             for start, stop in example.spans:
-                trained |= (places[:, 0] >= start) & (places[:, 1] <= stop) & (places[:, 1] > places[:, 0])
+                trained |= (first < stop) & ((last > start) | (first >= start))
             yield np.array(ids, np.int32), trained
         return
     end = tokenizer.eos_token_id
@@ -182,7 +207,7 @@ def _encode(batch: list[Rendered], tokenizer, train_on_prompt: bool) -> Iterator
     prompts = tokenizer([example.prompt for example in batch], verbose=False)["input_ids"]
     texts = tokenizer([example.text for example in batch], add_special_tokens=False, verbose=False)["input_ids"]
     for prompt, text in zip(prompts, texts, strict=True):
-        if prompt and prompt[-1] == end:
+        if len(prompt) > 1 and prompt[-1] == end:
             prompt = prompt[:-1]
         ids = np.array([*prompt, *text, end], np.int32)
         yield ids, (np.arange(len(ids)) >= len(prompt)) | train_on_prompt

