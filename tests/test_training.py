@@ -29,7 +29,8 @@ def start(*flags, program=("trainer/main.py",), cwd=ROOT):
 
 
 def torchrun(processes):
-    return ("-m", "torch.distributed.run", f"--nproc_per_node={processes}", ROOT / "trainer" / "main.py")
+    # --standalone: a free port, because tests run side by side.
+    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", ROOT / "trainer" / "main.py")
 
 
 def read(output, name="metrics.jsonl"):
