@@ -1,7 +1,6 @@
 """Several examples in a row of fixed length, kept apart by segment ids, positions and labels."""
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -70,15 +69,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.groups)
 
-    @cached_property
-    def total_tokens(self) -> int:
-        """Tokens that are no padding."""
-        return int(self.pieces.lengths.sum())
-
     @property
     def efficiency(self) -> float:
         """The share of tokens that are no padding."""
-        return self.total_tokens / max(1, len(self) * self.row_length)
+        return int(self.pieces.lengths.sum()) / max(1, len(self) * self.row_length)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """input_ids, labels, position_ids, segment_ids: int64 [row_length].
