@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data.sources import BadRecord
+from data.sources import BadRecord, in_one_line
 
 # Format -> the fields that it needs, and those that it may have. The first whose needs are met is guessed.
 FORMATS = {"messages": (("messages",), ()), "prompt_completion": (("prompt", "completion"), ()),
@@ -122,7 +122,7 @@ def _render_chat(messages: object, first: int, where: str, tokenizer) -> Rendere
         try:
             return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=generation)
         except Exception as error:      # a template's own errors, whatever they are
-            raise BadRecord(f"{where}: the chat template fails: {' '.join(str(error).split())[:200]}") from None
+            raise BadRecord(f"{where}: the chat template fails: {in_one_line(error)}") from None
 
     def opening() -> str:
         """What the template writes before an answer that opens a chat: the same whatever is said (it renders no empty chat)."""

@@ -19,6 +19,11 @@ class BadRecord(ValueError):
     """A record that cannot be used; the message says where it is, what is wrong, and what was expected."""
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error of a library says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
 Located = tuple[str, object]        # where a record is, and the record, or a BadRecord in its place
 
 
@@ -74,7 +79,7 @@ class Source:
                     yield f"{self.name} row {number}", record
             except Exception as error:  # of the network, or of what the rows hold
                 where = f"{self.name} row {number + 1}"
-                yield where, BadRecord(f"{where}: {' '.join(str(error).split())[:200]}; this row and what follows cannot be read")
+                yield where, BadRecord(f"{where}: {in_one_line(error)}; this row and what follows cannot be read")
         for file in self._files:
             try:
                 yield from READERS[file.suffix.lower()](file)
@@ -89,7 +94,7 @@ def _from_hub(name, streaming):
     try:
         return load_dataset(name, split="train", streaming=streaming)
     except Exception as error:          # the hub's errors share no base class
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_one_line(error) or type(error).__name__
         raise ValueError(f"--dataset {name}: neither a file nor a reachable hub data set has that name: {reason}") from None
 
 
@@ -98,7 +103,7 @@ def _from_disk(path):
     try:
         loaded = load_from_disk(str(path))
     except Exception as error:          # what damaged directories raise has no base class either
-        raise ValueError(f"--dataset {path}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"--dataset {path}: {in_one_line(error)}") from None
     if isinstance(loaded, DatasetDict):
         if "train" not in loaded:
             raise ValueError(f"--dataset {path} has the splits {', '.join(loaded)}: a split named train was expected")
@@ -120,6 +125,14 @@ def _lines(file: Path, blank: bool = False) -> Iterator[Located]:
                     yield f"{file}:{number}", BadRecord(problem)
 
 
+def _text(file: Path) -> str:
+    """The whole file; raises BadRecord where it is no UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"{file}: invalid UTF-8 at byte {error.start}; UTF-8 was expected") from None
+
+
 def _read_jsonl(file):
     for where, line in _lines(file):
         if not isinstance(line, BadRecord):
@@ -137,10 +150,9 @@ def _read_json(file):
     if first != b"[":
         yield from _read_jsonl(file)
         return
+    text = _text(file)
     try:
-        records = json.loads(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"{file}: invalid UTF-8 at byte {error.start}; UTF-8 was expected") from None
+        records = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{file}: invalid JSON ({error}); an array of objects was expected") from None
     for number, record in enumerate(records):
@@ -180,16 +192,12 @@ def _read_parquet(file):
                 yield f"{file} row {number}", record
                 number += 1
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:      # of values that Python cannot hold, too
-        raise BadRecord(f"{file}: invalid Parquet ({' '.join(str(error).split())[:200]})") from None
+        raise BadRecord(f"{file}: invalid Parquet ({in_one_line(error)})") from None
 
 
 def _read_text(file):
     """The file is one document."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"{file}: invalid UTF-8 at byte {error.start}; UTF-8 was expected") from None
-    yield str(file), {"text": text}
+    yield str(file), {"text": _text(file)}
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_text}

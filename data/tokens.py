@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -183,25 +183,27 @@ def _render(record, where, meta, function, tokenizer):
 
 
 def _encode(batch: list[Rendered], tokenizer, train_on_prompt: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids int32, trained bool) of each example; of a chat, each token with a part in what is trained, as in transformers."""
-    if len({example.spans is None for example in batch}) > 1:       # a function of the user's gave both kinds
-        for example in batch:
-            yield from _encode([example], tokenizer, train_on_prompt)
-        return
-    if batch[0].spans is not None:
-        if not tokenizer.is_fast:
-            raise ValueError("chats need a fast tokenizer (tokenizer.json), which says where in the text its tokens are")
-        encoded = tokenizer([example.text for example in batch], add_special_tokens=False, return_offsets_mapping=True,
-                            verbose=False)
-        for example, ids, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            first, last = np.array(places, np.int64).reshape(-1, 2).T
-            # Some tokenizers trim white space from the places: a token begins where the one before it ends.
-            first = np.minimum(first, np.concatenate([[0], last[:-1]]))
-            trained = np.full(len(ids), train_on_prompt)
-            for start, stop in example.spans:
-                trained |= (first < stop) & ((last > start) | (first >= start))
-            yield np.array(ids, np.int32), trained
-        return
+    """(ids int32, trained bool) of each example, in order."""
+    for by_template, run in groupby(batch, lambda example: example.spans is not None):
+        yield from (_encode_chats if by_template else _encode_texts)(list(run), tokenizer, train_on_prompt)
+
+
+def _encode_chats(batch, tokenizer, train_on_prompt):
+    """Each token with a part in what is trained is trained, as in transformers."""
+    if not tokenizer.is_fast:
+        raise ValueError("chats need a fast tokenizer (tokenizer.json), which says where in the text its tokens are")
+    encoded = tokenizer([example.text for example in batch], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for example, ids, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        first, last = np.array(places, np.int64).reshape(-1, 2).T
+        # Some tokenizers trim white space from the places: a token begins where the one before it ends.
+        first = np.minimum(first, np.concatenate([[0], last[:-1]]))
+        trained = np.full(len(ids), train_on_prompt)
+        for start, stop in example.spans:
+            trained |= (first < stop) & ((last > start) | (first >= start))
+        yield np.array(ids, np.int32), trained
+
+
+def _encode_texts(batch, tokenizer, train_on_prompt):
     end = tokenizer.eos_token_id
     # verbose=False: it would warn of lengths that are handled later.
     prompts = tokenizer([example.prompt for example in batch], verbose=False)["input_ids"]

@@ -34,14 +34,17 @@ class Bucket:
 class Buckets:
     """The buckets of the trained parameters. All lists of tensors that it takes and gives have one entry a bucket."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], shards: dict[str, Shard], mesh: Mesh, zero_1: bool = False,
+    def __init__(self, trained: list[tuple[str, nn.Parameter, Shard]], mesh: Mesh, zero_1: bool = False,
                  bucket_bytes: int = BUCKET_BYTES):
-        self.parameters, self.shards, self.mesh = parameters, shards, mesh
+        """`trained`: of parallel.layers.named_shards."""
+        self.mesh = mesh
+        self.parameters = {name: parameter for name, parameter, _ in trained}
+        self.shards = {name: shard for name, _, shard in trained}
         self.parts, self.part = (mesh.dp.size(), mesh.dp.rank()) if zero_1 else (1, 0)
         self.divided = mesh.dp if zero_1 else ALONE                 # over these ranks the parts are spread
         room = max(1, bucket_bytes // (4 * self.parts))             # columns
         grouped: dict[tuple, list[list]] = {}
-        for name, shard in shards.items():
+        for name, shard in self.shards.items():
             buckets = grouped.setdefault((len(shard.global_shape) > 1, shard.replicas, shard.partial), [[]])
             start, columns = 0, self.columns(name)
             while start < columns:

@@ -5,6 +5,7 @@ of one nothing is issued. The names of the autograd pairs are neuronx-distribute
 dimension 0.
 """
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch_xla.core.xla_model as xm
@@ -39,67 +40,48 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor
                              groups=group.replica_groups, pin_layout=False)
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return tensor.view_as(tensor)
+class _Exchange(torch.autograd.Function):
+    """collective(tensor, group); in the backward dual(gradient, group), its transpose."""
 
     @staticmethod
-    def backward(ctx, grad):
-        return all_reduce(grad, ctx.group), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        return all_reduce(tensor, group)
+    def forward(ctx, tensor, group, collective, dual):
+        ctx.group, ctx.dual = group, dual
+        return collective(tensor, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return ctx.dual(grad, ctx.group), None, None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return all_gather(tensor, group, 0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return reduce_scatter(grad, ctx.group, 0), None
+def _exchange(tensor, group, collective, dual):
+    return tensor if group.size() == 1 else _Exchange.apply(tensor, group, collective, dual)
 
 
-class _ReduceScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return reduce_scatter(tensor, group, 0)
+def _same(tensor, group):
+    return tensor.view_as(tensor)       # autograd asks for a tensor of its own
 
-    @staticmethod
-    def backward(ctx, grad):
-        return all_gather(grad, ctx.group, 0), None
+
+_gather_sequence, _scatter_sequence = partial(all_gather, dim=0), partial(reduce_scatter, dim=0)
 
 
 def copy_to_tensor_model_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The tensor itself; in the backward its gradient is summed over the group."""
-    return tensor if group.size() == 1 else _Copy.apply(tensor, group)
+    return _exchange(tensor, group, _same, all_reduce)
 
 
 def reduce_from_tensor_model_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum over the group; in the backward the gradient passes unchanged."""
-    return tensor if group.size() == 1 else _Reduce.apply(tensor, group)
+    return _exchange(tensor, group, all_reduce, _same)
 
 
 def gather_from_sequence_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """[sequence / size, ...] -> [sequence, ...]; in the backward the gradients are summed and each rank keeps its positions."""
-    return tensor if group.size() == 1 else _GatherSequence.apply(tensor, group)
+    return _exchange(tensor, group, _gather_sequence, _scatter_sequence)
 
 
 def reduce_scatter_to_sequence_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """[sequence, ...] -> this rank's [sequence / size, ...] of the sum; in the backward the gradient is gathered."""
-    return tensor if group.size() == 1 else _ReduceScatterSequence.apply(tensor, group)
+    return _exchange(tensor, group, _scatter_sequence, _gather_sequence)
 
 
 def side_by_side(collective: Callable[[torch.Tensor, Group], torch.Tensor], tensors: list[torch.Tensor],

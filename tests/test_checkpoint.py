@@ -34,8 +34,8 @@ def shards_of(mesh):
 
 def optimizer_of(mesh, filled, zero_1=False):
     shards = shards_of(mesh)
-    parameters = {name: torch.nn.Parameter(torch.zeros(shard.shape)) for name, shard in shards.items()}
-    buckets = Buckets(parameters, shards, mesh, zero_1, bucket_bytes=80)
+    trained = [(name, torch.nn.Parameter(torch.zeros(shard.shape)), shard) for name, shard in shards.items()]
+    buckets = Buckets(trained, mesh, zero_1, bucket_bytes=80)
     values = {kind: {name: whole(kind, name)[shard.slices] * filled for name, shard in shards.items()} for kind in KINDS}
     optimizer = AdamW(buckets, Config(), values["parameter"], "cpu")
     optimizer.exp_avg, optimizer.exp_avg_sq = (buckets.own(values[kind]) for kind in KINDS[1:])

@@ -51,9 +51,7 @@ def sharded(runtime):
         for name, parameter, shard in named_shards(net):
             parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
         net.to(runtime.device)
-        named = list(named_shards(net))
-        shards = {name: shard for name, _, shard in named}
-        buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh, bucket_bytes=bucket_bytes)
+        buckets = Buckets(list(named_shards(net)), mesh, bucket_bytes=bucket_bytes)
         ids, target = (tensor.to(runtime.device) for tensor in data())
         x = net["embed"](ids)
         up, gate = column_parallel(x, [net["up"], net["gate"]])
@@ -68,7 +66,7 @@ def sharded(runtime):
             "losses": losses.detach().cpu(), "norm": norm.cpu(), "buckets": len(buckets.buckets), "gradients": {}, "clipped": {}}
         for kind, values in (("gradients", gradients), ("clipped", clipped)):
             values = [value.cpu() for value in values]
-            for name, shard in shards.items():
+            for name, shard in buckets.shards.items():
                 elements, first = buckets.own_piece(name, values)
                 assert first == 0
                 found[tp, sequence_parallel][kind][name] = (elements.view(shard.shape), shard.slices)

@@ -36,9 +36,7 @@ def sharded(runtime):
         for name, parameter, shard in named_shards(net):
             parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
         net.to(runtime.device)
-        named = [each for each in named_shards(net) if each[1].requires_grad]
-        shards = {name: shard for name, _, shard in named}
-        buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh)
+        buckets = Buckets([each for each in named_shards(net) if each[1].requires_grad], mesh)
         seeds.set(torch.tensor([5, 6]).to(runtime.device), SEQUENCE)
         x = whole("x", SEQUENCE, BATCH, HIDDEN).float()
         x = x.chunk(tp)[mesh.tp.rank()] if sequence_parallel else x
@@ -50,7 +48,7 @@ def sharded(runtime):
         gradients = [gradient.cpu() for gradient in gradients]
         found[tp, sequence_parallel] = (
             output.cpu(), {name: (buckets.own_piece(name, gradients)[0].view(shard.shape), shard.slices)
-                           for name, shard in shards.items()}, {name: net[name].feature_seeds.cpu() for name in net})
+                           for name, shard in buckets.shards.items()}, {name: net[name].feature_seeds.cpu() for name in net})
     return found, runtime.compilations()
 
 

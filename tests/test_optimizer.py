@@ -17,7 +17,8 @@ def test_twenty_steps_equal_torchs():
     shapes = {"matrix": (5, 4), "norm": (4,)}
     ours = {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
     theirs = [torch.nn.Parameter(parameter.detach().double()) for parameter in ours.values()]
-    buckets = Buckets(ours, {name: Shard(shape) for name, shape in shapes.items()}, Mesh.create(0, 1), bucket_bytes=4 * 13)
+    trained = [(name, parameter, Shard(shapes[name])) for name, parameter in ours.items()]
+    buckets = Buckets(trained, Mesh.create(0, 1), bucket_bytes=4 * 13)
     assert [bucket.pieces for bucket in buckets.buckets] == [(("matrix", 0, 13),), (("matrix", 13, 20),), (("norm", 0, 4),)]
     optimizer = AdamW(buckets, config, {name: parameter.detach() for name, parameter in ours.items()}, "cpu")
     reference = torch.optim.AdamW([{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}],

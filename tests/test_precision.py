@@ -6,7 +6,7 @@ import torch
 
 from tests.models import save_llama
 from tests.on_ranks import on_ranks
-from tests.test_training import column, several_runs
+from tests.test_training import column, final_states, several_runs
 from trainer.config import SAMPLE, parse
 from trainer.job import prepare
 
@@ -34,28 +34,21 @@ def test_bf16_with_master_weights_follows_fp32(tmp_path):
     assert (loss["nearest"] - loss["fp32"])[-8:].mean() > 10 * tolerance
 
 
-seen: dict[tuple[int, str], dict] = {}
-
-
-def look(runtime, mesh, job, step, optimizer):
-    """In place of save_checkpoint: the gradients that the optimizer got, which are its first moment / (1 - beta1)."""
+def look(optimizer):
+    """The gradients that the optimizer got in the first step, which are its first moment / (1 - beta1)."""
     state = [value.cpu() / 0.1 for value in optimizer.exp_avg]
-    seen[runtime.rank, job.config.output_dir] = {name: (*optimizer.buckets.own_piece(name, state), shard)
-                                                 for name, shard in optimizer.buckets.shards.items()}
+    return {name: (*optimizer.buckets.own_piece(name, state), shard) for name, shard in optimizer.buckets.shards.items()}
 
 
 def first_gradients(runtime, commands):
-    import trainer.loop
-    trainer.loop.save_checkpoint = look
-    several_runs(runtime, commands)
-    return {output: state for (rank, output), state in seen.items() if rank == runtime.rank}
+    return final_states(runtime, commands, look)
 
 
-def whole_gradients(ranks, output):
+def whole_gradients(ranks, run):
     """Put together what each rank has of each, in float64."""
     whole = {}
     for rank in ranks:
-        for name, (elements, first, shard) in rank[output].items():
+        for name, (elements, first, shard) in rank[run].items():
             gradient = whole.setdefault(name, torch.full(shard.global_shape, torch.nan, dtype=torch.float64))
             part = gradient[shard.slices].flatten()
             part[first:first + len(elements)] = elements.double()
@@ -93,7 +86,7 @@ def test_the_norm_in_bf16_is_that_of_the_whole_gradient(tmp_path):
     for name in runs:
         (norm,) = column(tmp_path / name, "grad_norm")
         assert abs(norm - expected) < 2**-7 * expected
-        gradients = [torch.nn.Parameter(value) for value in whole_gradients(ranks, f"{tmp_path}/{name}").values()]
+        gradients = [torch.nn.Parameter(value) for value in whole_gradients(ranks, name).values()]
         for gradient in gradients:
             gradient.grad = gradient.detach()
         found = torch.nn.utils.clip_grad_norm_(gradients, 1e9, error_if_nonfinite=True).item()

@@ -52,10 +52,8 @@ def sharded(runtime, tp, sequence_parallel, bases):
             add_lora(model, adapter.config)
             fill(model, SafetensorsFiles(Path(base)), runtime.device, 0, adapter.read)
             model.requires_grad_(True)      # LoRA and all weights at once: more than a run trains, in one graph
-            named = list(named_shards(model))
-            shards = {name: shard for name, _, shard in named}
             # Buckets so small that parameters are cut between them; under ZeRO-1 where the KV heads are two.
-            buckets = Buckets({name: parameter for name, parameter, _ in named}, shards, mesh, kv_heads == "2", 4 * 1000)
+            buckets = Buckets(list(named_shards(model)), mesh, kv_heads == "2", 4 * 1000)
             sums = [[torch.zeros(shape).to(runtime.device) for shape in buckets.shapes]]
             totals = [torch.zeros(2).to(runtime.device)]
             # After one micro-batch, two and three; and after two and a ragged one.
@@ -77,7 +75,7 @@ def sharded(runtime, tp, sequence_parallel, bases):
                 on_host = [gradient.cpu() for gradient in gradients]
                 found[kv_heads, checkpointing, accumulation] = (
                     total.cpu(), norm.item(), clipped.item(),
-                    {name: (*buckets.own_piece(name, on_host), shard) for name, shard in shards.items()})
+                    {name: (*buckets.own_piece(name, on_host), shard) for name, shard in buckets.shards.items()})
     return found, runtime.compilations()
 
 

@@ -1,11 +1,9 @@
 """The state of every rank after twenty steps of the real loop: replicas are equal to the bit, and ZeRO-1 changes nothing."""
-from pathlib import Path
-
 import torch
 
 from tests.models import save_llama
 from tests.on_ranks import on_ranks
-from tests.test_training import column, several_runs
+from tests.test_training import column, final_states
 
 STEPS, TP, DP = 20, 4, 2
 LORA, FULL = ["--lora_r", "4", "--lora_dropout", "0.1"], ["--lora_r", "0", "--weight_decay", "0.1"]
@@ -13,23 +11,18 @@ TWICE = ["--gradient_accumulation_steps", "2"]
 RUNS = {"lora": [*LORA, *TWICE], "lora zero": [*LORA, *TWICE, "--zero_1"],
         "full": [*FULL, "--gradient_checkpointing"], "full zero": [*FULL, "--gradient_checkpointing", "--zero_1"],
         "bf16 zero": [*FULL, "--bf16", "--zero_1", "--sequence_parallel", "false"]}
-seen: dict[tuple[int, str], tuple] = {}
 
 
-def look(runtime, mesh, job, step, optimizer):
-    """In place of save_checkpoint: every rank's parameters with their shards, and the elements of its optimizer state."""
+def look(optimizer):
+    """The parameters with their shards, and the elements of each kind of optimizer state."""
     states = (optimizer.weights, optimizer.exp_avg, optimizer.exp_avg_sq)
     shards = optimizer.buckets.shards
-    seen[runtime.rank, Path(job.config.output_dir).name] = (
-        {name: (parameter.detach().cpu(), shards[name]) for name, parameter in optimizer.buckets.parameters.items()},
-        [sum(value.numel() for value in state) for state in states])
+    return ({name: (parameter.detach().cpu(), shards[name]) for name, parameter in optimizer.buckets.parameters.items()},
+            [sum(value.numel() for value in state) for state in states])
 
 
 def train(runtime, commands):
-    import trainer.loop
-    trainer.loop.save_checkpoint = look
-    several_runs(runtime, commands)
-    return {name: state for (rank, name), state in seen.items() if rank == runtime.rank}
+    return final_states(runtime, commands, look)
 
 
 def test_replicas_are_equal_and_zero_1_changes_nothing(tmp_path):

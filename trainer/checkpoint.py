@@ -8,8 +8,8 @@
     config.json, tokenizer files, generation_config.json: the model's, so that a merged model needs no other source for them
 
 Only the ranks of the first data parallel replica write: the others hold the same. Under ZeRO-1 each holds its own part, and all
-write. Under LoRA the frozen base is not stored but
-named in the manifest. Everything is written to `checkpoint-<step>.incomplete` and renamed at the end.
+write. Under LoRA the frozen base is not stored but named in the manifest. Everything is written to `checkpoint-<step>.incomplete`
+and renamed at the end.
 """
 import json
 import os

@@ -34,9 +34,7 @@ def run(runtime: Runtime, job: Job) -> None:
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
     initial = fill(model, weights, device, config.seed, job.read_trained)
-    trained = [(name, parameter, shard) for name, parameter, shard in named_shards(model) if parameter.requires_grad]
-    buckets = Buckets({name: parameter for name, parameter, _ in trained}, {name: shard for name, _, shard in trained}, mesh,
-                      config.zero_1)
+    buckets = Buckets([each for each in named_shards(model) if each[1].requires_grad], mesh, config.zero_1)
 
     # Optimizer and data. The rows of a step are a function of the step and of where the run began or goes on.
     optimizer = AdamW(buckets, config, initial, device)
