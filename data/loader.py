@@ -132,10 +132,13 @@ class Prefetcher:
         batches = self._next[1].result()
         self.waited = time.perf_counter() - begun
         if last:
-            self._thread.shutdown()
+            self.close()
         else:
             self._next = (step + 1, self._thread.submit(self._make, step + 1))
         return batches
+
+    def close(self) -> None:
+        self._thread.shutdown()
 
     def _make(self, step):
         return [{name: self._move(tensor) for name, tensor in batch.items()} for batch in self._loader.step(step)]

@@ -64,4 +64,4 @@ class PeftAdapter:
         self._files.check({peft_name(name): shape for name, shape in expected.items()}, (".base_layer.weight",))
 
     def read(self, name: str, shard: Shard) -> torch.Tensor:
-        return self._files.read(peft_name(name), shard).float()
+        return self._files.read(peft_name(name), shard.slices).float()

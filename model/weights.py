@@ -1,18 +1,20 @@
 """Weights in Hugging Face's safetensors format -> this rank's slices, read lazily; and random ones by the same interface."""
-import hashlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+import xxhash
 from torch import nn
 
 from model.files import read_json
 from model.llama import Llama, LlamaConfig
 from model.lora import LoraConfig, add_lora, generator_of, hf_name, initial_factor, is_lora
+from model.tensor_file import DTYPES, TensorFile, checksum
 from parallel.layers import Shard, named_shards
 
-DTYPES = ("F64", "F32", "F16", "BF16")     # safetensors' names; integers and 8-bit floats would need scales beside them
+FLOATS = ("F64", "F32", "F16", "BF16")     # safetensors' names; integers and 8-bit floats would need scales beside them
 
 
 class SafetensorsFiles:
@@ -37,14 +39,13 @@ class SafetensorsFiles:
         self.directory, self._file_of, self.shapes = directory, {}, {}
         for path in paths:
             try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+                file = TensorFile(path)
+            except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error}") from None
-            for name in file.keys():    # noqa: SIM118  (a safe_open object is not iterable)
-                stored = file.get_slice(name)
-                if name.endswith(".weight") and stored.get_dtype() not in DTYPES:
-                    raise ValueError(f"{path}: the weight {name} is of type {stored.get_dtype()}; {', '.join(DTYPES)} are read")
-                self._file_of[name], self.shapes[name] = file, tuple(stored.get_shape())
+            for name, entry in file.entries.items():
+                if name.endswith(".weight") and entry.dtype not in FLOATS:
+                    raise ValueError(f"{path}: the weight {name} is of type {entry.dtype}; {', '.join(FLOATS)} are read")
+                self._file_of[name], self.shapes[name] = file, entry.shape
         lost = sorted(set(listed or ()) - set(self.shapes))
         if lost:
             raise ValueError(f"{index} lists {lost[0]} in {listed[lost[0]]}, which does not hold it")
@@ -63,19 +64,24 @@ class SafetensorsFiles:
                                  f"the config asks for {list(shape)}")
 
     def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> str:
-        """A hash of the names and shapes, and of the first and last row of each: tells models apart for little reading."""
-        digest = hashlib.sha256()
-        for name, shape in sorted(shapes.items()):
-            digest.update(f"{name} {shape}".encode())
-            for row in (0, shape[0] - 1):
-                values = self.read(name, Shard(shape, 0, shape[0], row)).contiguous()
-                digest.update(values.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """A hash of the names, types and shapes, and of every byte of these tensors."""
+        def one(name):
+            digest = xxhash.xxh3_128()
+            self._file_of[name].update(name, digest)
+            return f"{name} {self.dtype(name)} {self.shapes[name]} {digest.hexdigest()}"
 
-    def read(self, name: str, shard: Shard) -> torch.Tensor:
-        """The slice `shard` of the tensor, in the file's dtype."""
-        stored = self._file_of[name].get_slice(name)
-        return stored[shard.slices] if shard.global_shape else stored[...]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return checksum("\n".join(pool.map(one, sorted(shapes))).encode())
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype = self._file_of[name].entries[name].dtype
+        if dtype not in DTYPES:
+            raise ValueError(f"{self._file_of[name].path}: {name} is of type {dtype}, which is not read")
+        return DTYPES[dtype]
+
+    def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """That part of the tensor, in the file's dtype."""
+        return self._file_of[name].read(name, part)
 
 
 class RandomWeights:
@@ -85,7 +91,7 @@ class RandomWeights:
     """
 
     def __init__(self, config: LlamaConfig, seed: int):
-        self._std, self._seed = config.initializer_range, seed
+        self._std, self._seed, self._shapes = config.initializer_range, seed, base_shapes(config)
 
     def check(self, expected, ignored=()):
         """Every name and shape can be drawn."""
@@ -93,11 +99,15 @@ class RandomWeights:
     def fingerprint(self, shapes) -> str:
         return f"random: seed {self._seed}, initializer_range {self._std}"
 
-    def read(self, name: str, shard: Shard) -> torch.Tensor:
-        if len(shard.global_shape) == 1:
-            return torch.zeros(shard.shape) if name.endswith("bias") else torch.ones(shard.shape)
-        whole = torch.empty(shard.global_shape).normal_(0, self._std, generator=generator_of(name, self._seed))
-        return whole[shard.slices].clone()
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)[part]
+        whole = torch.empty(shape).normal_(0, self._std, generator=generator_of(name, self._seed))
+        return whole[part].clone()
 
 
 def open_weights(directory: Path, config: LlamaConfig, random_seed: int | None) -> SafetensorsFiles | RandomWeights:
@@ -139,7 +149,7 @@ def fill(model: nn.Module, weights: SafetensorsFiles | RandomWeights, device, se
         elif is_lora(name):
             value = initial_factor(name, shard, seed)
         else:
-            value = weights.read(hf_name(name), shard)
+            value = weights.read(hf_name(name), shard.slices)
         if parameter.requires_grad:
             trained[name] = value.float()
         owner, leaf = name.rsplit(".", 1)

@@ -107,7 +107,7 @@ def test_weights(tmp_path, copy):
     shutil.copy(file, copy / "model.safetensors")
     assert "is missing (and" in refused(tmp_path, model=copy)
     (copy / "model.safetensors").write_bytes(file.read_bytes()[:-7])
-    assert "model.safetensors cannot be read" in refused(tmp_path, model=copy)
+    assert "model.safetensors is damaged: it has" in refused(tmp_path, model=copy)
 
 
 def test_output(tmp_path):

@@ -1,63 +1,16 @@
 """Checkpoints: written by some ranks, read by others; what is incomplete or damaged is not taken for one."""
 import json
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from threading import BrokenBarrierError
 
 import pytest
 import torch
 
 from data.loader import Position
-from parallel.buckets import Buckets
-from parallel.layers import Shard
 from parallel.mesh import Mesh
-from parallel.runtime import Meeting, ThreadRuntime
-from trainer.checkpoint import KINDS, Checkpoint, find_checkpoint, list_checkpoints, save_checkpoint
-from trainer.config import SAMPLE, Config
-from trainer.job import load_tokenizer
-from trainer.optimizer import AdamW
-
-SHAPES = {"column.weight": ((8, 6), 0), "row.weight": ((6, 8), 1), "norm.weight": ((6,), None)}
-IDENTITY = {"model": "tiny", "lora": None, "seed": 1}
-
-
-def whole(kind, name):
-    return torch.randn(SHAPES[name][0], generator=torch.Generator().manual_seed(sum(map(ord, kind + name))))
-
-
-def shards_of(mesh):
-    size, rank = mesh.tp.size(), mesh.tp.rank()
-    return {name: Shard(shape, dim, 1 if dim is None else size, 0 if dim is None else rank, size if dim is None else 1)
-            for name, (shape, dim) in SHAPES.items()}
-
-
-def optimizer_of(mesh, filled, zero_1=False):
-    shards = shards_of(mesh)
-    trained = [(name, torch.nn.Parameter(torch.zeros(shard.shape)), shard) for name, shard in shards.items()]
-    buckets = Buckets(trained, mesh, zero_1, bucket_bytes=80)
-    values = {kind: {name: whole(kind, name)[shard.slices] * filled for name, shard in shards.items()} for kind in KINDS}
-    optimizer = AdamW(buckets, Config(), values["parameter"], "cpu")
-    optimizer.exp_avg, optimizer.exp_avg_sq = (buckets.own(values[kind]) for kind in KINDS[1:])
-    return optimizer
-
-
-def save(output, step, tp=2, dp=2, limit=None, zero_1=False):
-    """What the loop does, with a thread a rank and the CPU as every rank's device."""
-    config = replace(Config(), output_dir=str(output), save_total_limit=limit)
-    tiny = SAMPLE / "tiny"
-    job = SimpleNamespace(config=config, model_directory=tiny, tokenizer=load_tokenizer(tiny), identity=IDENTITY,
-                          model_reference="tiny")
-    meeting = Meeting(tp * dp)
-
-    def rank_saves(rank):
-        mesh = Mesh.create(rank, tp * dp, tp)
-        runtime = ThreadRuntime(rank, tp * dp, torch.device("cpu"), meeting)
-        save_checkpoint(runtime, mesh, job, Position(step, 1, 3), optimizer_of(mesh, True, zero_1))
-
-    with ThreadPoolExecutor(tp * dp) as pool:
-        list(pool.map(rank_saves, range(tp * dp)))
-    return output / f"checkpoint-{step}"
+from tests import saved
+from tests.saved import IDENTITY, SHAPES, optimizer_of, save, shards_of, whole
+from trainer.checkpoint import KINDS, Checkpoint, find_checkpoint, list_checkpoints, manifest_checksum
 
 
 @pytest.mark.parametrize("zero_1, files", [(False, 2), (True, 6)])
@@ -65,19 +18,20 @@ def test_what_some_ranks_wrote_any_topology_reads(tmp_path, zero_1, files):
     """Also where ZeRO-1 divides 6 or 24 elements over 3 or 5 ranks, and buckets cut them."""
     checkpoint = Checkpoint(save(tmp_path, 7, dp=3, zero_1=zero_1))
     assert checkpoint.step == 7 and checkpoint.position == Position(7, 1, 3) and checkpoint.lora is None
-    assert sorted(checkpoint.manifest["files"]) == [f"rank-{rank:05d}.safetensors" for rank in range(6) if zero_1 or rank < 2]
-    assert len(checkpoint.manifest["files"]) == files
+    written = [name for name in checkpoint.manifest["files"] if name.startswith("rank-")]
+    assert written == [f"rank-{rank:05d}.safetensors" for rank in range(files)]
+    checkpoint.verify()
     assert checkpoint.shapes == {name: shape for name, (shape, _) in SHAPES.items()}
     for name in SHAPES:
         for kind in KINDS:
-            assert torch.equal(checkpoint.read(kind, name), whole(kind, name))
+            assert torch.equal(checkpoint.read(kind, name), whole(kind, name, 7))
     for tp, dp, divided in ((1, 1, False), (2, 1, False), (4, 1, False), (1, 5, True), (2, 5, True), (2, 2, False)):
         for rank in range(tp * dp):
             mesh = Mesh.create(rank, tp * dp, tp)
-            optimizer, expected = optimizer_of(mesh, False, divided), optimizer_of(mesh, True, divided)
+            optimizer, expected = optimizer_of(mesh, 0, divided), optimizer_of(mesh, 7, divided)
             checkpoint.restore(optimizer)
             for name, shard in shards_of(mesh).items():
-                assert torch.equal(checkpoint.read("parameter", name, shard), whole("parameter", name)[shard.slices])
+                assert torch.equal(checkpoint.read("parameter", name, shard), whole("parameter", name, 7)[shard.slices])
             for ours, theirs in ((optimizer.exp_avg, expected.exp_avg), (optimizer.exp_avg_sq, expected.exp_avg_sq)):
                 assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs) > 2
 
@@ -101,27 +55,41 @@ def break_header(path):
     path.write_bytes(content)
 
 
-def forget_a_rank(path):
-    manifest = path.parent / "manifest.json"
-    values = json.loads(manifest.read_text())
-    del values["files"][path.name]
-    manifest.write_text(json.dumps(values))
+def rewrite(**changes):
+    """Change the manifest, and its checksum with it."""
+    def change(path):
+        manifest = path.parent / "manifest.json"
+        values = json.loads(manifest.read_text()) | changes
+        manifest.write_text(json.dumps(values | {"checksum": manifest_checksum(values)}))
+    return change
 
 
-def misplace(path):
-    manifest = path.parent / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"position": {"epoch": 1}}))
+def forget_a_slice(path):
+    tensors = json.loads((path.parent / "manifest.json").read_text())["tensors"]
+    tensors["parameter/column.weight"]["slices"][1] = []
+    rewrite(tensors=tensors)(path)
+
+
+def replace_text(name, old, new):
+    def change(path):
+        content = (path.parent / name).read_bytes()
+        assert old in content
+        (path.parent / name).write_bytes(content.replace(old, new, 1))
+    return change
 
 
 @pytest.mark.parametrize("damage, problem", [
-    (Path.unlink, "rank-00001.safetensors is missing"), (cut, "rank-00001.safetensors has .* bytes of .* is truncated"),
+    (Path.unlink, "rank-00001.safetensors is missing"), (cut, "rank-00001.safetensors has .* bytes of .* is damaged"),
     (break_header, "rank-00001.safetensors is damaged"),
-    (forget_a_rank, r"of the 2 parts of parameter/column.weight, the files hold \[0\]"),
+    (lambda path: path.write_bytes(path.read_bytes()[:8] + bytes(path.stat().st_size - 8)), "00001.safetensors is damaged: its"),
+    (forget_a_slice, "of part 1 of parameter/column.weight, the files hold 0 of 24 elements"),
     (lambda path: (path.parent / "manifest.json").unlink(), "is no complete checkpoint"),
     (lambda path: cut(path.parent / "manifest.json"), "manifest.json is damaged"),
-    (lambda path: (path.parent / "manifest.json").write_text('{"format": "other"}'), "format 'other'"),
-    (misplace, "manifest.json is damaged: its position is"),
-    (lambda path: (path.parent / "manifest.json").write_text('{"format": "markstep checkpoint", "version": 2}'), "has no step"),
+    (rewrite(format="other"), "format 'other'"), (rewrite(version=2), "format 'markstep checkpoint' version 2"),
+    (replace_text("manifest.json", b'"row": 3', b'"row": 4'), "manifest.json is damaged: its checksum"),
+    (replace_text("config.json", b"llama", b"lama2"), "config.json is damaged: its checksum"),
+    (replace_text("rank-00001.safetensors", b"exp_avg/row", b"exp_avg/raw"), "rank-00001.safetensors is damaged: its checksum"),
+    (replace_text("rank-00001.safetensors", b'"F32"', b'"I32"'), "rank-00001.safetensors is damaged: its checksum"),
 ])
 def test_damage_is_named(tmp_path, damage, problem):
     path = save(tmp_path, 7)
@@ -130,20 +98,83 @@ def test_damage_is_named(tmp_path, damage, problem):
         Checkpoint(path)
 
 
-def test_a_name_that_was_changed_is_found_before_it_is_read(tmp_path):
+def test_every_byte_of_the_tensors_counts(tmp_path):
+    path = save(tmp_path, 7, tp=1, dp=2, zero_1=True)
+    file = path / "rank-00001.safetensors"
+    content = file.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    noticed = []
+    for place in range(begin, len(content), 29):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        with pytest.raises(ValueError, match="rank-00001.safetensors is damaged: the bytes of .* are not those that were saved"):
+            Checkpoint(path).verify()
+        for name in SHAPES:     # streaming notices what it reads, and nothing else
+            try:
+                list(Checkpoint(path).stream(name))
+            except ValueError as error:
+                noticed.append(f"the bytes of parameter/{name} are" in str(error))
+    assert noticed and all(noticed)
+
+
+def test_another_model_is_refused(tmp_path):
     path = save(tmp_path, 7, tp=1, dp=1)
     shapes = {name: shape for name, (shape, _) in SHAPES.items()}
     Checkpoint(path).check_tensors(shapes)
     with pytest.raises(ValueError, match=r"exp_avg/other has shape none, and \(3,\) was expected"):
         Checkpoint(path).check_tensors(shapes | {"other": (3,)})
-    file = path / "rank-00000.safetensors"
-    for old, new in [(b"parameter/row", b"parameter/raw"), (b'"F32"', b'"I32"'), (rb'\"index\"', rb'\"Index\"')]:
-        content = file.read_bytes()
-        assert old in content
-        file.write_bytes(content.replace(old, new, 1))
-        with pytest.raises(ValueError, match="rank-00000.safetensors is damaged"):
-            Checkpoint(path)
-        file.write_bytes(content)
+
+
+def test_replicas_that_differ_end_the_run(tmp_path):
+    def spoil(rank, optimizer):
+        if rank == 1:
+            name = "norm.weight"
+            for bucket, state in zip(optimizer.buckets.buckets, optimizer.weights, strict=True):
+                if bucket.pieces[0][0] == name:
+                    state += 1e-6
+
+    save(tmp_path, 6)
+    with pytest.raises((RuntimeError, BrokenBarrierError), match="parameter/norm.weight of rank 1 is not that of rank 0|^$"):
+        save(tmp_path, 7, change=spoil)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [6]
+
+
+def test_a_tokenizer_that_saves_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(saved.TOKENIZER, "chat_template", {"default": "{{ messages }}", "tools": "{{ tools }}"})
+    path = save(tmp_path, 7)
+    assert "additional_chat_templates/tools.jinja" in Checkpoint(path).manifest["files"]
+
+
+def test_a_later_damaged_checkpoint_does_not_push_the_new_one_out(tmp_path):
+    save(tmp_path, 10, 20)
+    (tmp_path / "checkpoint-20" / "manifest.json").unlink()
+    save(tmp_path, 15, limit=1, losses=[float("nan")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-15", "checkpoint-20.damaged-1"]
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, tp=1, dp=1, limit=1, losses=(3.0, 1.0, 2.0, 2.0))
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 4]
+
+
+def test_latest_is_the_newest_that_is_whole(tmp_path, capsys):
+    assert find_checkpoint(str(tmp_path), "latest") is None
+    assert "holds no checkpoint yet" in capsys.readouterr().out
+    paths = [save(tmp_path, step) for step in (5, 10, 15)]
+    (tmp_path / "checkpoint-20.incomplete").mkdir()
+    (tmp_path / "checkpoint-30").mkdir()
+    content = bytearray((paths[2] / "rank-00000.safetensors").read_bytes())
+    content[-1] ^= 1
+    (paths[2] / "rank-00000.safetensors").write_bytes(content)
+    assert find_checkpoint(str(tmp_path), "latest").step == 10
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("checkpoint-20.incomplete is incomplete", "checkpoint-30 is no complete",
+                                         "checkpoint-15/rank-00000.safetensors is damaged"))
+    save(tmp_path, 15)          # what is in the way is moved, not lost
+    assert find_checkpoint(str(tmp_path), "latest").step == 15 and (tmp_path / "checkpoint-15.damaged-1").is_dir()
+    for path in (*paths, tmp_path / "checkpoint-30"):
+        (path / "manifest.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole; of the oldest, .*checkpoint-5 is no complete checkpoint"):
+        find_checkpoint(str(tmp_path), "latest")
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
@@ -168,7 +199,7 @@ def test_what_is_in_the_output_directory_is_not_overwritten(tmp_path):
         (used, str(used / "checkpoint-5"), "holds the later checkpoint-10"),
         (new, None, "holds metrics.jsonl of another run: move it away"),
         (new, str(used / "checkpoint-5"), "holds metrics.jsonl of another run: move it away"),
-        (new, "latest", "holds no checkpoint"), (new, str(tmp_path / "none"), "is no complete checkpoint"),
+        (new, str(tmp_path / "none"), "is no complete checkpoint"),
         (new / "metrics.jsonl", None, "is a file"), (new, "", "is no complete checkpoint"),
     ]:
         with pytest.raises(ValueError, match=problem):

@@ -65,7 +65,7 @@ def sharded_logits(runtime, checkpoint, base, tp, ids):
     return logits.cpu()
 
 
-def check_merged(output, base, step):
+def check_merged(output, base, step, tp=2):
     """transformers' logits of the merged model are those of the sharded one; returns the merged model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     merge(output / f"checkpoint-{step}", output / "merged")
@@ -75,8 +75,8 @@ def check_merged(output, base, step):
     ids = list(range(3, 60))
     with torch.no_grad():
         expected = merged.eval()(torch.tensor([ids])).logits
-    for logits in on_ranks(sharded_logits, 2, checkpoint=str(output / f"checkpoint-{step}"), base=str(base), tp=2, ids=ids):
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    for logits in on_ranks(sharded_logits, tp, checkpoint=str(output / f"checkpoint-{step}"), base=str(base), tp=tp, ids=ids):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     return merged
 
 
@@ -119,12 +119,12 @@ def final_states(runtime, commands, look):
 
     Every rank puts its own function there, and whichever rank's is called knows its caller by the runtime that it is given.
     """
-    import trainer.loop
+    import trainer.saving
 
-    def save(of, mesh, job, position, optimizer):
-        SEEN[of.rank, os.path.basename(job.config.output_dir)] = look(optimizer)
+    def save(saver, position, eval_loss):
+        SEEN[saver.runtime.rank, os.path.basename(saver.job.config.output_dir)] = look(saver.optimizer)
 
-    trainer.loop.save_checkpoint = save
+    trainer.saving.Saver.save = save
     several_runs(runtime, commands)
     return {name: state for (rank, name), state in SEEN.items() if rank == runtime.rank}
 
@@ -216,7 +216,7 @@ def test_lora_follows_peft_and_comes_back(tmp_path, tied, rslora, targets):
     reference = peft_losses(adapted, prepare(parse([*flags, "--output_dir", f"{tmp_path}/rows"]), 4).train_rows)
     torch.testing.assert_close(column(output), reference, rtol=0, atol=1e-4)
 
-    merged = check_merged(output, base, 10)
+    merged = check_merged(output, base, 10, tp=2 if tied else 8)        # of 4 KV heads, 8 ranks hold each twice
     start(output / "checkpoint-10", output / "adapter", "--adapter_only", program=("-m", "tools.merge_checkpoint"))
     ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), output / "adapter").eval()
     for (name, value), other in zip(adapted.state_dict().items(), ours.state_dict().values(), strict=True):
@@ -252,7 +252,7 @@ def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
     lines = read(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["compilations"] == 2
     assert all(set(line) == {"step", "epoch", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_per_second",
-                             "step_seconds", "data_wait_seconds", "compilations"} for line in lines)
+                             "step_seconds", "data_wait_seconds", "save_stall_seconds", "compilations"} for line in lines)
 
 
 def test_thirty_two_ranks_compile_the_step_once(tmp_path):

@@ -1,118 +1,100 @@
-"""Checkpoints: `OUT/checkpoint-<step>/`, complete when it has that name.
+"""Checkpoints, read: what is in a directory `checkpoint-<step>`, whether it is whole, and any part of it on any topology.
 
-    manifest.json          format, version, step, position in the data, topology, what makes it this run (identity), where the
-                           base model is, flags, bytes of each file
-    rank-<n>.safetensors   `parameter/<name>` (master weights), `exp_avg/<name>`, `exp_avg_sq/<name>` of what is trained, fp32,
-                           one dimension: elements of the slice of rank n. The metadata entry `shards` says for each tensor
-                           which slice (global_shape, dim, parts, index, replicas), and the number of its first element (first)
-    config.json, tokenizer files, generation_config.json: the model's, so that a merged model needs no other source for them
-
-Only the ranks of the first data parallel replica write: the others hold the same. Under ZeRO-1 each holds its own part, and all
-write. Under LoRA the frozen base is not stored but named in the manifest. Everything is written to `checkpoint-<step>.incomplete`
-and renamed at the end.
+CHECKPOINT_FORMAT.md describes the directory; trainer/saving.py writes it.
 """
 import json
 import os
 import re
-import shutil
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import xxhash
 
 from data.loader import Position
 from model.files import read_json
 from model.lora import LoraConfig
+from model.tensor_file import TensorFile, as_bytes, bands, checksum, read_part
 from parallel.layers import Shard
-from parallel.mesh import Mesh
-from parallel.runtime import Runtime
 
-FORMAT, VERSION = "markstep checkpoint", 2
+FORMAT, VERSION = "markstep checkpoint", 3
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
-SHARD = ("global_shape", "dim", "parts", "index", "replicas")     # what the files say of a Shard
-MODEL_FILES = ("config.json", "generation_config.json")
+MANIFEST = "manifest.json"
+INCOMPLETE = ".incomplete"      # ends the name of a directory that is being written, or deleted
+BAND_BYTES = 16 * 2**20         # of a tensor in memory at once, where it is streamed
 
 
 class Checkpoint:
-    """A complete checkpoint, opened for reading: headers at once, tensors when asked for.
+    """A complete checkpoint, opened for reading: manifest and headers at once, tensors when asked for.
 
-    Raises ValueError where `path` is no checkpoint, or one of its files is missing, truncated or unreadable.
+    Raises ValueError where `path` is no checkpoint, or one of its files is missing, truncated or unreadable. Damage within the
+    tensors is found by `verify`, and by `stream`.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        manifest = self.path / "manifest.json"
-        if not os.path.isfile(manifest) or self.path.name.endswith(".incomplete"):
-            raise ValueError(f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a manifest.json was "
+        file = self.path / MANIFEST
+        if not os.path.isfile(file) or self.path.name.endswith(INCOMPLETE):
+            raise ValueError(f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a {MANIFEST} was "
                              "expected")
-        self.manifest = read_json(manifest)
+        self.manifest = read_json(file)
         if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
-            raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
+            raise ValueError(f"{file}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
                              f"this program reads {FORMAT!r} version {VERSION}")
-        absent = [key for key, kind in (("step", int), ("files", dict), ("identity", dict), ("position", dict))
-                  if not isinstance(self.manifest.get(key), kind) or not self.manifest[key]]
-        if absent or "lora" not in self.manifest["identity"] or self.manifest["step"] < 1:
-            raise ValueError(f"{manifest} is damaged: it has no {absent[0] if absent else 'lora in identity, or a step below 1'}")
-        for name, size in self.manifest["files"].items():
-            file = self.path / name
-            if not file.is_file():
-                raise ValueError(f"{file} is missing: the checkpoint is damaged")
-            if file.stat().st_size != size:
-                raise ValueError(f"{file} has {file.stat().st_size} bytes of {size}: the checkpoint is truncated")
+        if self.manifest.get("checksum") != manifest_checksum(self.manifest):
+            raise ValueError(f"{file} is damaged: its checksum is not that of its contents")
         self.step: int = self.manifest["step"]
-        place = self.manifest["position"]
-        self.position = Position(self.step, place.get("epoch"), place.get("row"))
-        if not all(isinstance(value, int) and value >= 0 for value in (self.position.epoch, self.position.row)):
-            raise ValueError(f"{manifest} is damaged: its position is {place}")
+        self.position = Position(self.step, **self.manifest["position"])
         lora = self.manifest["identity"]["lora"]
-        try:
-            self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"{manifest} is damaged: identity's lora: {error}") from None
-        self._slices = self._open()
+        self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
+        files = {}
+        for name, values in self.manifest["files"].items():
+            content = self.path / name
+            if not content.is_file():
+                raise ValueError(f"{content} is missing: the checkpoint is damaged")
+            if content.stat().st_size != values["bytes"]:
+                raise ValueError(f"{content} has {content.stat().st_size} bytes of {values['bytes']}: the checkpoint is damaged")
+            if name.startswith("rank-"):
+                files[name] = TensorFile(content)
+                found = files[name].header_checksum
+            else:
+                found = checksum(content.read_bytes())
+            if found != values["checksum"]:
+                raise ValueError(f"{content} is damaged: its checksum is not that in {MANIFEST}")
+        self._files = files
+        # By `<kind>/<name>`.
+        self.tensors = {key: Stored(self.path, key, values, files) for key, values in self.manifest["tensors"].items()}
         # The global shape of each stored parameter.
-        self.shapes = {key.removeprefix("parameter/"): slices[0].shard.global_shape for key, slices in self._slices.items()
+        self.shapes = {key.removeprefix("parameter/"): stored.shape for key, stored in self.tensors.items()
                        if key.startswith("parameter/")}
 
-    def _open(self) -> dict[str, list["_Slice"]]:
-        """`<kind>/<name>` -> every slice of the whole once."""
-        found: dict[str, dict[int, _Slice]] = {}
-        for name in self.manifest["files"]:
-            try:
-                file = safe_open(self.path / name, framework="pt")
-                described = json.loads(file.metadata()["shards"])
-                views = {key: file.get_slice(key) for key in file.keys()}       # noqa: SIM118  (safe_open is not iterable)
-                if set(views) != set(described):
-                    raise ValueError("its metadata speaks of other tensors than it holds")
-                for key, values in described.items():
-                    shard = Shard(**{field: values[field] for field in SHARD} | {"global_shape": tuple(values["global_shape"])})
-                    (length,) = views[key].get_shape()
-                    if views[key].get_dtype() != "F32" or not 0 <= values["first"] <= shard.numel - length:
-                        raise ValueError(f"what its metadata says of {key} is not what it holds")
-                    here = found.setdefault(key, {}).setdefault(shard.index, _Slice(key, shard))
-                    here.pieces.setdefault(values["first"], (length, file))
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-                raise ValueError(f"{self.path / name} is damaged: {error}") from None
-        for key, slices in found.items():
-            parts = next(iter(slices.values())).shard.parts
-            if sorted(slices) != list(range(parts)):
-                raise ValueError(f"{self.path}: of the {parts} parts of {key}, the files hold {sorted(slices)}")
-            for index, each in slices.items():
-                if not each.complete():
-                    raise ValueError(f"{self.path}: of part {index} of {key}, the files hold only some elements")
-        return {key: [slices[index] for index in sorted(slices)] for key, slices in found.items()}
-
     def read(self, kind: str, name: str, shard: Shard | None = None) -> torch.Tensor:
-        """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote its parts."""
-        slices = self._slices[f"{kind}/{name}"]
-        for stored in slices:
-            if shard is not None and stored.shard.slices == shard.slices:
-                return stored.read()
-        parts = [stored.read() for stored in slices]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=slices[0].shard.dim)
-        return whole if shard is None else whole[shard.slices].clone()
+        """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote its parts.
+
+        No other bytes are read, and they are not verified.
+        """
+        stored = self.tensors[f"{kind}/{name}"]
+        return stored.read(shard.slices if shard else tuple(slice(0, size) for size in stored.shape))
+
+    def stream(self, name: str) -> Iterator[torch.Tensor]:
+        """A parameter in consecutive bands of rows, fp32. Raises ValueError at its end where a byte of it was not as saved."""
+        return self.tensors[f"parameter/{name}"].stream()
+
+    def close(self) -> None:
+        """Give the files back; nothing is read from here on."""
+        for file in self._files.values():
+            file.close()
+
+    def verify(self) -> None:
+        """Read everything; raises ValueError that names the first tensor whose checksum is not that in the manifest."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for problem in pool.map(Stored.problem, self.tensors.values()):
+                if problem:
+                    raise ValueError(problem)
 
     def check(self, identity: dict) -> None:
         """Raise ValueError unless the checkpoint is of the run that `identity` describes."""
@@ -121,13 +103,13 @@ class Checkpoint:
             if there != here:
                 raise ValueError(f"{self.path} is of another run: its {key} is {there}, and that of these flags is {here}")
 
-    def check_tensors(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the files hold the parameters `expected` (name and global shape), and nothing else."""
-        found = {key: slices[0].shard.global_shape for key, slices in self._slices.items()}
-        wanted = {f"{kind}/{name}": shape for kind in KINDS for name, shape in expected.items()}
+    def check_tensors(self, expected: dict[str, tuple[int, ...]], kinds: tuple[str, ...] = KINDS) -> None:
+        """Raise ValueError unless the files hold the parameters `expected` (name, global shape) in these kinds, and no others."""
+        found = {key: stored.shape for key, stored in self.tensors.items() if key.split("/")[0] in kinds}
+        wanted = {f"{kind}/{name}": shape for kind in kinds for name, shape in expected.items()}
         odd = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
         if odd:
-            raise ValueError(f"{self.path} is damaged, or of another model: {odd[0]} has shape {found.get(odd[0], 'none')}, and "
+            raise ValueError(f"{self.path} is of another model: {odd[0]} has shape {found.get(odd[0], 'none')}, and "
                              f"{wanted.get(odd[0], 'none')} was expected")
 
     def restore(self, optimizer) -> None:
@@ -138,25 +120,88 @@ class Checkpoint:
 
 
 @dataclass
-class _Slice:
-    """A slice of a tensor of the files: its elements in pieces, by the number of the first."""
+class Piece:
+    """Consecutive elements of a flattened slice, from number `first`: a tensor of one dimension in `file`."""
 
-    key: str
-    shard: Shard
-    pieces: dict[int, tuple] = field(default_factory=dict)
+    first: int
+    file: TensorFile
+    checksum: str
 
-    def complete(self) -> bool:
-        """Whether the pieces follow each other from the first element to the last."""
-        end = 0
-        for first, (length, _) in sorted(self.pieces.items()):
-            if first != end:
-                return False
-            end += length
-        return end == self.shard.numel
 
-    def read(self) -> torch.Tensor:
-        pieces = [file.get_tensor(self.key) for _, (_, file) in sorted(self.pieces.items(), key=lambda item: item[0])]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(self.shard.shape)
+class Stored:
+    """A tensor of a checkpoint: slices along one dimension, and each slice in pieces (under ZeRO-1, one a data parallel rank)."""
+
+    def __init__(self, path: Path, key: str, values: dict, files: dict[str, TensorFile]):
+        self._path, self._key, self.shape = path, key, tuple(values["global_shape"])
+        self._slices: list[tuple[Shard, list[Piece]]] = []
+        for index, pieces in enumerate(values["slices"]):
+            shard, end = Shard(self.shape, values["dim"], values["parts"], index), 0
+            for each in pieces:
+                entry = files[each["file"]].entries.get(key) if each["file"] in files else None
+                if entry is None or each["first"] != end or entry.dtype != "F32":
+                    raise ValueError(f"{path}: of part {index} of {key}, the files hold only some elements")
+                end += entry.numel
+            if end != shard.numel:
+                raise ValueError(f"{path}: of part {index} of {key}, the files hold {end} of {shard.numel} elements")
+            self._slices.append((shard, [Piece(each["first"], files[each["file"]], each["checksum"]) for each in pieces]))
+        if len(self._slices) != values["parts"]:
+            raise ValueError(f"{path}: of the {values['parts']} parts of {key}, the files hold {len(self._slices)}")
+
+    def read(self, part: tuple[slice, ...], digests: dict[int, xxhash.xxh3_128] | None = None) -> torch.Tensor:
+        """The part of the tensor that is asked for; where `digests` are given, each piece's bytes are fed to its digest."""
+        whole = torch.empty([each.stop - each.start for each in part])
+        for shard, pieces in self._slices:
+            both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(part, shard.slices, strict=True)]
+            if all(each.start < each.stop for each in both):
+                inner = tuple(slice(each.start - own.start, each.stop - own.start)
+                              for each, own in zip(both, shard.slices, strict=True))
+                values = read_part(shard.shape, inner, partial(self._elements, pieces, digests))
+                if values.shape == whole.shape:
+                    return values
+                whole[tuple(slice(each.start - own.start, each.stop - own.start)
+                            for each, own in zip(both, part, strict=True))] = values
+        return whole
+
+    def _elements(self, pieces: list[Piece], digests, first: int, count: int) -> torch.Tensor:
+        """`count` elements of a flattened slice from number `first`."""
+        found = []
+        number = bisect_right([piece.first for piece in pieces], first) - 1
+        while count:
+            piece = pieces[number]
+            here = min(count, piece.first + piece.file.entries[self._key].numel - first)
+            found.append(piece.file.elements(self._key, first - piece.first, here))
+            if digests is not None:
+                digests.setdefault(id(piece), xxhash.xxh3_128()).update(as_bytes(found[-1]))
+            first, count, number = first + here, count - here, number + 1
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def stream(self) -> Iterator[torch.Tensor]:
+        digests = {}
+        rest = tuple(slice(0, size) for size in self.shape[1:])
+        for first, last in bands(self.shape, 4, BAND_BYTES):
+            yield self.read((slice(first, last), *rest), digests)
+        for _, pieces in self._slices:
+            for piece in pieces:
+                if digests[id(piece)].hexdigest() != piece.checksum:
+                    raise ValueError(self._damaged(piece))
+
+    def problem(self) -> str | None:
+        """What is wrong with the bytes of this tensor."""
+        for _, pieces in self._slices:
+            for piece in pieces:
+                digest = xxhash.xxh3_128()
+                piece.file.update(self._key, digest)
+                if digest.hexdigest() != piece.checksum:
+                    return self._damaged(piece)
+        return None
+
+    def _damaged(self, piece: Piece) -> str:
+        return f"{piece.file.path} is damaged: the bytes of {self._key} are not those that were saved"
+
+
+def manifest_checksum(manifest: dict) -> str:
+    """The checksum that a manifest names: of everything else in it."""
+    return checksum(json.dumps({key: value for key, value in manifest.items() if key != "checksum"}, sort_keys=True).encode())
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -167,7 +212,7 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
-    """The checkpoint that --resume asks for, or None; ValueError where it is damaged, or another run is in the way.
+    """The checkpoint that --resume asks for, verified, or None; ValueError where it is damaged, or another run is in the way.
 
     What a run leaves in `output_dir` (checkpoints, metrics.jsonl) is gone on with, or stays as it is.
     """
@@ -176,10 +221,8 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
         raise ValueError(f"--output_dir {output} is a file: a directory was expected")
     present = list_checkpoints(output)
     if resume == "latest":
-        if not present:
-            raise ValueError(f"--resume latest: {output} holds no checkpoint-<step>")
-        return Checkpoint(present[-1][1])
-    checkpoint = None if resume is None else Checkpoint(Path(resume))
+        return _latest(output, present)
+    checkpoint = None if resume is None else _verified(Path(resume))
     if checkpoint and checkpoint.path.resolve().parent == output.resolve():
         if present and present[-1][0] > checkpoint.step:
             raise ValueError(f"--resume {resume}: {output} holds the later {present[-1][1].name}, which would be overwritten: "
@@ -192,55 +235,27 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
     return checkpoint
 
 
-def save_checkpoint(runtime: Runtime, mesh: Mesh, job, position: Position, optimizer) -> None:
-    """Write `OUT/checkpoint-<step>`, the state before the step of `position`.
-
-    Called by every rank after a mark_step. The host waits for the device here.
-    """
-    final = Path(job.config.output_dir) / f"checkpoint-{position.step}"
-    partial = final.with_name(final.name + ".incomplete")
-    if runtime.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    runtime.barrier()
-    if mesh.dp.rank() == 0 or optimizer.buckets.parts > 1:
-        tensors, described = {}, {}
-        for kind, state in zip(KINDS, (optimizer.weights, optimizer.exp_avg, optimizer.exp_avg_sq), strict=True):
-            on_host = [value.cpu().float() for value in state]
-            for name, shard in optimizer.buckets.shards.items():
-                values, first = optimizer.buckets.own_piece(name, on_host)
-                if len(values):
-                    tensors[f"{kind}/{name}"] = values
-                    described[f"{kind}/{name}"] = {each: getattr(shard, each) for each in SHARD} | {"first": first}
-        file = partial / f"rank-{runtime.rank:05d}.safetensors"
-        save_file(tensors, file, metadata={"shards": json.dumps(described)})
-        _flush(file)
-    runtime.barrier()
-    if runtime.rank == 0:
-        for name in MODEL_FILES:
-            if (job.model_directory / name).is_file():
-                shutil.copyfile(job.model_directory / name, partial / name)
-        job.tokenizer.save_pretrained(partial)
-        manifest = {
-            "format": FORMAT, "version": VERSION, "step": position.step,
-            "position": {"epoch": position.epoch, "row": position.row}, "world_size": mesh.world_size,
-            "tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(), "identity": job.identity,
-            "model": job.model_reference, "random_seed": job.config.random_seed, "config": asdict(job.config),
-            "files": {path.name: path.stat().st_size for path in sorted(partial.glob("rank-*"))}}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(partial / "manifest.json")
-        os.rename(partial, final)
-        _flush(final.parent)
-        present = list_checkpoints(final.parent)
-        for _, old in present[:-job.config.save_total_limit] if job.config.save_total_limit else []:
-            doomed = old.with_name(old.name + ".incomplete")        # a half-deleted directory must not look complete
-            os.rename(old, doomed)
-            shutil.rmtree(doomed)
-    runtime.barrier()
+def _latest(output: Path, present: list[tuple[int, Path]]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None where there is none yet: one command both starts a job and restarts it."""
+    for name in sorted(os.listdir(output) if os.path.isdir(output) else []):
+        if re.fullmatch(r"checkpoint-\d+" + re.escape(INCOMPLETE), name):
+            print(f"--resume latest: {output / name} is incomplete, and skipped")
+    for _, path in reversed(present):
+        try:
+            return _verified(path)
+        except ValueError as error:
+            problem = error
+            print(f"--resume latest: skipped: {error}")
+    if present:
+        raise ValueError(f"--resume latest: no checkpoint in {output} is whole; of the oldest, {problem}")
+    print(f"--resume latest: {output} holds no checkpoint yet: the run starts from the beginning")
+    return None
 
 
-def _flush(path: Path) -> None:
-    """Wait until the disk has a file, or a directory's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _verified(path: Path) -> Checkpoint:
+    try:
+        checkpoint = Checkpoint(path)
+        checkpoint.verify()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return checkpoint

@@ -83,8 +83,11 @@ class Config:
     logging_steps: int = _flag(1, "A line in metrics.jsonl every so many steps.")
     eval_steps: int = _flag(0, "With --do_eval, evaluate every so many steps too, where positive.")
     save_steps: int = _flag(500, "A checkpoint every so many steps, and one after the last.")
-    save_total_limit: int | None = _flag(None, "Keep only so many of the newest checkpoints.")
-    resume: str | None = _flag(None, "`latest`, or the directory of a checkpoint of this run to go on from.")
+    save_total_limit: int | None = _flag(
+        None, "Keep only so many of the newest checkpoints, and the one with the least evaluation loss.")
+    max_minutes: float | None = _flag(None, "Save and end before so many minutes have passed; SIGTERM does so too.")
+    resume: str | None = _flag(None, "A checkpoint of this run to go on from, or `latest`: the newest whole one in --output_dir; "
+                                     "where there is none yet, the run starts.")
 
     def __post_init__(self):
         """Raise ValueError for values that no run can have."""
@@ -99,8 +102,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} {value}: at least {least} was expected")
-        for name in ("num_train_epochs", "lora_alpha"):
-            if getattr(self, name) <= 0:
+        for name in ("num_train_epochs", "lora_alpha", "max_minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: a number above 0 was expected")
         for name in ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:

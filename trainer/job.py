@@ -1,6 +1,9 @@
 """A run before its ranks start: everything that can be read and refused without a device."""
+import fcntl
 import os
-from dataclasses import asdict, dataclass
+import threading
+import time
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +38,8 @@ class Job:
     summary: str
     resume: Checkpoint | None
     identity: dict
+    deadline: float | None          # of time.monotonic(): when the run must have ended
+    terminated: threading.Event = field(default_factory=threading.Event)      # set by SIGTERM
 
     @property
     def read_trained(self):
@@ -52,6 +57,7 @@ class Job:
 
 def prepare(config: Config, world_size: int) -> Job:
     """Read and check everything; raises ValueError, in one line, before anything is compiled or written."""
+    begun = time.monotonic()
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size)
     resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)
@@ -87,8 +93,21 @@ def prepare(config: Config, world_size: int) -> Job:
         raise ValueError(f"--output_dir {config.output_dir} cannot be made: {error.strerror}") from None
     if not os.access(config.output_dir, os.W_OK):
         raise ValueError(f"--output_dir {config.output_dir} cannot be written to")
+    deadline = begun + 60 * config.max_minutes if config.max_minutes else None
     return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, steps, summary, resume,
-               identity)
+               identity, deadline)
+
+
+def lock(output_dir: str) -> None:
+    """Keep other runs out of the directory until this process ends, however it ends; ValueError where one is in it."""
+    if os.environ.get("RANK", "0") != "0":      # of several processes of a run, the first writes there and holds the lock
+        return
+    try:
+        fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--output_dir {output_dir} is in use by another run that has not ended: choose another") from None
+    except OSError as error:
+        print(f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): take care that no other run uses it")
 
 
 def lora_config(config: Config) -> LoraConfig | None:

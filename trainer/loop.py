@@ -17,10 +17,11 @@ from parallel.layers import named_shards
 from parallel.loss import parallel_cross_entropy
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
-from trainer.checkpoint import save_checkpoint
 from trainer.job import Job
 from trainer.metrics import Metrics
 from trainer.optimizer import AdamW, learning_rate
+from trainer.saving import Saver
+from trainer.stopping import Stopping
 
 
 def run(runtime: Runtime, job: Job) -> None:
@@ -50,21 +51,25 @@ def run(runtime: Runtime, job: Job) -> None:
     batches = Prefetcher(loader, lambda tensor: tensor.to(device))
     eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
     metrics = Metrics(runtime, job, first_step, loader)
+    saver = Saver(runtime, mesh, job, optimizer)
+    stopping = Stopping(job.terminated, job.deadline if runtime.rank == 0 else None)
     zeros = torch.zeros(3).to(device)
     accumulates = config.gradient_accumulation_steps > 1
     sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if accumulates else None
     runtime.mark_step()
+    if job.resume:
+        job.resume.close()                      # all ranks have read what they need
 
     # Before the first step: what the model can do untrained; and no graph is left to compile later.
     if eval_loader:
         metrics.evaluation(first_step, *evaluate(runtime, model, eval_loader, mesh, zeros))
-        metrics.restart_clock()
 
     for step in range(first_step, job.total_steps if config.do_train else first_step):
         model.train()
         last = step + 1 == job.total_steps
         rate = learning_rate(config, step, job.total_steps)
         scalars = optimizer.scalars(step, rate).to(device)
+        wishes = stopping.wish(saver.seconds).to(device)
         totals = zeros                                                  # loss sum, target tokens, tokens
 
         # Forward and backward. Gradients of the *sum* of the losses add up, in fp32.
@@ -94,17 +99,26 @@ def run(runtime: Runtime, job: Job) -> None:
         buckets.set_parameters(optimizer.weights)
         del gradients
         values = torch.cat([totals[0:1] / target_tokens, norm, totals[1:]])
+        wishes = all_reduce(wishes, mesh.world)
         runtime.mark_step()
 
-        metrics.hold(step + 1, rate, batches.waited, values)            # read one step late: the host does not wait
-        if eval_loader and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
+        # Read one step late, so that the host waits for the step before, not for this one.
+        metrics.hold(step + 1, rate, batches.waited, saver.stalled, values)
+        stop, saver.stalled = stopping.agreed(wishes), 0.0
+        eval_loss = None
+        if eval_loader and not stop and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.flush()
-            metrics.evaluation(step + 1, *evaluate(runtime, model, eval_loader, mesh, zeros))
-            metrics.restart_clock()
-        if last or (step + 1) % config.save_steps == 0:
+            eval_loss, counted = evaluate(runtime, model, eval_loader, mesh, zeros)
+            metrics.evaluation(step + 1, eval_loss, counted)
+        if last or stop or (step + 1) % config.save_steps == 0:
             metrics.flush()
-            save_checkpoint(runtime, mesh, job, loader.position(step + 1), optimizer)
+            saver.save(loader.position(step + 1), eval_loss)            # the host waits until it has a copy of the state
             metrics.restart_clock()
+        if stop and not last:
+            metrics.stopped(step + 1)
+            batches.close()
+            break
+    saver.wait()
     metrics.close()
 
 

@@ -23,16 +23,18 @@ def main() -> int:
         config = parse()
         world_size = requested_world_size(config.world_size)
         prepare_environment(world_size, config.stochastic_rounding)
-        from trainer.job import prepare
+        from trainer.job import lock, prepare
         from trainer.loop import run
         job = prepare(config, world_size)
+        lock(config.output_dir)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: job.terminated.set())
     # From here on a ValueError is no bad input but a bug in the loop, and keeps its traceback.
     try:
         launch(lambda runtime: run(runtime, job), world_size)
-    except GraphMismatch as error:
+    except (GraphMismatch, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

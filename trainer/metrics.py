@@ -23,7 +23,7 @@ class Metrics:
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
         self._runtime, self._output, self._active = runtime, Path(job.config.output_dir), runtime.rank == 0
         self._epochs, self._logging_steps = loader.epochs, job.config.logging_steps
-        self._held: tuple[int, float, float, float, torch.Tensor] | None = None
+        self._held: tuple[int, float, float, float, float, torch.Tensor] | None = None
         if self._active:
             _keep_until(self._output / "metrics.jsonl", first_step)
             _keep_until(self._output / "eval.jsonl", first_step - 1 if job.eval_rows else first_step)
@@ -31,21 +31,22 @@ class Metrics:
             self._bar = tqdm(total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
             self._last = time.perf_counter()
 
-    def hold(self, step: int, learning_rate: float, waited: float, values: torch.Tensor) -> None:
+    def hold(self, step: int, learning_rate: float, waited: float, stalled: float, values: torch.Tensor) -> None:
         """Keep the values of the 1-based `step`, and write those of the step before it.
 
-        values [4] on the device, part of the last mark_step: loss per target token, gradient norm, target tokens, tokens.
+        Seconds that it `waited` for data, and for which a save before it `stalled` training. values [4] on the device, part of
+        the last mark_step: loss per target token, gradient norm, target tokens, tokens.
         """
         if self._active:
             self.flush()
             now = time.perf_counter()
-            self._held, self._last = (step, now - self._last, learning_rate, waited, values), now
+            self._held, self._last = (step, now - self._last, learning_rate, waited, stalled, values), now
 
     def flush(self) -> None:
         """Write what is held. The host waits here until the device has finished that step."""
         if not self._active or self._held is None:
             return
-        (step, seconds, learning_rate, waited, device_values), self._held = self._held, None
+        (step, seconds, learning_rate, waited, stalled, device_values), self._held = self._held, None
         loss, norm, targets, tokens = device_values.cpu().tolist()
         self._bar.update()
         self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
@@ -53,7 +54,8 @@ class Metrics:
             self._append("metrics.jsonl", {
                 "step": step, "epoch": self._epochs(step), "loss": loss, "grad_norm": norm,
                 "learning_rate": learning_rate, "target_tokens": int(targets), "tokens_per_second": tokens / seconds,
-                "step_seconds": seconds, "data_wait_seconds": waited, "compilations": self._runtime.compilations()})
+                "step_seconds": seconds, "data_wait_seconds": waited, "save_stall_seconds": stalled,
+                "compilations": self._runtime.compilations()})
 
     def evaluation(self, step: int, loss: float, target_tokens: int) -> None:
         """Write the evaluation loss per target token after `step` steps."""
@@ -61,11 +63,17 @@ class Metrics:
             tqdm.write(f"step {step}: evaluation loss {loss:.4f} over {target_tokens} target tokens")
             self._append("eval.jsonl", {"step": step, "epoch": self._epochs(step), "eval_loss": loss,
                                         "target_tokens": target_tokens, "compilations": self._runtime.compilations()})
+            self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave what was done since the last step (an evaluation, a checkpoint) out of the next step's time."""
         if self._active:
             self._last = time.perf_counter()
+
+    def stopped(self, step: int) -> None:
+        """Say that the run ends early, after `step` steps."""
+        if self._active:
+            tqdm.write(f"stopped after step {step} of {self._bar.total}: --resume latest goes on")
 
     def close(self) -> None:
         self.flush()

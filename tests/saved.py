@@ -1,0 +1,75 @@
+"""Checkpoints saved by trainer.saving as the loop does it, with a thread a rank and the CPU as every rank's device."""
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+from data.loader import Position
+from parallel.buckets import Buckets
+from parallel.layers import Shard
+from parallel.mesh import Mesh
+from parallel.runtime import Meeting, ThreadRuntime
+from trainer.checkpoint import KINDS
+from trainer.config import SAMPLE, Config
+from trainer.job import load_tokenizer
+from trainer.optimizer import AdamW
+from trainer.saving import Saver
+
+SHAPES = {"column.weight": ((8, 6), 0), "row.weight": ((6, 8), 1), "norm.weight": ((6,), None)}
+IDENTITY = {"model": "tiny", "lora": None, "seed": 1}
+
+
+def whole(kind, name, step=1, shapes=SHAPES):
+    """The values of a tensor at a step, on every topology."""
+    return torch.randn(shapes[name][0], generator=torch.Generator().manual_seed(sum(map(ord, kind + name)))) * step
+
+
+def shards_of(mesh, shapes=SHAPES):
+    size, rank = mesh.tp.size(), mesh.tp.rank()
+    return {name: Shard(shape) if dim is None else Shard(shape, dim, size, rank) for name, (shape, dim) in shapes.items()}
+
+
+def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, changed=None, by=1.0):
+    """An optimizer whose state is that of the step (zeros at 0); to one parameter `changed`, `by` is added."""
+    shards = shards_of(mesh, shapes)
+    trained = [(name, torch.nn.Parameter(torch.zeros(shard.shape)), shard) for name, shard in shards.items()]
+    buckets = Buckets(trained, mesh, zero_1, bucket_bytes)
+    values = {kind: {name: whole(kind, name, step, shapes)[shard.slices] + by * (kind == "parameter" and name == changed)
+                     for name, shard in shards.items()} for kind in KINDS}
+    optimizer = AdamW(buckets, Config(), values["parameter"], "cpu")
+    optimizer.exp_avg, optimizer.exp_avg_sq = (buckets.own(values[kind]) for kind in KINDS[1:])
+    return optimizer
+
+
+def save(output, *steps, tp=2, dp=2, limit=None, zero_1=False, losses=(), change=None, identity=IDENTITY, **state):
+    """Save the states of `steps`; `change(rank, optimizer)` may spoil one. Returns the last checkpoint's directory."""
+    tiny, config = SAMPLE / "tiny", replace(Config(), output_dir=str(output), save_total_limit=limit, zero_1=zero_1)
+    job = SimpleNamespace(config=config, model_directory=tiny,
+                          tokenizer=TOKENIZER, identity=identity, model_reference="tiny",
+                          resume=SimpleNamespace(step=steps[0] - 1))
+    meeting = Meeting(tp * dp)
+
+    def rank_saves(rank):
+        mesh = Mesh.create(rank, tp * dp, tp)
+        saver = None
+        try:
+            for number, step in enumerate(steps):
+                optimizer = optimizer_of(mesh, step, zero_1, **state)
+                if change:
+                    change(rank, optimizer)
+                saver = saver or Saver(ThreadRuntime(rank, tp * dp, torch.device("cpu"), meeting), mesh, job, optimizer)
+                saver.optimizer = optimizer
+                saver.save(Position(step, 1, 3), dict(enumerate(losses)).get(number))
+            saver.wait()
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with ThreadPoolExecutor(tp * dp) as pool:
+        for future in [pool.submit(rank_saves, rank) for rank in range(tp * dp)]:
+            future.result()
+    return output / f"checkpoint-{steps[-1]}"
+
+
+TOKENIZER = load_tokenizer(SAMPLE / "tiny")
