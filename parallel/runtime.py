@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
 
 class GraphMismatch(RuntimeError):
@@ -140,9 +141,16 @@ class ThreadRuntime(Runtime):
 class ProcessRuntime(Runtime):
     """A rank that is a process with a NeuronCore."""
 
+    _barriers = 0
+
     def barrier(self):
-        import torch_xla.core.xla_model as xla_model
-        xla_model.rendezvous("markstep")
+        # Through the process group's store, not torch_xla's rendezvous, which would run a graph of its own on the device.
+        from torch.distributed.distributed_c10d import _get_default_store
+        store, self._barriers = _get_default_store(), self._barriers + 1
+        name = f"markstep/barrier-{self._barriers}"
+        if store.add(name, 1) == self.world_size:
+            store.set(f"{name}-complete", "")
+        store.wait([f"{name}-complete"], timedelta(days=1))
 
     def mark_step(self):
         import torch_xla

@@ -1,10 +1,12 @@
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from parallel.runtime import leaves_at_once, requested_world_size
+from parallel.runtime import ProcessRuntime, leaves_at_once, requested_world_size
 from tests.on_ranks import ROOT, on_ranks
 
 
@@ -93,3 +95,18 @@ def test_stochastic_rounding_is_switched_on_or_warned_of(monkeypatch, capsys, ne
     runtime.prepare_environment(1, stochastic_rounding=True)
     assert runtime.os.environ.get("NEURON_RT_STOCHASTIC_ROUNDING_EN") == ("1" if neuron else None)
     assert ("warning: --stochastic_rounding needs NeuronCores" in capsys.readouterr().err) is not neuron
+
+
+def meet(rank, directory):
+    import torch.distributed
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=3)
+    runtime = ProcessRuntime(rank, 3, None)
+    for number in range(3):
+        time.sleep(0.1 * ((rank + number) % 3))
+        (Path(directory) / f"{number}-{rank}").touch()
+        runtime.barrier()
+        assert all((Path(directory) / f"{number}-{other}").exists() for other in range(3))
+
+
+def test_processes_meet_at_a_barrier(tmp_path):
+    torch.multiprocessing.start_processes(meet, (str(tmp_path),), nprocs=3, start_method="fork")
