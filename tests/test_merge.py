@@ -80,10 +80,10 @@ def test_sizes():
     assert [parse_size(text) for text in ("5GB", "1.5 mb", "2GiB", "300")] == [5 * 10**9, 1_500_000, 2 * 2**30, 300]
 
 
-def test_an_adapter_goes_in_and_out_without_loss(tmp_path):
-    """A peft adapter, read by 4 ranks, trained with a rate of 0, and written again; and the base that it was on."""
+def test_an_adapter_goes_in_and_out_without_loss(tmp_path, monkeypatch):
+    """A peft adapter, read by 4 ranks, trained with a rate of 0, and written again; the base that it was on; and both in one."""
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
-    save_adapter(save_llama(base), adapter, ["q_proj", "v_proj", "down_proj"])
+    adapted = save_adapter(save_llama(base), adapter, ["q_proj", "v_proj", "down_proj"])
     start("--model_id", base, "--adapter_name_or_path", adapter, "--learning_rate", 0, "--max_steps", 1, "--world_size", 4,
           "--tensor_parallel_size", 2, "--zero_1", "--max_seq_length", 64, "--output_dir", output)
     merge(output / "checkpoint-1", tmp_path / "adapter_again", adapter_only=True)
@@ -91,6 +91,11 @@ def test_an_adapter_goes_in_and_out_without_loss(tmp_path):
     for again, original in (("adapter_again", adapter), ("base_again", base)):
         found, expected = load_all(tmp_path / again), load_all(original)
         assert sorted(found) == sorted(expected) and all(torch.equal(found[name], expected[name]) for name in found)
+    monkeypatch.setattr(merging, "BAND_BYTES", 4096)        # several bands a matrix
+    merge(output / "checkpoint-1", tmp_path / "merged", verify=True)
+    found, expected = load_all(tmp_path / "merged"), adapted.merge_and_unload().state_dict()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
 
 
 def test_a_checkpoint_of_neuronx_distributed(tmp_path):
