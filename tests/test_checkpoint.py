@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.loader import Position
+from model.tensor_file import TensorFile
 from parallel.mesh import Mesh
 from tests import saved
 from tests.saved import IDENTITY, SHAPES, optimizer_of, save, shards_of, whole
@@ -34,6 +35,18 @@ def test_what_some_ranks_wrote_any_topology_reads(tmp_path, zero_1, files):
                 assert torch.equal(checkpoint.read("parameter", name, shard), whole("parameter", name, 7)[shard.slices])
             for ours, theirs in ((optimizer.exp_avg, expected.exp_avg), (optimizer.exp_avg_sq, expected.exp_avg_sq)):
                 assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs) > 2
+
+
+def test_a_rank_reads_what_it_needs(tmp_path, monkeypatch):
+    checkpoint, read = Checkpoint(save(tmp_path, 7, zero_1=True)), []
+    elements = TensorFile.elements
+    monkeypatch.setattr(TensorFile, "elements", lambda *arguments: read.append(arguments[3]) or elements(*arguments))
+    for tp in (1, 2, 4):
+        for rank in range(tp):
+            for name, shard in shards_of(Mesh.create(rank, tp, tp)).items():
+                read.clear()
+                checkpoint.read("exp_avg", name, shard)
+                assert sum(read) == shard.numel
 
 
 def test_only_the_newest_are_kept(tmp_path):
