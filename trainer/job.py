@@ -55,9 +55,12 @@ class Job:
         return str(self.model_directory.resolve()) if os.path.isdir(name) else name
 
 
-def prepare(config: Config, world_size: int) -> Job:
-    """Read and check everything; raises ValueError, in one line, before anything is compiled or written."""
-    begun = time.monotonic()
+def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
+    """Read and check everything; raises ValueError, in one line, before anything is compiled or written.
+
+    `begun`: the time.monotonic() from which --max_minutes counts; default: now.
+    """
+    begun = begun or time.monotonic()
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size)
     resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)

@@ -2,7 +2,10 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+
+BEGUN = time.monotonic()        # before the imports that take long
 
 # Ctrl-C ends the process at once, wherever it is. Ranks that wait for each other in a collective cannot be unwound, and need not
 # be: a checkpoint has its name when it is complete.
@@ -25,7 +28,7 @@ def main() -> int:
         prepare_environment(world_size, config.stochastic_rounding)
         from trainer.job import lock, prepare
         from trainer.loop import run
-        job = prepare(config, world_size)
+        job = prepare(config, world_size, BEGUN)
         lock(config.output_dir)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
