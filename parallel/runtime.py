@@ -13,7 +13,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+
+from parallel.recompile import Guard
 
 
 class GraphMismatch(RuntimeError):
@@ -70,14 +73,27 @@ class Runtime:
 
     def __init__(self, rank: int, world_size: int, device):
         self.rank, self.world_size, self.device = rank, world_size, device
+        self._guard: Guard | None = None
+
+    def watch_graphs(self, on_recompile: str) -> None:
+        """From here on, a named mark_step whose graph changes is a warning (`warn`), an error (`error`) or nothing (`ignore`)."""
+        self._guard = Guard(on_recompile, self.compilations) if self.rank == 0 and on_recompile != "ignore" else None
 
     def barrier(self) -> None:
         """Wait until every rank is here. The host waits; the device does not."""
         raise NotImplementedError
 
-    def mark_step(self) -> None:
-        """End the graph traced since the last call, and start to execute it. Returns before the device has finished."""
+    def mark_step(self, place: str | None = None, step: int | None = None) -> None:
+        """End the graph traced since the last call, and start to execute it. Returns before the device has finished.
+
+        `place` is the name under which watch_graphs compares it with the graph before; `step`, the step that this ends, if any.
+        """
         raise NotImplementedError
+
+    def _execute(self, place, step, graph, tensors):
+        import torch_xla
+        with self._guard.compiling(place, step, graph, tensors) if self._guard else nullcontext():
+            torch_xla.sync()
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far (all ranks of a CPU run live in one process)."""
@@ -118,24 +134,26 @@ class ThreadRuntime(Runtime):
     def barrier(self):
         self._meeting.wait(self.rank, "a barrier")
 
-    def mark_step(self):
+    def mark_step(self, place=None, step=None):
         import torch_xla
         self._meeting.wait(self.rank, "a mark_step")
         if self.rank == 0:
-            self._check_graphs()
-            torch_xla.sync()
+            self._compile_first(place, step)
         self._meeting.wait(self.rank, "a compiled mark_step")
         if self.rank != 0:
             torch_xla.sync()
 
-    def _check_graphs(self):
-        hashes = _pending_graphs(self.world_size)
+    def _compile_first(self, place, step):
+        import torch_xla
+        live = _live_tensors(self.world_size)
+        hashes = [torch_xla._XLAC._get_graph_hash(tensors) for tensors in live]
         odd = [rank for rank, graph in enumerate(hashes) if graph != hashes[0]]
         if odd:
             raise GraphMismatch(
                 f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))} of {self.world_size} traced another graph than "
                 "rank 0 before this mark_step. All ranks must run the same operations: what depends on the rank must be data "
                 "in a tensor of shape [1] or more, never a Python branch, a shape or a constant.")
+        self._execute(place, step, hashes[0], live[0])
 
 
 class ProcessRuntime(Runtime):
@@ -152,33 +170,41 @@ class ProcessRuntime(Runtime):
             store.set(f"{name}-complete", "")
         store.wait([f"{name}-complete"], timedelta(days=1))
 
-    def mark_step(self):
+    def mark_step(self, place=None, step=None):
         import torch_xla
-        torch_xla.sync()
+        [tensors] = _live_tensors(1)        # on every rank: it also collects garbage, and all must do so at the same place
+        graph = torch_xla._XLAC._get_graph_hash(tensors) if self._guard else b""
+        self._execute(place, step, graph, tensors)
 
 
-def _pending_graphs(world_size: int) -> list[bytes]:
-    """A hash of the graph that each rank has traced and not yet executed, computed by rank 0 while the others wait.
+def _live_tensors(devices: int) -> list[list]:
+    """The tensors on each of this process's devices, whose recordings are the graph to come; on XLA:CPU, rank 0 asks for all.
 
-    Python's garbage collector knows the live tensors; what was alive before the ranks started is frozen and not walked. Sorted
-    by creation, because the collector's order depends on its generations. It collects here and nowhere else: a tensor in a cycle
-    of references would be part of one rank's graph and not of another's, if it ran between them.
+    Python's garbage collector knows them; what was alive before the ranks started is frozen and not walked. Sorted by creation,
+    because the collector's order depends on its generations. It collects here and nowhere else: a tensor in a cycle of references
+    would be part of one rank's graph and not of another's, if it ran between them.
     """
     import torch
     import torch_xla
     gc.collect()
-    live = [[] for _ in range(world_size)]
+    live = [{} for _ in range(devices)]
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type == "xla":
-            live[thing.device.index].append(thing)
-            if thing.is_leaf and thing.grad is not None:
-                live[thing.device.index].append(thing.grad)
-    backend = torch_xla._XLAC
-    graphs = []
-    for tensors in live:
-        unique = {backend._xla_get_tensor_id(tensor): tensor for tensor in tensors}
-        graphs.append(backend._get_graph_hash([unique[key] for key in sorted(unique)]))
-    return graphs
+            for tensor in (thing, thing.grad) if thing.is_leaf and thing.grad is not None else (thing,):
+                live[thing.device.index][torch_xla._XLAC._xla_get_tensor_id(tensor)] = tensor
+    return [[tensors[key] for key in sorted(tensors)] for tensors in live]
+
+
+@contextmanager
+def _collecting_at_mark_steps():
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def launch(function: Callable[[Runtime], object], world_size: int) -> None:
@@ -195,7 +221,8 @@ def _launch_process(function):
     import torch_xla.distributed.xla_backend  # noqa: F401  (registers the backend "xla")
     import torch_xla.runtime as xla_runtime
     torch.distributed.init_process_group("xla")
-    function(ProcessRuntime(xla_runtime.global_ordinal(), xla_runtime.world_size(), torch_xla.device()))
+    with _collecting_at_mark_steps():
+        function(ProcessRuntime(xla_runtime.global_ordinal(), xla_runtime.world_size(), torch_xla.device()))
 
 
 def _launch_threads(function, world_size):
@@ -224,14 +251,8 @@ def _launch_threads(function, world_size):
             errors.append(error)
             meeting.abort()
 
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
+    with _collecting_at_mark_steps():
         pjrt.spawn_threads(host_rank)
-    finally:
-        gc.enable()
-        gc.unfreeze()
     if errors:
         raise errors[0]
 

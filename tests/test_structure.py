@@ -36,6 +36,6 @@ def test_the_loop_can_be_read():
     text = (ROOT / "trainer" / "loop.py").read_text()
     assert len(text.splitlines()) < 250
     step = text[text.index("for step in range"):]
-    parts = [".backward()", "buckets.reduce(", "clip_gradients(", "optimizer.step(", "runtime.mark_step()"]
+    parts = [".backward()", "buckets.reduce(", "clip_gradients(", "optimizer.step(", "runtime.mark_step("]
     places = [step.index(part) for part in parts[:-1]]
     assert places == sorted(places) and step.index(parts[-1], places[-1])

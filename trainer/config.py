@@ -77,6 +77,8 @@ class Config:
     adam_beta2: float = _flag(0.999, "AdamW's decay of the second moment.")
     adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _flag(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
+    on_recompile: Literal["warn", "error", "ignore"] = _flag(
+        "warn", "When a step, micro-batch or evaluation has another graph than before: say what changed, or end the run.")
     seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
     # output
     output_dir: str = _flag("output", "Where checkpoints and metrics.jsonl go.")

@@ -27,6 +27,7 @@ from trainer.stopping import Stopping
 def run(runtime: Runtime, job: Job) -> None:
     """Train and evaluate as `job.config` says, on one rank."""
     config, device = job.config, runtime.device
+    runtime.watch_graphs(config.on_recompile)
     mesh = Mesh.create(runtime.rank, runtime.world_size, config.tensor_parallel_size)
 
     # Model: this rank's shards, read slice by slice and moved to the device.
@@ -56,7 +57,7 @@ def run(runtime: Runtime, job: Job) -> None:
     zeros = torch.zeros(3).to(device)
     accumulates = config.gradient_accumulation_steps > 1
     sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if accumulates else None
-    runtime.mark_step()
+    runtime.mark_step("build")
     if job.resume:
         job.resume.close()                      # all ranks have read what they need
 
@@ -83,7 +84,7 @@ def run(runtime: Runtime, job: Job) -> None:
             totals = totals + batch_totals(losses, batch)
             del logits, losses              # what lives at a mark_step is an output of its graph, and takes memory
             if accumulates:
-                runtime.mark_step()         # one graph for every micro-batch; a single one shares the graph of the update
+                runtime.mark_step("micro_batch")    # one graph for all of them; a single one shares the graph of the update
 
         # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the step's tokens.
         totals = all_reduce(totals, mesh.dp)
@@ -100,7 +101,7 @@ def run(runtime: Runtime, job: Job) -> None:
         del gradients
         values = torch.cat([totals[0:1] / target_tokens, norm, totals[1:]])
         wishes = all_reduce(wishes, mesh.world)
-        runtime.mark_step()
+        runtime.mark_step("step", step + 1)
 
         # Read one step late, so that the host waits for the step before, not for this one.
         metrics.hold(step + 1, rate, batches.waited, saver.stalled, values)
@@ -133,7 +134,7 @@ def evaluate(runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh, zeros: 
         losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
         totals = totals + all_reduce(batch_totals(losses, batch), mesh.dp)
         del logits, losses
-        runtime.mark_step()
+        runtime.mark_step("evaluation")
     loss_sum, target_tokens, _ = totals.cpu().tolist()
     return loss_sum / target_tokens, int(target_tokens)
 

@@ -14,6 +14,7 @@ signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 # A clone runs without being installed; trainer/ itself must not stand first, its modules are trainer.*.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from parallel.recompile import NewGraph  # noqa: E402
 from parallel.runtime import GraphMismatch, launch, leaves_at_once, prepare_environment, requested_world_size  # noqa: E402
 
 
@@ -37,7 +38,7 @@ def main() -> int:
     # From here on a ValueError is no bad input but a bug in the loop, and keeps its traceback.
     try:
         launch(lambda runtime: run(runtime, job), world_size)
-    except (GraphMismatch, OSError) as error:
+    except (GraphMismatch, NewGraph, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
