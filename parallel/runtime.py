@@ -145,7 +145,7 @@ class ThreadRuntime(Runtime):
 
     def _compile_first(self, place, step):
         import torch_xla
-        live = _live_tensors(self.world_size)
+        live = live_tensors(self.world_size)
         hashes = [torch_xla._XLAC._get_graph_hash(tensors) for tensors in live]
         odd = [rank for rank, graph in enumerate(hashes) if graph != hashes[0]]
         if odd:
@@ -172,12 +172,12 @@ class ProcessRuntime(Runtime):
 
     def mark_step(self, place=None, step=None):
         import torch_xla
-        [tensors] = _live_tensors(1)        # on every rank: it also collects garbage, and all must do so at the same place
+        [tensors] = live_tensors(1)        # on every rank: it also collects garbage, and all must do so at the same place
         graph = torch_xla._XLAC._get_graph_hash(tensors) if self._guard else b""
         self._execute(place, step, graph, tensors)
 
 
-def _live_tensors(devices: int) -> list[list]:
+def live_tensors(devices: int) -> list[list]:
     """The tensors on each of this process's devices, whose recordings are the graph to come; on XLA:CPU, rank 0 asks for all.
 
     Python's garbage collector knows them; what was alive before the ranks started is frozen and not walked. Sorted by creation,
