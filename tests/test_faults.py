@@ -5,11 +5,13 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from model.llama import LlamaConfig
 from model.weights import base_shapes
@@ -22,13 +24,21 @@ from trainer.job import lock
 KILLS = 50
 
 
+def fork():
+    """As os.fork. tqdm's lock is shared by all processes: a child killed while it holds it would stop this one for ever."""
+    child = os.fork()
+    if not child:
+        tqdm.set_lock(threading.RLock())
+        torch.set_num_threads(1)            # threads do not survive a fork
+    return child
+
+
 def killed(work, seconds):
     """Run `work(ready)` in another process, and kill that so many seconds after it called ready()."""
     reading, writing = os.pipe()
-    child = os.fork()
+    child = fork()
     if not child:
         try:
-            torch.set_num_threads(1)        # threads do not survive a fork
             work(lambda: os.write(writing, b"x"))
         finally:
             os._exit(0)
@@ -101,7 +111,7 @@ def test_a_kill_at_any_moment_of_merging(tmp_path):
 def fails(work):
     """The error of `work()`, in another process whose files may have 3000 bytes."""
     reading, writing = os.pipe()
-    child = os.fork()
+    child = fork()
     if not child:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))

@@ -265,7 +265,7 @@ def test_ctrl_c_ends_the_run_in_its_first_compilation(tmp_path):
                                 "--output_dir", tmp_path], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("data: ")
-    time.sleep(1)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=5)
     assert process.returncode == 130 and "Traceback" not in errors and not (tmp_path / "metrics.jsonl").exists()
