@@ -21,7 +21,7 @@ import torch
 from model.files import read_json
 from model.tensor_file import bands
 from model.weights import SafetensorsFiles
-from trainer.checkpoint import BAND_BYTES, INCOMPLETE, KINDS, MANIFEST, Checkpoint, Stored
+from trainer.checkpoint import BAND_BYTES, INCOMPLETE, KINDS, MANIFEST, Checkpoint
 
 MB = 10**6
 STEMS = ("model", "adapter_model")          # of safetensors files: a model's, a peft adapter's
@@ -36,11 +36,6 @@ class Tensors:
     dtype: Callable[[str], torch.dtype]
     stream: Callable[[str], Iterator[torch.Tensor]]     # in bands of rows, the same ones for all of the same shape
     settings: dict[str, object]
-
-
-def stored_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The checkpoint's tensors by `<kind>/<name>`."""
-    return checkpoint.tensors
 
 
 def open_model(path: Path, stem: str) -> Tensors:
@@ -63,7 +58,7 @@ def open_directory(path: Path) -> tuple[Checkpoint | None, Tensors]:
     if not (path / MANIFEST).is_file() and not NAMED.fullmatch(path.resolve().name):
         raise ValueError(f"{path} is neither a checkpoint nor a model in safetensors")
     checkpoint = Checkpoint(path)
-    stored = {key.removeprefix("parameter/"): each for key, each in stored_tensors(checkpoint).items()}
+    stored = {key.removeprefix("parameter/"): each for key, each in checkpoint.tensors.items()}
     settings = {key: value for key, value in checkpoint.manifest.items() if key not in ("checksum", "files", "tensors")}
     return checkpoint, Tensors({name: each.shape for name, each in stored.items()}, lambda name: torch.float32,
                                lambda name: stored[name].stream(), flatten(settings))
@@ -117,7 +112,7 @@ def find_damage(checkpoint: Checkpoint) -> dict[str, str]:
             return str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        stored = stored_tensors(checkpoint)
+        stored = checkpoint.tensors
         return {key: found for key, found in zip(stored, pool.map(problem, stored.values()), strict=True) if found}
 
 

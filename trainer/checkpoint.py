@@ -132,7 +132,7 @@ class Stored:
     """A tensor of a checkpoint: slices along one dimension, and each slice in pieces (under ZeRO-1, one a data parallel rank)."""
 
     def __init__(self, path: Path, key: str, values: dict, files: dict[str, TensorFile]):
-        self._path, self._key, self.shape = path, key, tuple(values["global_shape"])
+        self._key, self.shape = key, tuple(values["global_shape"])
         self._slices: list[tuple[Shard, list[Piece]]] = []
         for index, pieces in enumerate(values["slices"]):
             shard, end = Shard(self.shape, values["dim"], values["parts"], index), 0
@@ -153,13 +153,10 @@ class Stored:
         for shard, pieces in self._slices:
             both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(part, shard.slices, strict=True)]
             if all(each.start < each.stop for each in both):
-                inner = tuple(slice(each.start - own.start, each.stop - own.start)
-                              for each, own in zip(both, shard.slices, strict=True))
-                values = read_part(shard.shape, inner, partial(self._elements, pieces, digests))
+                values = read_part(shard.shape, _within(shard.slices, both), partial(self._elements, pieces, digests))
                 if values.shape == whole.shape:
                     return values
-                whole[tuple(slice(each.start - own.start, each.stop - own.start)
-                            for each, own in zip(both, part, strict=True))] = values
+                whole[_within(part, both)] = values
         return whole
 
     def _elements(self, pieces: list[Piece], digests, first: int, count: int) -> torch.Tensor:
@@ -197,6 +194,11 @@ class Stored:
 
     def _damaged(self, piece: Piece) -> str:
         return f"{piece.file.path} is damaged: the bytes of {self._key} are not those that were saved"
+
+
+def _within(outer: tuple[slice, ...], inner: list[slice]) -> tuple[slice, ...]:
+    """`inner`, counted from where `outer` starts."""
+    return tuple(slice(each.start - own.start, each.stop - own.start) for each, own in zip(inner, outer, strict=True))
 
 
 def manifest_checksum(manifest: dict) -> str:
