@@ -26,6 +26,7 @@ CASES = {
     "two blocks of queries": "--tensor_parallel_size 2 --max_seq_length 2048",
     "divided optimizer": "--tensor_parallel_size 2 --lora_r 0 --zero_1",
     "three layers": "--tensor_parallel_size 2",
+    "accumulation in one graph": SPMD + " --mark_step step",
     "accumulation": SPMD + " --compile",
     "memory lora": "--tensor_parallel_size 2 --max_seq_length 1024 --compile",
     "memory full": "--tensor_parallel_size 2 --max_seq_length 512 --lora_r 0 --compile",

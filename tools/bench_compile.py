@@ -22,7 +22,6 @@ from parallel.mesh import Mesh
 from parallel.runtime import prepare_environment
 from tools.hlo import Graph
 
-GRAPHS = {1: ["step"], 2: ["micro_batch", "update"]}
 LLAMA3 = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0, "max_position_embeddings": 8192}
 LLAMA31 = {"max_position_embeddings": 131072, "rope_scaling": {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
@@ -115,7 +114,7 @@ def measure(config, model_config, mesh: Mesh, keep_proto: bool, compiles: bool) 
     from tools.tracing import trace
     model = build(config, model_config, mesh)
     micro = config.gradient_accumulation_steps
-    names = GRAPHS[1 if micro == 1 else 2]
+    names = ["micro_batch", "update"] if config.graph_per_micro_batch else ["step"]
     found = trace(config, model_config, mesh.world_size, keep_proto, compiles)
     if len(found) != len(names):
         raise RuntimeError(f"two steps have {len(found)} graphs, and {len(names)} were expected: something in the step of "

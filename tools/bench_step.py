@@ -82,7 +82,7 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
     from trainer.job import prepare
     from trainer.loop import run
     accumulation, seen = config.gradient_accumulation_steps, {}        # `seen`: by rank 0
-    graphs = accumulation + (accumulation > 1)
+    graphs = accumulation + 1 if config.graph_per_micro_batch else 1
     with tempfile.TemporaryDirectory() as output:
         total = warmup + 2 * steps
         config = replace(config, output_dir=output, max_steps=total, save_steps=total + 1, do_eval=False, logging_steps=1)

@@ -106,8 +106,8 @@ def trace(config: Config, model_config: LlamaConfig, world_size: int, keep_proto
     """The graphs of two steps of rank 0, each once, in the order in which they come up. The world must have been prepared
     (parallel.runtime.prepare_environment), and `config` must ask for random weights."""
     from trainer.loop import run
-    micro = config.gradient_accumulation_steps
-    mark_steps = 1 + 2 * (1 if micro == 1 else micro + 1)       # the first ends the building, which leaves no graph
+    per_step = config.gradient_accumulation_steps + 1 if config.graph_per_micro_batch else 1
+    mark_steps = 1 + 2 * per_step       # the first ends the building, which leaves no graph
     found: list[Traced] = []
 
     def program(runtime):

@@ -77,6 +77,8 @@ class Config:
     adam_beta2: float = _flag(0.999, "AdamW's decay of the second moment.")
     adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _flag(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
+    mark_step: Literal["micro_batch", "step"] = _flag(
+        "micro_batch", "Where graphs end: a micro-batch has one of its own and the update another, or a whole step is one graph.")
     on_recompile: Literal["warn", "error", "ignore"] = _flag(
         "warn", "When a step, micro-batch or evaluation has another graph than before: say what changed, or end the run.")
     seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
@@ -127,6 +129,11 @@ class Config:
                              "implemented; leave it at 1 and raise --tensor_parallel_size")
         if self.adapter_name_or_path and not self.lora_r:
             raise ValueError("--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one")
+
+    @property
+    def graph_per_micro_batch(self) -> bool:
+        """Whether the micro-batches of a step share a graph, and the update has another; else a step is one graph."""
+        return self.gradient_accumulation_steps > 1 and self.mark_step == "micro_batch"
 
     @property
     def divides_sequence(self) -> bool:

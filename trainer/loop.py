@@ -55,8 +55,7 @@ def run(runtime: Runtime, job: Job) -> None:
     saver = Saver(runtime, mesh, job, optimizer)
     stopping = Stopping(job.terminated, job.deadline if runtime.rank == 0 else None)
     zeros = torch.zeros(3).to(device)
-    accumulates = config.gradient_accumulation_steps > 1
-    sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if accumulates else None
+    sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if config.graph_per_micro_batch else None
     runtime.mark_step("build")
     if job.resume:
         job.resume.close()                      # all ranks have read what they need
@@ -83,14 +82,14 @@ def run(runtime: Runtime, job: Job) -> None:
             sums = buckets.take_gradients(sums)
             totals = totals + batch_totals(losses, batch)
             del logits, losses              # what lives at a mark_step is an output of its graph, and takes memory
-            if accumulates:
-                runtime.mark_step("micro_batch")    # one graph for all of them; a single one shares the graph of the update
+            if config.graph_per_micro_batch:
+                runtime.mark_step("micro_batch")    # one graph for all of them; else they share the graph of the update
 
         # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the step's tokens.
         totals = all_reduce(totals, mesh.dp)
         target_tokens = totals[1:2].clamp(min=1.0)
         gradients = [total / target_tokens for total in buckets.reduce(sums)]
-        sums = [total.zero_() for total in sums] if accumulates else None
+        sums = [total.zero_() for total in sums] if config.graph_per_micro_batch else None
 
         # Clipping and update: of fp32 master weights, under --zero_1 this rank's part, to which the parameters are rounded.
         norm = global_norm(buckets, gradients)
