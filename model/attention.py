@@ -3,9 +3,21 @@ import math
 from typing import Any
 
 import torch
-from torch_xla.utils.checkpoint import checkpoint
+import torch.nn.functional as F
 
-BLOCK = 1024    # queries that attend at once: a tensor of scores is [heads, BLOCK, sequence]
+from parallel.collectives import keep_apart
+
+BLOCKS = 256, 1024      # the fewest and the most queries that attend at once: a tensor of scores is [heads, block, sequence]
+
+
+def block_size(sequence: int) -> int:
+    """Queries that attend at once: half a row, within BLOCKS.
+
+    Smaller ones spare more of the square above the diagonal (two blocks leave 3/4 of it, four 5/8), and each adds some fifty
+    operations a layer to the graph.
+    """
+    fewest, most = BLOCKS
+    return min(max(sequence // 2, fewest), most)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> torch.Tensor:
@@ -35,15 +47,30 @@ def rotary_cos_sin(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tup
     return angles.cos(), angles.sin()
 
 
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x, cos, sin):
+    wide, half = x.float(), x.shape[-1] // 2
+    return (wide * cos + torch.cat([-wide[..., half:], wide[..., :half]], -1) * sin).to(x.dtype)
+
+
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [sequence, batch, heads, head_dim] rotated by its position, computed in fp32, in x's dtype."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    """x [sequence, batch, heads, head_dim] rotated by its position, in fp32 and in x's dtype. The gradient is rotated back."""
+    return _Rotary.apply(x, cos, sin)
 
 
 def segment_masks(segment_ids: torch.Tensor) -> list[torch.Tensor]:
-    """For each block of BLOCK queries, bool [batch, queries, keys]; the keys are those up to the block's end.
+    """For each block of queries, bool [batch, queries, keys]; the keys are those up to the block's end.
 
     Position i sees j when both belong to one segment and j is not later than i. segment_ids [batch, sequence]; padding is segment
     0 and sees itself only, so no row of the softmax is empty.
@@ -51,8 +78,8 @@ def segment_masks(segment_ids: torch.Tensor) -> list[torch.Tensor]:
     sequence = segment_ids.shape[1]
     order = torch.arange(sequence, device=segment_ids.device)
     masks = []
-    for first in range(0, sequence, BLOCK):
-        last = min(first + BLOCK, sequence)
+    for first in range(0, sequence, block_size(sequence)):
+        last = min(first + block_size(sequence), sequence)
         same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, :last].unsqueeze(1)
         masks.append(same & (order[first:last].unsqueeze(1) >= order[:last].unsqueeze(0)))
     return masks
@@ -68,21 +95,82 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: l
     block's are held at a time. The query heads that share a KV head form one product: nothing is repeated.
     """
     sequence, batch, heads, head_dim = query.shape
-    query = query.unflatten(2, (key.shape[2], -1)).permute(1, 2, 3, 0, 4)      # [batch, kv_heads, shared, sequence, head_dim]
-    key, value = key.permute(1, 2, 3, 0), value.permute(1, 2, 0, 3)
-    mixed, first = [], 0
+    # [batch * kv_heads, sequence, head_dim], of queries [batch * kv_heads, shared, sequence, head_dim]
+    query = query.unflatten(2, (key.shape[2], -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
+    key, value = (each.permute(1, 2, 0, 3).flatten(0, 1) for each in (key, value))
+    mixed = _Attention.apply(query, key, value, recompute, *masks).view(batch, -1, *query.shape[1:])
+    return mixed.permute(3, 0, 1, 2, 4).reshape(sequence, batch, heads * head_dim)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of a query [batch * kv_heads, shared, sequence, head_dim], of which the output has the shape, to key and value
+    [batch * kv_heads, sequence, head_dim], by blocks of queries.
+
+    The softmax is divided by its sum behind the product with the values, where it is head_dim wide, and its backward sums there
+    too, over output and gradient (FlashAttention-2, https://arxiv.org/abs/2307.08691, section 3.1): the scores, which are most of
+    what attention reads and writes, are passed over as little as can be.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, recompute, *masks):
+        mixed, kept = [], []
+        for part, keys, mask in _blocks(query, masks):
+            exponentials, total = _exponentials(query[:, :, part], key[:, keys], mask)
+            one = torch.bmm(exponentials, value[:, keys]).float() / total
+            mixed.append(one.to(value.dtype).view(*query.shape[:2], -1, query.shape[-1]))
+            kept += [total] if recompute else [total, exponentials]
+        mixed = torch.cat(mixed, 2)
+        ctx.recompute, ctx.blocks = recompute, len(masks)
+        ctx.save_for_backward(query, key, value, mixed, *masks, *kept)
+        return mixed
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, mixed, *rest = ctx.saved_tensors
+        masks, kept = rest[:ctx.blocks], rest[ctx.blocks:]
+        wants = ctx.needs_input_grad[:3]
+        scale, sums, of_query = query.shape[-1] ** -0.5, [None, None], []
+        for part, keys, mask in _blocks(query, masks):
+            total, block, outer = kept.pop(0), query[:, :, part], grad[:, :, part]
+            if ctx.recompute:
+                block, outer = block.contiguous(), outer.contiguous()
+                keep_apart([block, outer])      # or the compiler would keep the forward's
+                exponentials, _ = _exponentials(block, key[:, keys], mask)
+            else:
+                exponentials = kept.pop(0)
+            block, outer = block.flatten(1, 2), outer.flatten(1, 2).float()
+            inner = (outer * mixed[:, :, part].flatten(1, 2).float()).sum(-1, keepdim=True) / total
+            outer = (outer / total).to(value.dtype)
+            if wants[2]:
+                sums[1] = _add_to_first(torch.bmm(exponentials.transpose(1, 2), outer), sums[1])
+            if wants[0] or wants[1]:
+                scores = (torch.bmm(outer, value[:, keys].transpose(1, 2)).float() - inner) * (exponentials.float() * scale)
+                scores = scores.to(value.dtype)
+            if wants[0]:
+                of_query.append(torch.bmm(scores, key[:, keys]).view(*query.shape[:2], -1, query.shape[-1]))
+            if wants[1]:
+                sums[0] = _add_to_first(torch.bmm(scores.transpose(1, 2), block), sums[0])
+        return torch.cat(of_query, 2) if wants[0] else None, *sums, None, *(None for _ in masks)
+
+
+def _blocks(query, masks):
+    """(which queries, which keys, mask) of each block."""
+    first = 0
     for mask in masks:
-        queries, last = mask.shape[1:]
-        block = (query[..., first:last, :], key[..., :last], value[:, :, :last], mask)
-        mixed.append(checkpoint(_attend_block, *block, preserve_rng_state=False) if recompute else _attend_block(*block))
+        queries, keys = mask.shape[1:]
+        yield slice(first, first + queries), slice(0, keys), mask
         first += queries
-    return torch.cat(mixed, 3).permute(3, 0, 1, 2, 4).reshape(sequence, batch, heads * head_dim)
 
 
-def _attend_block(query, key, value, mask):
-    """[batch, kv_heads, shared, queries, head_dim] of a query of that shape, key [batch, kv_heads, head_dim, keys] and value."""
-    batch, kv_heads, shared, queries, head_dim = query.shape
-    scores = (query.flatten(2, 3) @ key).float() / math.sqrt(head_dim)
-    scores = scores.view(batch, kv_heads, shared, queries, -1).masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
-    weights = scores.softmax(-1).to(value.dtype).flatten(2, 3)
-    return (weights @ value).view(query.shape)
+def _add_to_first(more, sums):
+    """`more` [..., keys, head_dim] with the sums of fewer keys, or None, added to its first."""
+    return more if sums is None else F.pad(sums, (0, 0, 0, more.shape[1] - sums.shape[1])) + more
+
+
+def _exponentials(query, key, mask):
+    """(exp(scores - their maximum) in key's dtype, [batch * kv_heads, shared * queries, keys]; its sum over the keys, fp32)."""
+    scores = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).float() * query.shape[-1] ** -0.5
+    apart = scores.view(mask.shape[0], -1, query.shape[1], *mask.shape[1:])     # [batch, kv_heads, shared, queries, keys]
+    apart = apart.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
+    exponentials = (apart - apart.amax(-1, keepdim=True)).exp().view(scores.shape)
+    return exponentials.to(key.dtype), exponentials.sum(-1, keepdim=True)

@@ -94,7 +94,7 @@ class LlamaRMSNorm(ParallelLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        wide = wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + self.eps)
         return (wide * self.weight.float()).to(x.dtype)
 
 

@@ -66,9 +66,16 @@ class LoraLinear(nn.Module):
             hashes = ((feature * 0x35EBCA6B) ^ (zlib.crc32(name.encode()) & MASK)) & MASK
             self.register_buffer("feature_seeds", hashes, persistent=False)
 
-    def before(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """A dropout(x), [positions of x, batch, r]: of a column-parallel layer, what crosses beside x."""
-        return [F.linear(self._drop(x), self.lora_A.weight)]
+    @staticmethod
+    def before(x: torch.Tensor, layers: list["LoraLinear"]) -> list[torch.Tensor]:
+        """A dropout(x) of each of the layers, [positions of x, batch, r]: of column-parallel ones, what crosses beside x.
+
+        One product where no layer drops: r is too small for a fast one.
+        """
+        if len(layers) == 1 or layers[0].training and layers[0].dropout:
+            return [F.linear(layer._drop(x), layer.lora_A.weight) for layer in layers]
+        factors = [layer.lora_A.weight for layer in layers]
+        return list(F.linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
 
     def product(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Of a column-parallel layer, y of x and `low`, both of all positions."""
@@ -76,12 +83,13 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.by_row:
-            y, low = self.base_layer(x, *self.before(x))
+            y, low = self.base_layer(x, *self.before(x, [self]))
             return y + self._up(low)
         return column_parallel(x, [self])[0]
 
     def _up(self, low):
-        return F.linear(low * self.scaling, self.lora_B.weight)
+        # Scaled where it is small, and transposed before: the product that gives its gradient is [r, out], which is fast.
+        return low @ (self.lora_B.weight.t() * self.scaling)
 
     def _drop(self, x):
         if not self.dropout or not self.training:

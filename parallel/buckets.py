@@ -106,12 +106,13 @@ class Buckets:
         for bucket, weight in zip(self.buckets, weights, strict=True):
             dtype = self.parameters[bucket.pieces[0][0]].dtype
             whole = all_gather(weight.to(dtype), self.divided, 0)
-            widths = [stop - start for _, start, stop in bucket.pieces]
-            for (name, *_), piece in zip(bucket.pieces, whole.split(widths, 1), strict=True):
-                columns[name].append(piece)
+            offset = 0
+            for name, start, stop in bucket.pieces:     # torch_xla's split cuts every piece once for each piece
+                columns[name].append(_columns(whole, offset, offset + stop - start))
+                offset += stop - start
         for name, parameter in self.parameters.items():
-            flat = (columns[name][0] if len(columns[name]) == 1 else torch.cat(columns[name], 1)).flatten()
-            parameter.copy_(flat[:parameter.numel()].view(parameter.shape))
+            matrix = columns[name][0] if len(columns[name]) == 1 else torch.cat(columns[name], 1)
+            parameter.copy_(_columns(matrix.view(1, -1), 0, parameter.numel()).view(parameter.shape))
 
     def _flatten(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """fp32 [parts, columns] of each bucket."""
@@ -119,4 +120,10 @@ class Buckets:
         for name, value in values.items():
             flat, padding = value.float().flatten(), self.columns(name) * self.parts - value.numel()
             matrices[name] = (F.pad(flat, (0, padding)) if padding else flat).view(self.parts, -1)
-        return [torch.cat([matrices[name][:, start:stop] for name, start, stop in bucket.pieces], 1) for bucket in self.buckets]
+        return [torch.cat([_columns(matrices[name], start, stop) for name, start, stop in bucket.pieces], 1)
+                for bucket in self.buckets]
+
+
+def _columns(matrix, start, stop):
+    """matrix[:, start:stop]; of all columns the matrix itself, because torch_xla records a copy."""
+    return matrix if stop - start == matrix.shape[1] else matrix[:, start:stop]

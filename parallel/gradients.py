@@ -10,7 +10,7 @@ def global_norm(buckets: Buckets, gradients: list[torch.Tensor]) -> torch.Tensor
 
     Each slice counts once: the squares of one that `replicas` ranks hold are divided by that number before the sum.
     """
-    squares = torch.stack([gradient.square().sum() / bucket.replicas
+    squares = torch.stack([(gradient * gradient).sum() / bucket.replicas
                            for bucket, gradient in zip(buckets.buckets, gradients, strict=True)])
     mesh = buckets.mesh
     return all_reduce(squares.sum().reshape(1), mesh.world if buckets.parts > 1 else mesh.tp).sqrt()

@@ -135,10 +135,6 @@ class ColumnParallelLinear(ParallelLayer):
         else:
             self.bias = None
 
-    def before(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What the layer computes of x before the ranks meet, and takes along in their message: nothing (LoRA does)."""
-        return []
-
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """y of an x of all positions, whose gradient is summed over the group by the caller."""
         return F.linear(x, self.weight, self.bias)
@@ -148,13 +144,18 @@ class ColumnParallelLinear(ParallelLayer):
 
 
 def column_parallel(x: torch.Tensor, layers: list[nn.Module]) -> list[torch.Tensor]:
-    """The outputs of several column-parallel layers that read the same x: the ranks meet once for all of them."""
+    """The outputs of several column-parallel layers that read the same x: the ranks meet once for all of them.
+
+    Layers may have a method `before(x, layers)` that gives a tensor of each of them, computed of x before the ranks meet; it
+    crosses in the same message, and comes back as the second argument of `product` (LoRA's does).
+    """
     group = layers[0].tensor_parallel_group
     enter = (gather_from_sequence_parallel_region if layers[0].sequence_parallel_enabled
              else copy_to_tensor_model_parallel_region)
-    taken = [layer.before(x) for layer in layers]
-    whole, *rest = side_by_side(enter, [x, *(tensor for tensors in taken for tensor in tensors)], group)
-    return [layer.product(whole, *(rest.pop(0) for _ in tensors)) for layer, tensors in zip(layers, taken, strict=True)]
+    beside = [layer for layer in layers if hasattr(layer, "before")]
+    whole, *rest = side_by_side(enter, [x, *(beside[0].before(x, beside) if beside else ())], group)
+    taken = dict(zip(beside, rest, strict=True))
+    return [layer.product(whole, taken[layer]) if layer in taken else layer.product(whole) for layer in layers]
 
 
 class RowParallelLinear(ParallelLayer):

@@ -23,7 +23,7 @@ CASES = {
     "lora recomputed alone": "--gradient_checkpointing full",
     "full recomputed": "--tensor_parallel_size 2 --lora_r 0 --gradient_checkpointing full",
     "scores recomputed": "--tensor_parallel_size 2 --gradient_checkpointing selective",
-    "two blocks of queries": "--tensor_parallel_size 2 --max_seq_length 2048",
+    "two blocks of queries": "--tensor_parallel_size 2 --max_seq_length 512",
     "divided optimizer": "--tensor_parallel_size 2 --lora_r 0 --zero_1",
     "three layers": "--tensor_parallel_size 2",
     "accumulation in one graph": SPMD + " --mark_step step",

@@ -162,4 +162,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    from parallel.runtime import use_huge_pages
+    use_huge_pages()
     sys.exit(main())

@@ -19,7 +19,7 @@ Norms, rotary embedding, softmax, the embedding (gather and scatter) and the upd
 """
 from torch import nn
 
-from model.attention import BLOCK
+from model.attention import block_size
 from model.llama import Llama, LlamaDecoderLayer
 from model.lora import LoraLinear
 from trainer.config import Config
@@ -65,8 +65,8 @@ class _Count:
         """S of all blocks of queries."""
         query = getattr(attention.q_proj, "base_layer", attention.q_proj)
         length, area = self.config.max_seq_length, 0
-        for first in range(0, length, BLOCK):
-            until = min(first + BLOCK, length)
+        for first in range(0, length, block_size(length)):
+            until = min(first + block_size(length), length)
             area += (until - first) * until
         return 2 * self.config.per_device_train_batch_size * query.weight.shape[0] * area
 

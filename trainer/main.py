@@ -15,7 +15,14 @@ signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from parallel.recompile import NewGraph  # noqa: E402
-from parallel.runtime import GraphMismatch, launch, leaves_at_once, prepare_environment, requested_world_size  # noqa: E402
+from parallel.runtime import (  # noqa: E402
+    GraphMismatch,
+    launch,
+    leaves_at_once,
+    prepare_environment,
+    requested_world_size,
+    use_huge_pages,
+)
 
 
 def main() -> int:
@@ -23,6 +30,7 @@ def main() -> int:
     try:
         if leaves_at_once():
             return 0
+        use_huge_pages()
         from trainer.config import parse
         config = parse()
         world_size = requested_world_size(config.world_size)
