@@ -114,8 +114,9 @@ def describe(each: Estimate, price: float | None) -> str:
     held, most, memory = (size / 1e9 for size in (each.held_bytes, each.most_bytes, each.memory_bytes))
     said = [f"memory of a core: {verdict}. {held:.2f} GB are held, at most {most:.2f} GB live at once, of {memory:.2f} GB",
             f"step: {between(each.seconds)} s ({waits}); {each.binds} binds",
-            f"roofline: {each.roofline_seconds:.3g} s; the step takes {between(one / each.roofline_seconds for one in each.seconds)} "
-            f"times that, and its products {between(100 * one for one in each.peak_share)} % of the peak",
+            f"roofline: {each.roofline_seconds:.3g} s; the step takes "
+            f"{between(one / each.roofline_seconds for one in each.seconds)} times that, and its products "
+            f"{between(100 * one for one in each.peak_share)} % of the peak",
             f"{between(each.tokens_per_second_per_node)} tokens/s a node, {between(each.rows_per_second)} rows/s in all"]
     if price:
         said.append(f"{between(each.cost(price))} USD for a million tokens, at {price:.2f} USD an hour and node")
@@ -157,7 +158,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}, tiny, a directory or a config.json")
     parser.add_argument("--machine", choices=MACHINES, default="trn1.32xlarge", help="default: trn1.32xlarge")
     parser.add_argument("--nodes", type=int, default=1, help="how many of them; default 1")
-    parser.add_argument("--report", metavar="FILE", help="the step as tools.bench_compile --json wrote it, in place of tracing it")
+    parser.add_argument("--report", metavar="FILE", help="the step, as tools.bench_compile --json wrote it; default: trace it")
     parser.add_argument("--sweep", action="store_true", help="compare all topologies with as many rows a step")
     parser.add_argument("--picture", metavar="FILE", help="draw time and memory into a PNG")
     parser.add_argument("--json", metavar="FILE", help="write the estimates to FILE")
@@ -166,7 +167,7 @@ def parser_of() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    os.environ |= {"PJRT_DEVICE": "CPU", "TQDM_DISABLE": "1"}
+    os.environ["PJRT_DEVICE"] = "CPU"
     chosen, rest = parser_of().parse_known_args(arguments)
     from trainer.config import parse
     config, machine = parse(rest), MACHINES[chosen.machine]
@@ -198,7 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    title = f"{chosen.model} on {chosen.nodes} x {chosen.machine}, {rows_of(config)} rows of {config.max_seq_length} tokens a step"
+    title = (f"{chosen.model} on {chosen.nodes} x {chosen.machine}, "
+             f"{rows_of(config)} rows of {config.max_seq_length} tokens a step")
     print(f"{title}\nThis is a model: nothing ran on a Trainium. The range is that of what is assumed (tools/machines.py).\n"
           f"{FORMULA}")
     for name, assumed in (("fast", FAST), ("slow", SLOW)):

@@ -33,9 +33,10 @@ def draw(found: list[tuple[str, Estimate]], title: str, path: Path) -> None:
         axes.grid(axis="x", alpha=0.4)
         axes.set_axisbelow(True)
     shown = [part for part in PARTS if any(each.binds == part for _, each in found)]
-    figure.legend(handles=[*(Patch(color=COLOURS[part], label=f"{part} binds") for part in shown),
-                           Patch(color="tab:gray", label="held"), Patch(facecolor="lightgray", edgecolor="gray", hatch="//", label="at most, at the peak"),
-                           Patch(color="tab:red", label=f"a core has {limit:.1f} GB")], loc="outside lower center", ncols=6)
+    handles = [*(Patch(color=COLOURS[part], label=f"{part} binds") for part in shown), Patch(color="tab:gray", label="held"),
+               Patch(facecolor="lightgray", edgecolor="gray", hatch="//", label="at most, at the peak"),
+               Patch(color="tab:red", label=f"a core has {limit:.1f} GB")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
