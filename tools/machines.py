@@ -64,8 +64,8 @@ class Assumed:
 
 
 # One set for all machines, models and topologies.
-# products: from AWS's Llama-2 7B rows. With the other constants these leave the products 0.51 to 0.63 of the peak; 0.06 less and
-#   0.02 more are added for other shapes. What softmax, norms and casts hold up is in it.
+# products: from AWS's Llama-2 7B rows. With the other constants in the middle of their ranges these leave the products 0.53 to
+#   0.61 of the peak; 0.08 less and 0.04 more are added for other shapes. What softmax, norms and casts hold up is in it.
 # memory: no measurement was found. Streams of HBM seldom reach more than 0.9, and strided ones fall to 0.6.
 # link: [nccom] 41 to 53 GB/s a rank within an instance, in messages of 16 MB and more, of trn1's 192.
 # network: [nccom] 0.4 of EFA by one all-reduce of 128 MB among 64 ranks of two instances. Several groups at once, which is what a
