@@ -31,7 +31,7 @@ def test_a_step_by_hand():
         # 2 x 3/4 of 0.1 GB; on a node the ranks of two groups share its network.
         outside = max(0.15 / assumed.link, 2 * 0.15 / assumed.network) + assumed.network_latency
         assert each.parts["compute"][end] == pytest.approx(3 / assumed.products)
-        assert each.parts["memory"][end] == pytest.approx(0.8 / assumed.memory)         # the update's; those of a micro-batch hide
+        assert each.parts["memory"][end] == pytest.approx(0.8 / assumed.memory)         # the update's; a micro-batch's hides
         assert each.parts["network"][end] == pytest.approx(inside + outside)
     fast, slow = each.seconds
     assert fast == pytest.approx(sum(pair[0] for pair in each.parts.values())) and fast < slow
@@ -67,7 +67,7 @@ def test_traces_are_drawn_on(monkeypatch):
         assert theirs["count"] == ours["count"] and theirs["bytes"] <= ours["bytes"] <= 2 * theirs["bytes"]
         for key in ("runs_per_step", "dot_flops", "input_bytes", "output_bytes", "collectives"):
             assert other[key] == graph[key], (name, key)
-        assert graph["peak_bytes"] <= other["peak_bytes"] <= 1.15 * graph["peak_bytes"]     # at DP2, more of the state
+        assert graph["peak_bytes"] <= other["peak_bytes"] <= 1.5 * graph["peak_bytes"]      # at DP2, more of the state
     assert drawn["graphs"]["micro_batch"]["peak_bytes"] == whole["graphs"]["micro_batch"]["peak_bytes"]
 
 
