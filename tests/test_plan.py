@@ -40,6 +40,7 @@ def test_a_step_by_hand():
     assert each.tokens_per_second_per_node == (2400 / 2 / fast, 2400 / 2 / slow)
     assert each.cost(36.0)[0] == pytest.approx(1e6 * 36 / 3600 / (1200 / fast))
     assert each.peak_share[0] == pytest.approx(3 / fast)
+    assert estimate(REPORT, ROUND, 24, 100, bf16=False).parts["compute"][1] == pytest.approx(30 / SLOW.products)
     # Gradients are held between the graphs of a step.
     assert (each.held_bytes, each.most_bytes, each.fits) == (4 * 10**8, 8 * 10**8, "yes")
 

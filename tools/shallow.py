@@ -2,7 +2,7 @@
 
 All layers but the first have the same operations, so what a graph counts is a straight line over the number of layers: it is
 traced with DEPTHS layers and drawn on. FLOPs, bytes of messages, inputs and outputs come out exact, and the peak to 0.1 % (beside
-traces of all layers of Llama-2 7B and Llama 3 8B). Messages over dp are those of buckets, which are filled, so a few too many may
+a trace of all layers of Llama-2 7B). Messages over dp are those of buckets, which are filled, so a few too many may
 be counted. More data parallel ranks than the traced world has change replica groups alone, and under ZeRO-1 the size of the
 optimizer's state, which is put in its place, and of what partial gradients (of norms, of replicated heads and factors) send over
 tp, which is left too large. Micro-batches beyond two run the graph of the first ones.
