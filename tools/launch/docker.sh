@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# A command in a container with all Neuron devices of this machine: docker.sh IMAGE COMMAND. This directory takes the place of the
+# image's /markstep, so that neuron_cache and outputs stay.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+options=(--rm --init --net=host --ipc=host --ulimit nofile=65536:65536 --volume "$PWD:/markstep"
+         --volume "${HF_HOME:-$HOME/.cache/huggingface}:/root/.cache/huggingface")
+for device in /dev/neuron[0-9]*; do
+    [[ ! -e $device ]] || options+=("--device=$device")
+done
+# Without a value, docker passes on what is set here, and nothing where it is not. A cache that is a path of this machine is none there.
+for name in PHASE NPROC_PER_NODE RECIPE HF_TOKEN PJRT_DEVICE NEURON_CC_FLAGS; do
+    options+=(--env "$name")
+done
+[[ ${NEURON_COMPILE_CACHE_URL:-} != s3://* ]] || options+=(--env NEURON_COMPILE_CACHE_URL)
+exec docker run "${options[@]}" "$@"
