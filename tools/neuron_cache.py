@@ -157,7 +157,7 @@ def read_manifest(tar: tarfile.TarFile, archive: Path) -> dict:
         good = manifest["format"] == FORMAT and all(MEMBER.fullmatch(name) for name in manifest["files"])
         if good and manifest["version"] != VERSION:
             raise ValueError(f"{archive} is of version {manifest['version']}; {VERSION} was expected")
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, json.JSONDecodeError, tarfile.TarError):
         good = False
     if not good:
         raise ValueError(f"{archive} is no archive of `python -m tools.neuron_cache pack`, or was changed")
@@ -200,7 +200,7 @@ def unpack(archive: Path, cache: Path, key: dict, compiler: str) -> list[str]:
             if missing:
                 raise ValueError(f"{archive} is damaged: {min(missing)} is missing")
             said = [_place(entry, cache / entry.relative_to(hidden)) for entry in sorted(hidden.glob("*/*"))]
-        except tarfile.ReadError as error:
+        except tarfile.TarError as error:
             raise ValueError(f"{archive} is damaged: {error}") from None
         finally:
             shutil.rmtree(hidden)
@@ -218,7 +218,7 @@ def _place(entry: Path, final: Path) -> str | None:
 def _open(archive: Path) -> tarfile.TarFile:
     try:
         return tarfile.open(archive, "r:")
-    except (tarfile.ReadError, EOFError):
+    except (tarfile.TarError, EOFError):
         raise ValueError(f"{archive} is no archive of `python -m tools.neuron_cache pack`, or was changed") from None
 
 
