@@ -114,6 +114,8 @@ FINDINGS = [
      {"flags": "--packing false --max_seq_length 2048"}, "error", "with NKI kernels, such as flash attention"),
     (environment(NEURON_CC_FLAGS="--model-type transformer --distribution-strategy llm-training"), {}, "warning",
      "this run has none, but the next may"),
+    (environment(NEURON_CC_FLAGS="--model-type transformer --distribution-strategy llm-training"),
+     {"flags": "--max_seq_length 2048"}, "warning", "this run has none"),
     (environment(NEURON_CC_FLAGS="--model-type=transformer --auto-cast=matmult"), {"flags": "--bf16 false"}, "warning",
      "--auto-cast=matmult"),
     ({}, {"flags": "--packing false --max_seq_length 3000"}, "warning", "--max_seq_length 3000 is no multiple of 2048"),
