@@ -1,9 +1,11 @@
 """Preflight's findings, one by one: a good machine has none, and each single change gives the one finding that it should."""
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 
+from parallel.buckets import BUCKET_BYTES
 from tools import machine as machines
 from tools import preflight, preflight_flags
 from tools.machine import Machine
@@ -105,6 +107,7 @@ FINDINGS = [
     *((environment(**{name: "141"}), {}, "error", f"{name}=141: buckets of more than 140 MB gave NaN")
       for name in preflight_flags.BUCKET_VARIABLES),
     (environment(BUCKET_CAP_MB="much"), {}, "error", "BUCKET_CAP_MB=much"),
+    ({}, {"bucket_bytes": 141 * 10**6}, "error", "BUCKET_BYTES in parallel/buckets.py is 141000000"),
     (environment(NEURON_EXTRACT_GRAPHS_ONLY="1"), {}, "error", "nothing would be executed"),
     ({"commands": frozenset({"neuron-ls"})}, {"phase": "precompile"}, "error", "neuron_parallel_compile is not on the PATH"),
     ({"environment": without(ENVIRONMENT, "MALLOC_ARENA_MAX")}, {}, "warning", "MALLOC_ARENA_MAX is not set"),
@@ -141,12 +144,6 @@ def test_contradictions_that_are_none():
         assert {each.level for each in findings(replace(TRN1, **changes), plan(**planned))} == {"ok"}
 
 
-def test_a_bucket_that_somebody_enlarged(monkeypatch):
-    monkeypatch.setattr(preflight_flags, "BUCKET_BYTES", 141 * 10**6)
-    [found] = [each for each in findings(TRN1, plan()) if each.level != "ok"]
-    assert found.level == "error" and "BUCKET_BYTES in parallel/buckets.py is 141000000" in found.what
-
-
 def test_what_is_read_from_the_machine(tmp_path):
     devices = [{"neuron_device": number, "nc_count": 2, "neuron_processes": [{"pid": 7, "command": "x"}]} for number in range(16)]
     assert machines.read_neuron_ls(json.dumps(devices)) == (32, (7,))
@@ -165,7 +162,8 @@ def test_a_plan_and_the_command(tmp_path, capsys, monkeypatch):
     tiny = plan_of(parse(["--lora_r", "0"]), 4, 1, "train")
     assert tiny.model_bytes == 0 and tiny.checkpoint_bytes > 10**6
     assert plan_of(parse([]), 4, 1, "train").checkpoint_bytes < tiny.checkpoint_bytes
-    assert plan_of(parse(["--model_id", "owner/name"]), 32, 4, "train").world == 128
+    far = plan_of(parse(["--model_id", "owner/name"]), 32, 4, "train")
+    assert far.world == 128 and far.model_bytes == 0 and far.bucket_bytes == tiny.bucket_bytes == BUCKET_BYTES
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     flags = ["--nproc_per_node", "4", "--output_dir", str(tmp_path)]
     assert main([*flags, "--tensor_parallel_size", "2"]) == 0
@@ -175,3 +173,10 @@ def test_a_plan_and_the_command(tmp_path, capsys, monkeypatch):
     assert said[0].startswith("error ") and "to mend: choose NPROC_PER_NODE (4)" in said[1]
     assert preflight.main(["--lora_target_modules", ",", *flags]) == 1
     assert "error: --lora_target_modules names no module" in capsys.readouterr().err
+    for module, said in (("torch_xla", "4 ranks"), ("transformers.hf_argparser", "error: ")):   # None: importing it fails
+        with monkeypatch.context() as patch:
+            for name in ("parallel.buckets", "parallel.collectives"):
+                patch.delitem(sys.modules, name)
+            patch.setitem(sys.modules, module, None)
+            main(flags)
+        assert said in "".join(capsys.readouterr())

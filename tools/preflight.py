@@ -7,6 +7,7 @@ The exit status is 1 where a finding is an error. The flags themselves, model an
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tools import preflight_checks, preflight_flags
@@ -26,16 +27,21 @@ def findings(machine: Machine, plan: Plan) -> list[Finding]:
 
 def plan_of(config: Config, nproc: int, nnodes: int, phase: str) -> Plan:
     """The plan, with the sizes of the model where that is a directory: nothing is downloaded to know them."""
-    directory = Path(config.model_directory)
+    directory, plan = Path(config.model_directory), Plan(config, nproc, nnodes, phase)
+    try:
+        from model.llama import LlamaConfig
+        from model.weights import trained_shapes
+        from parallel.buckets import BUCKET_BYTES
+        from trainer.job import lora_config
+    except ImportError:             # that torch or torch-xla is missing is a finding
+        return plan
     if not directory.is_dir():
-        return Plan(config, nproc, nnodes, phase)
-    from model.llama import LlamaConfig
-    from model.weights import trained_shapes
-    from trainer.job import lora_config
+        return replace(plan, bucket_bytes=BUCKET_BYTES)
     files = [] if config.random_seed is not None else list(directory.glob("*.safetensors"))
     shapes = trained_shapes(LlamaConfig.from_pretrained(directory), lora_config(config))
     elements = sum(math.prod(shape) for shape in shapes.values())
-    return Plan(config, nproc, nnodes, phase, len(files), sum(file.stat().st_size for file in files), STATE_BYTES * elements)
+    return replace(plan, model_files=len(files), model_bytes=sum(file.stat().st_size for file in files),
+                   checkpoint_bytes=STATE_BYTES * elements, bucket_bytes=BUCKET_BYTES)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--nnodes", type=int, default=1, help="machines; default 1")
     parser.add_argument("--phase", choices=("train", "precompile"), default="train", help="default train")
     chosen, flags = parser.parse_known_args(arguments)
-    config, machine = parse(flags), look()
+    try:
+        config, machine = parse(flags), look()
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is not installed: `pip install -e .` in the repository's directory", file=sys.stderr)
+        return 1
     nproc = chosen.nproc_per_node or (machine.neuron_cores if machine.on_neuron else None) or config.world_size or 1
     try:
         plan = plan_of(config, nproc, chosen.nnodes, chosen.phase)

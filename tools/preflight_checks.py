@@ -31,6 +31,7 @@ class Plan:
     """The run to come: its flags, processes on each of its nodes, phase (precompile or train), and what its model needs.
 
     model_files, model_bytes: the base's safetensors, and checkpoint_bytes, or 0 where the model is a hub id that may not be here.
+    bucket_bytes: of the gradients in one collective.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Plan:
     model_files: int = 0
     model_bytes: int = 0
     checkpoint_bytes: int = 0
+    bucket_bytes: int = 0
 
     @property
     def world(self) -> int:

@@ -1,7 +1,6 @@
 """What preflight looks at in flags and environment: where they contradict each other, or AWS's software. Pure functions."""
 from collections.abc import Iterator
 
-from parallel.buckets import BUCKET_BYTES
 from parallel.mesh import Mesh
 from tools.machine import Machine
 from tools.preflight_checks import Finding, Plan
@@ -66,9 +65,9 @@ def variables(machine: Machine, plan: Plan) -> Iterator[Finding]:
         value = environment.get(name)
         if value and (not value.isdigit() or int(value) > BUCKET_MB):
             yield Finding("error", f"{name}={value}: buckets of more than {BUCKET_MB} MB gave NaN with neuronx-distributed",
-                          f"unset {name}: markstep's buckets have {BUCKET_BYTES // 10**6} MB, whatever it says")
-    if BUCKET_BYTES > BUCKET_MB * 10**6:
-        yield Finding("error", f"BUCKET_BYTES in parallel/buckets.py is {BUCKET_BYTES}: buckets of more than {BUCKET_MB} MB "
+                          f"unset {name}: markstep's buckets are those of parallel/buckets.py, whatever it says")
+    if plan.bucket_bytes > BUCKET_MB * 10**6:
+        yield Finding("error", f"BUCKET_BYTES in parallel/buckets.py is {plan.bucket_bytes}: buckets of more than {BUCKET_MB} MB "
                                "gave NaN with neuronx-distributed", f"make it {BUCKET_MB} * 10**6 or less")
     if environment.get("NEURON_EXTRACT_GRAPHS_ONLY") and plan.phase == "train":
         yield Finding("error", "NEURON_EXTRACT_GRAPHS_ONLY is set: nothing would be executed, and nothing saved",

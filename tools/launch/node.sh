@@ -4,6 +4,7 @@
 #   RECIPE           a file of flags that come before FLAGS, which win; default: the tutorial's job. RECIPE=/dev/null: FLAGS alone.
 #   VENV             a virtual environment to activate
 set -euo pipefail
+trap '' USR2       # Slurm's; until the ranks can take it, see below
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=tools/launch/neuron_env.sh
 . tools/launch/neuron_env.sh
