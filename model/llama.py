@@ -5,6 +5,7 @@ One rank's part of the model; with a tensor parallel group of one it is the whol
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers import AutoConfig
 
 from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequencies, segment_masks
 from model.files import in_one_line
-from parallel.layers import ColumnParallelLinear, ParallelEmbedding, ParallelLayer, RowParallelLinear, column_parallel
+from parallel import layers as native
+from parallel.layers import ParallelLayer, column_parallel
 from parallel.mesh import ALONE, Group
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -101,16 +103,17 @@ class LlamaRMSNorm(ParallelLayer):
 class LlamaAttention(nn.Module):
     """Self-attention with this rank's heads. Where there are more ranks than KV heads, neighbours hold the same KV head."""
 
-    def __init__(self, config: LlamaConfig, recompute: bool, **layout):
+    def __init__(self, config: LlamaConfig, recompute: bool, layers: ModuleType, **layout):
         super().__init__()
         self.head_dim, self.recompute = config.head_dim, recompute
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         column = {"bias": config.attention_bias, **layout}
         replicas = max(1, layout["tensor_model_parallel_group"].size() // config.num_key_value_heads)
-        self.q_proj = ColumnParallelLinear(config.hidden_size, queries, **column)
-        self.k_proj = ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
-        self.v_proj = ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
-        self.o_proj = RowParallelLinear(queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True, **layout)
+        self.q_proj = layers.ColumnParallelLinear(config.hidden_size, queries, **column)
+        self.k_proj = layers.ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
+        self.v_proj = layers.ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
+        self.o_proj = layers.RowParallelLinear(queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True,
+                                               **layout)
 
     def forward(self, x, cos, sin, masks):
         query, key, value = (each.unflatten(-1, (-1, self.head_dim))
@@ -122,13 +125,13 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, **layout):
+    def __init__(self, config: LlamaConfig, layers: ModuleType, **layout):
         super().__init__()
         column = {"bias": config.mlp_bias, **layout}
-        self.gate_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
-        self.up_proj = ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
-                                           input_is_parallel=True, **layout)
+        self.gate_proj = layers.ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
+        self.up_proj = layers.ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
+        self.down_proj = layers.RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
+                                                  input_is_parallel=True, **layout)
 
     def forward(self, x):
         gate, up = column_parallel(x, [self.gate_proj, self.up_proj])
@@ -138,10 +141,10 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: LlamaConfig, recompute_attention: bool, **layout):
+    def __init__(self, config: LlamaConfig, recompute_attention: bool, layers: ModuleType, **layout):
         super().__init__()
-        self.self_attn = LlamaAttention(config, recompute_attention, **layout)
-        self.mlp = LlamaMLP(config, **layout)
+        self.self_attn = LlamaAttention(config, recompute_attention, layers, **layout)
+        self.mlp = LlamaMLP(config, layers, **layout)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
@@ -153,10 +156,10 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the last norm (the name prefix `model.`)."""
 
-    def __init__(self, config: LlamaConfig, recompute_attention: bool, **layout):
+    def __init__(self, config: LlamaConfig, recompute_attention: bool, layers: ModuleType, **layout):
         super().__init__()
-        self.embed_tokens = ParallelEmbedding(config.vocab_size, config.hidden_size, **layout)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, recompute_attention, **layout)
+        self.embed_tokens = layers.ParallelEmbedding(config.vocab_size, config.hidden_size, **layout)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, recompute_attention, layers, **layout)
                                     for _ in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
@@ -165,12 +168,13 @@ class Llama(nn.Module):
     """LlamaForCausalLM, sharded over `group`; under `sequence_parallel` norms and residuals are divided over it too.
 
     Activations and parameters are of `dtype`. `gradient_checkpointing` is none (activations are kept for the backward), selective
-    (attention scores are computed again) or full (each decoder layer is). Parameters are built uninitialised, by default on the
-    meta device, and filled by model/weights.py. Raises ValueError where the group cannot divide the model.
+    (attention scores are computed again) or full (each decoder layer is). `layers` has the parallel layers: parallel.layers, or
+    parallel.nxd. Parameters are built uninitialised, by default on the meta device, and filled by model/weights.py. Raises
+    ValueError where the group cannot divide the model.
     """
 
     def __init__(self, config: LlamaConfig, group: Group = ALONE, dtype: torch.dtype = torch.float32, device="meta",
-                 gradient_checkpointing: str = "none", sequence_parallel: bool = False):
+                 gradient_checkpointing: str = "none", sequence_parallel: bool = False, layers: ModuleType = native):
         super().__init__()
         for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
             if getattr(config, field) % group.size():
@@ -183,8 +187,8 @@ class Llama(nn.Module):
         self.config, self.dtype, self.recompute_layers = config, dtype, gradient_checkpointing == "full"
         layout = {"dtype": dtype, "device": device, "sequence_parallel_enabled": sequence_parallel,
                   "tensor_model_parallel_group": group}
-        self.model = LlamaModel(config, gradient_checkpointing == "selective", **layout)
-        self.lm_head = ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False, **layout)
+        self.model = LlamaModel(config, gradient_checkpointing == "selective", layers, **layout)
+        self.lm_head = layers.ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False, **layout)
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
         self.tie_weights()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, Shard, column_parallel
+from parallel.mesh import Group
 
 MASK = 0x7FFFFFFF       # the 31 bits of an int32 that is not negative
 
@@ -76,6 +77,10 @@ class LoraLinear(nn.Module):
             return [F.linear(layer._drop(x), layer.lora_A.weight) for layer in layers]
         factors = [layer.lora_A.weight for layer in layers]
         return list(F.linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
+
+    def enter(self, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        """Of a column-parallel layer, how it takes a tensor of the rank's positions."""
+        return self.base_layer.enter(tensor, group)
 
     def product(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Of a column-parallel layer, y of x and `low`, both of all positions."""

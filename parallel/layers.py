@@ -23,7 +23,9 @@ from parallel.collectives import (
     reduce_scatter_to_sequence_parallel_region,
     side_by_side,
 )
-from parallel.mesh import ALONE, Group
+from parallel.mesh import ALONE, Group, Mesh
+
+create_mesh = Mesh.create      # parallel/nxd.py has one of its own
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ class ColumnParallelLinear(ParallelLayer):
         else:
             self.bias = None
 
+    def enter(self, tensor: torch.Tensor, group: Group) -> torch.Tensor:
+        """A tensor like x -> the same of all positions; in the backward its gradients are summed over the group."""
+        collective = (gather_from_sequence_parallel_region if self.sequence_parallel_enabled
+                      else copy_to_tensor_model_parallel_region)
+        return collective(tensor, group)
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """y of an x of all positions, whose gradient is summed over the group by the caller."""
         return F.linear(x, self.weight, self.bias)
@@ -149,11 +157,9 @@ def column_parallel(x: torch.Tensor, layers: list[nn.Module]) -> list[torch.Tens
     Layers may have a method `before(x, layers)` that gives a tensor of each of them, computed of x before the ranks meet; it
     crosses in the same message, and comes back as the second argument of `product` (LoRA's does).
     """
-    group = layers[0].tensor_parallel_group
-    enter = (gather_from_sequence_parallel_region if layers[0].sequence_parallel_enabled
-             else copy_to_tensor_model_parallel_region)
     beside = [layer for layer in layers if hasattr(layer, "before")]
-    whole, *rest = side_by_side(enter, [x, *(beside[0].before(x, beside) if beside else ())], group)
+    whole, *rest = side_by_side(layers[0].enter, [x, *(beside[0].before(x, beside) if beside else ())],
+                                layers[0].tensor_parallel_group)
     taken = dict(zip(beside, rest, strict=True))
     return [layer.product(whole, taken[layer]) if layer in taken else layer.product(whole) for layer in layers]
 

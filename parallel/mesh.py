@@ -53,7 +53,8 @@ class Mesh:
 
     def replicas(self, count: int) -> Group:
         """The `count` neighbours in the tensor parallel group that hold the same slice of a parameter."""
-        return _neighbours(self.rank, self.world_size, count)
+        groups = [group[first:first + count] for group in self.tp.replica_groups for first in range(0, len(group), count)]
+        return Group(groups, self.tp.rank() % count)
 
 
 def _neighbours(rank: int, world_size: int, count: int) -> Group:

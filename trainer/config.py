@@ -55,6 +55,8 @@ class Config:
     # parallelism
     tensor_parallel_size: int = _flag(1, "Ranks that share the weights of each layer.")
     pipeline_parallel_size: int = _flag(1, "Stages that share the layers; only 1 is implemented.")
+    parallel_layers: Literal["auto", "nxd", "native"] = _flag(
+        "auto", "neuronx-distributed's layers (nxd) or markstep's own (native); auto: nxd where the Neuron SDK is installed.")
     sequence_parallel: bool | None = _flag(
         None, "Divide norms and residuals over the tensor parallel ranks too, by position; default: where it divides.",
         nargs="?", const=True)

@@ -11,6 +11,7 @@ from model.llama import Llama
 from model.lora import add_lora
 from model.weights import fill, open_weights
 from parallel.buckets import Buckets
+from parallel.choice import parallel_layers
 from parallel.collectives import all_reduce
 from parallel.gradients import clip_gradients, global_norm
 from parallel.layers import named_shards
@@ -28,11 +29,12 @@ def run(runtime: Runtime, job: Job) -> None:
     """Train and evaluate as `job.config` says, on one rank."""
     config, device = job.config, runtime.device
     runtime.watch_graphs(config.on_recompile)
-    mesh = Mesh.create(runtime.rank, runtime.world_size, config.tensor_parallel_size)
+    layers = parallel_layers(config.parallel_layers)
+    mesh = layers.create_mesh(runtime.rank, runtime.world_size, config.tensor_parallel_size)
 
     # Model: this rank's shards, read slice by slice and moved to the device.
     model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
-                  gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence)
+                  gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence, layers=layers)
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
     initial = fill(model, weights, device, config.seed, job.read_trained)

@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -115,7 +116,7 @@ class Saver:
                   begun: float) -> None:
         """Once all files are there: the model's own files, the manifest, the name; then the checkpoints that are too many go."""
         mesh, job = self.mesh, self.job
-        writers = range(mesh.world_size if self.optimizer.buckets.parts > 1 else mesh.tp.size())
+        writers = range(mesh.world_size) if self.optimizer.buckets.parts > 1 else mesh.tp.replica_groups[0]
         while missing := [rank for rank in writers if not (partial / self._file(rank)).exists()]:
             if not owner.is_alive():        # another rank's error has ended the run
                 return
@@ -149,7 +150,7 @@ class Saver:
         self._prune()
         self.seconds = time.perf_counter() - begun
 
-    def _collect(self, partial: Path, writers: range) -> tuple[dict, dict]:
+    def _collect(self, partial: Path, writers: Iterable[int]) -> tuple[dict, dict]:
         """(tensors, files) of the manifest, from the headers of the ranks' files. Raises RuntimeError where replicas differ."""
         tensors, files, pieces = {}, {}, {}
         for rank in writers:

@@ -1,0 +1,34 @@
+"""Which layers a run is made of: ours, or neuronx-distributed's."""
+import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+from parallel import layers
+from parallel.runtime import on_neuron
+
+OLDEST = (0, 17)        # of SDK 2.28, the first with torch 2.9
+WAY_OUT = "install it from AWS's package index (README, On Trainium), or pass --parallel_layers native"
+
+
+def parallel_layers(choice: str) -> ModuleType:
+    """parallel.nxd or parallel.layers, which have the same names. `choice`: nxd, native, or auto (nxd on Neuron devices).
+
+    Raises ValueError where nxd is chosen, and no neuronx-distributed is installed that it can be used with.
+    """
+    if choice == "native" or choice == "auto" and not on_neuron():
+        return layers
+    if not on_neuron():
+        raise ValueError("--parallel_layers nxd needs the Neuron SDK and a process for each rank; on a CPU, pass native or auto")
+    try:
+        installed = version("neuronx-distributed")
+    except PackageNotFoundError:
+        raise ValueError(f"--parallel_layers {choice}: neuronx-distributed is not installed: {WAY_OUT}") from None
+    if importlib.util.find_spec("neuronx_distributed") is None:
+        raise ValueError(f"--parallel_layers {choice}: neuronx-distributed {installed} is PyPI's placeholder, which is empty: "
+                         f"{WAY_OUT}")
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST:
+        raise ValueError(f"--parallel_layers {choice}: neuronx-distributed {installed} is too old, "
+                         f"{'.'.join(map(str, OLDEST))} or later was expected: {WAY_OUT}")
+    import parallel.nxd
+    return parallel.nxd
