@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequencies, segment_masks
 from model.files import in_one_line
+from model.flash import flash_attend
 from parallel import layers as native
 from parallel.layers import ParallelLayer, column_parallel
 from parallel.mesh import ALONE, Group
@@ -118,8 +119,10 @@ class LlamaAttention(nn.Module):
     def forward(self, x, cos, sin, masks):
         query, key, value = (each.unflatten(-1, (-1, self.head_dim))
                              for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj]))
-        return self.o_proj(attend(apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value, masks,
-                                  self.recompute and torch.is_grad_enabled()))
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if masks is None:
+            return self.o_proj(flash_attend(query, key, value))
+        return self.o_proj(attend(query, key, value, masks, self.recompute and torch.is_grad_enabled()))
 
 
 class LlamaMLP(nn.Module):
@@ -169,12 +172,13 @@ class Llama(nn.Module):
 
     Activations and parameters are of `dtype`. `gradient_checkpointing` is none (activations are kept for the backward), selective
     (attention scores are computed again) or full (each decoder layer is). `layers` has the parallel layers: parallel.layers, or
-    parallel.nxd. Parameters are built uninitialised, by default on the meta device, and filled by model/weights.py. Raises
-    ValueError where the group cannot divide the model.
+    parallel.nxd. `flash_attention` is right where model/flash.py says so. Parameters are built uninitialised, by default on the
+    meta device, and filled by model/weights.py. Raises ValueError where the group cannot divide the model.
     """
 
     def __init__(self, config: LlamaConfig, group: Group = ALONE, dtype: torch.dtype = torch.float32, device="meta",
-                 gradient_checkpointing: str = "none", sequence_parallel: bool = False, layers: ModuleType = native):
+                 gradient_checkpointing: str = "none", sequence_parallel: bool = False, layers: ModuleType = native,
+                 flash_attention: bool = False):
         super().__init__()
         for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
             if getattr(config, field) % group.size():
@@ -185,6 +189,7 @@ class Llama(nn.Module):
             raise ValueError(f"the model's num_key_value_heads {kv_heads} neither divides the tensor parallel size "
                              f"{group.size()} nor is divisible by it")
         self.config, self.dtype, self.recompute_layers = config, dtype, gradient_checkpointing == "full"
+        self.flash_attention = flash_attention
         layout = {"dtype": dtype, "device": device, "sequence_parallel_enabled": sequence_parallel,
                   "tensor_model_parallel_group": group}
         self.model = LlamaModel(config, gradient_checkpointing == "selective", layers, **layout)
@@ -207,7 +212,7 @@ class Llama(nn.Module):
         """Logits of this rank's part of the vocabulary, [batch, sequence, vocab_size / tp], from three [batch, sequence]."""
         x = self.model.embed_tokens(input_ids.t())
         cos, sin = rotary_cos_sin(position_ids.t(), self.rotary_frequencies)
-        masks = segment_masks(segment_ids)
+        masks = None if self.flash_attention else segment_masks(segment_ids)
         recompute = self.recompute_layers and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
             x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)

@@ -28,6 +28,11 @@ def on_neuron() -> bool:
     return importlib.util.find_spec("torch_neuronx") is not None and os.environ.get("PJRT_DEVICE", "NEURON") == "NEURON"
 
 
+def extracts_graphs() -> bool:
+    """Whether neuron_parallel_compile runs this program to collect its graphs: nothing is executed, every result is garbage."""
+    return os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"
+
+
 def leaves_at_once() -> bool:
     """Whether this process has nothing to do: under torchrun on a CPU, local rank 0 hosts the ranks of all others.
 
@@ -80,10 +85,15 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
 
 
 class Runtime:
-    """One rank's view of where it runs: `rank`, `world_size` and `device` (a torch.device)."""
+    """One rank's view of where it runs: `rank`, `world_size` and `device` (a torch.device).
+
+    `executes` is False where graphs are only collected (extracts_graphs): what was computed is not true, so it may not be
+    written, and no branch may depend on it.
+    """
 
     def __init__(self, rank: int, world_size: int, device):
         self.rank, self.world_size, self.device = rank, world_size, device
+        self.executes = not extracts_graphs()
         self._guard: Guard | None = None
 
     def watch_graphs(self, on_recompile: str) -> None:
@@ -100,6 +110,10 @@ class Runtime:
         `place` is the name under which watch_graphs compares it with the graph before; `step`, the step that this ends, if any.
         """
         raise NotImplementedError
+
+    def read(self, tensor) -> list[float]:
+        """The values of a tensor [n] of the last mark_step, for which the host waits; zeros where nothing is executed."""
+        return tensor.cpu().tolist() if self.executes else [0.0] * len(tensor)
 
     def _execute(self, place, step, graph, tensors):
         import torch_xla

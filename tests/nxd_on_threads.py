@@ -1,10 +1,10 @@
 """The real neuronx-distributed on XLA:CPU, where a rank is a thread and the Neuron SDK is absent.
 
-Its source is a checkout of github.com/aws-neuron/neuronx-distributed (release 2.28 or 2.29) whose directory NXD_SOURCE names; nothing
-of it is changed on disk. What has to be arranged around it:
+Its source is a checkout of github.com/aws-neuron/neuronx-distributed (release 2.28 or 2.29) whose directory NXD_SOURCE names;
+nothing of it is changed on disk. What has to be arranged around it:
 
-- `neuronx_distributed/__init__.py` imports its whole toolbox, so the package is entered beside it; of the two closed packages that
-  the layers import, stand-ins have the names that are asked for.
+- `neuronx_distributed/__init__.py` imports its whole toolbox, so the package is entered beside it; of the two closed packages
+  that the layers import, stand-ins have the names that are asked for.
 - It keeps the groups of its rank in module globals. Every call of our code passes the group, so the globals tell no more than the
   size of a group, which is the same on all ranks; only while they are set, one rank has them at a time.
 - torch.distributed has a world for each thread, as torch's own tests have it.
@@ -21,13 +21,13 @@ from types import ModuleType
 import pytest
 
 SOURCE = os.environ.get("NXD_SOURCE")
-needs_source = pytest.mark.skipif(not SOURCE, reason="NXD_SOURCE names no checkout of neuronx-distributed, whose real layers these "
-                                                     "tests run: see tests/nxd_on_threads.py")
+needs_source = pytest.mark.skipif(not SOURCE, reason="NXD_SOURCE names no checkout of neuronx-distributed, whose layers "
+                                                     "these tests run: see tests/nxd_on_threads.py")
 LOCK = threading.RLock()
 STORES: dict[int, object] = {}
 
 
-def _stand_in(name: str, path: str | None = None, **content) -> ModuleType:
+def stand_in(name: str, path: str | None = None, **content) -> ModuleType:
     """A package that has `content`; what else it has comes from the directory `path`."""
     module = sys.modules[name] = ModuleType(name)
     module.__spec__, module.__path__ = ModuleSpec(name, None, is_package=True), [path] if path else []
@@ -60,12 +60,12 @@ def install() -> None:
         assert (package / "parallel_layers").is_dir(), f"NXD_SOURCE={SOURCE} is no checkout of neuronx-distributed"
         _install_threaded_pg()
         _set_thread_isolation_mode(True)
-        _stand_in("torch_neuronx")
-        _stand_in("torch_neuronx.utils", get_platform_target=lambda: "trn1")
+        stand_in("torch_neuronx")
+        stand_in("torch_neuronx.utils", get_platform_target=lambda: "trn1")
         for name in ("neuronxcc", "neuronxcc.nki", "neuronxcc.nki._pre_prod_kernels"):
-            _stand_in(name)
-        _stand_in("neuronxcc.nki._pre_prod_kernels.collectives", CollectivesConfig=_CollectivesConfig)
-        _stand_in("neuronx_distributed", str(package))
+            stand_in(name)
+        stand_in("neuronxcc.nki._pre_prod_kernels.collectives", CollectivesConfig=_CollectivesConfig)
+        stand_in("neuronx_distributed", str(package))
         pinned = xla_model.all_reduce
         xla_model.all_reduce = lambda *args, pin_layout=True, **keywords: pinned(*args, pin_layout=False, **keywords)
         from neuronx_distributed.parallel_layers import parallel_state

@@ -13,14 +13,14 @@ import torch
 from tests.models import save_adapter, save_llama
 from tests.nxd_on_threads import needs_source
 from tests.on_ranks import on_ranks
-from tests.test_topologies import LINEAR, SEQUENCE, micro_batch
+from tests.test_topologies import LINEAR, micro_batch
 
 pytestmark = needs_source
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def both(runtime, tp, bases):
-    """{(base, dtype, sequence parallel): {nxd | native: losses, gradients, norm}} on this rank; and the tensor parallel groups."""
+    """{(base, dtype, sequence parallel): {nxd | native: losses, gradients, norm}} on this rank; the tensor parallel groups."""
     from model.adapters import PeftAdapter
     from model.llama import Llama, LlamaConfig
     from model.lora import add_lora
@@ -71,18 +71,142 @@ def test_llama_equals_that_of_our_layers(tmp_path, tp, world_size, groups):
     for kv_heads in (2, 4):
         bases.append(str(tmp_path / f"kv{kv_heads}"))
         base = save_llama(tmp_path / f"kv{kv_heads}", num_hidden_layers=2, num_key_value_heads=kv_heads, attention_bias=True,
-                          mlp_bias=True, max_position_embeddings=SEQUENCE)
+                          mlp_bias=True)
         save_adapter(base, tmp_path / f"kv{kv_heads}" / "adapter", LINEAR)
     worst = {}
     for found, replica_groups in on_ranks(both, world_size, tp=tp, bases=bases):
         assert replica_groups == groups and len(found) == 8
-        for (base, dtype, sequence_parallel), kinds in found.items():
+        for (_, dtype, sequence_parallel), kinds in found.items():
             (losses, gradients, norm), (expected, dense, expected_norm) = kinds["nxd"], kinds["native"]
             assert len(gradients) == len(dense) > 50
             apart = [difference(losses, expected), abs(norm / expected_norm - 1)]
             apart += [difference(gradients[name], dense[name]) for name in dense]
             worst.setdefault((dtype, sequence_parallel), []).append(max(apart))
     worst = {key: max(values) for key, values in worst.items()}
-    print(worst)
     for (dtype, _), apart in worst.items():
-        assert apart <= {"fp32": 1e-5, "bf16": 1e-2}[dtype], worst
+        assert apart <= {"fp32": 1e-5, "bf16": 5e-3}[dtype], worst
+
+
+def defects(runtime):
+    """What its layers do with their default arguments, and what ours do with those of parallel/nxd.py, at TP 2."""
+    from torch_xla import _XLAC
+
+    from parallel.layers import column_parallel
+    from tests.nxd_on_threads import LOCK, join
+    nxd, found = join(runtime), {}
+    from neuronx_distributed.parallel_layers import layers as stock
+    mesh = nxd.create_mesh(runtime.rank, runtime.world_size, 2)
+    group = {"tensor_model_parallel_group": mesh.tp.process_group}
+    ours = {"tensor_model_parallel_group": mesh.tp, "dtype": torch.bfloat16, "bias": False}
+    whole = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    mine = whole.chunk(2)[mesh.tp.rank()]
+
+    def filled(layer):
+        with torch.no_grad():
+            layer.weight = torch.nn.Parameter(mine.clone())
+        return layer.to(runtime.device)
+
+    with LOCK:                          # it draws from the generator of the process
+        column = stock.ColumnParallelLinear(4, 8, bias=False, gather_output=False, dtype=torch.bfloat16, **group)
+        found["attribute"] = [hasattr(column.weight, "tensor_model_parallel")]
+        column = column.to(runtime.device)
+        found["attribute"].append(hasattr(column.weight, "tensor_model_parallel"))
+        embeddings = {"stock": stock.ParallelEmbedding(8, 4, **group).to(runtime.device),
+                      "sequence": stock.ParallelEmbedding(8, 4, sequence_parallel_enabled=True, sequence_dimension=1,
+                                                          **group).to(runtime.device)}
+    layers = {"stock": filled(column), "ours": filled(nxd.ColumnParallelLinear(4, 8, **ours))}
+    found["shards"] = layers["ours"].shards["weight"].slices
+    inputs = {}
+    for name, layer in layers.items():
+        inputs[name] = torch.ones(1, 1, 4, dtype=torch.bfloat16).to(runtime.device).requires_grad_()
+        layer(inputs[name]).sum().backward()
+    runtime.mark_step()
+    found["dx"] = {name: x.grad.flatten().cpu() for name, x in inputs.items()} | {"dense": whole.sum(0), "mine": mine.sum(0)}
+    for layer in layers.values():
+        layer.weight.grad = None
+
+    # Graphs that are looked at and not run.
+    def graph(tensors):
+        seen = _XLAC._get_graph_hash(tensors), _XLAC._get_xla_tensors_hlo(tensors)
+        _XLAC._set_all_reduce_token(str(runtime.device), None)
+        return seen
+
+    ids = torch.zeros(2, 2, dtype=torch.int64).to(runtime.device)
+    embeddings["ours"] = nxd.ParallelEmbedding(8, 4, device="cpu", tensor_model_parallel_group=mesh.tp).to(runtime.device)
+    found["embedding"] = {name: graph([layer(ids)]) for name, layer in embeddings.items()}
+    x = torch.ones(1, 1, 4, dtype=torch.bfloat16).to(runtime.device)
+    three = [filled(nxd.ColumnParallelLinear(4, 8, sequence_parallel_enabled=True, **ours)) for _ in "qkv"]
+    found["together"] = [graph(outputs())[1].count(" all-gather(") for outputs in (lambda: [layer(x) for layer in three],
+                                                                                   lambda: column_parallel(x, three))]
+    return found
+
+
+def test_defects_are_there_and_avoided():
+    found = on_ranks(defects, 2)
+    for rank in found:
+        dx = rank["dx"]
+        assert torch.allclose(dx["stock"], dx["mine"]) and not torch.allclose(dx["stock"], dx["dense"], atol=0.1)
+        torch.testing.assert_close(dx["ours"], dx["dense"], rtol=1e-2, atol=1e-2)
+        assert rank["attribute"] == [True, False]
+        sequence = rank["embedding"]["sequence"][1]
+        assert "all-reduce" not in sequence and "reduce-scatter" not in sequence
+        assert rank["together"] == [3, 1]
+    assert [rank["shards"][0] for rank in found] == [slice(0, 4), slice(4, 8)]
+    hashes = {name: {rank["embedding"][name][0] for rank in found} for name in ("stock", "ours")}
+    assert len(hashes["stock"]) == 2 and len(hashes["ours"]) == 1
+
+
+def unused(runtime):
+    """(losses, logits afterwards, whether ignore_index is known) of our cross entropy and of its; and tensor parallel groups, our
+    groups of replicas and its, at TP 4 on a whole node of 32 cores."""
+    import inspect
+
+    from parallel import loss
+    from parallel.mesh import Group, Mesh
+    from tests.nxd_on_threads import join
+    join(runtime).create_mesh(0, 1, 1)
+    from neuronx_distributed.parallel_layers import parallel_cross_entropy, parallel_state
+    found, zero = [], torch.zeros(1, dtype=torch.int64).to(runtime.device)
+    for function, more in ((loss.parallel_cross_entropy, [zero]), (parallel_cross_entropy, [])):
+        logits = torch.tensor([[1.0, 2.0, 3.0]]).to(runtime.device)
+        losses = function(logits, torch.tensor([2]).to(runtime.device), *more)
+        runtime.mark_step()
+        found.append((losses.cpu().tolist(), logits.cpu().tolist(), "ignore_index" in inspect.signature(function).parameters))
+    torch.distributed.get_world_size = lambda *_: 32
+    groups = parallel_state.initialize_model_parallel(4, mesh_only=True)
+    mesh = Mesh(0, 32, Group(groups.tp_groups, 0), Group(groups.dp_groups, 0))
+    return *found, (groups.tp_groups, mesh.replicas(2).replica_groups, parallel_state.arrange_kv_groups(8, 4, 2))
+
+
+def test_what_is_not_used_of_it_has_defects():
+    """Its cross entropy changes the logits and knows no ignore_index; a replica group of its KV heads at TP 4 is none of ours."""
+    [(ours, theirs, (tp, replicas, kv))] = on_ranks(unused, 1)
+    assert ours[0] == pytest.approx(theirs[0]) and ours[1:] == ([[1.0, 2.0, 3.0]], True)
+    assert theirs[1] != [[1.0, 2.0, 3.0]] and not theirs[2]
+    assert tp[0] == [0, 8, 16, 24] and len(tp) == 8 and replicas[:2] == [[0, 8], [16, 24]]
+    assert [0, 2] in kv and not any({0, 2} <= set(group) for group in tp)
+    assert all(any(set(pair) <= set(group) for group in tp) for pair in replicas)
+
+
+def whole_runs(runtime, commands):
+    """trainer.loop.run of each command line, under a directory named nxd with neuronx-distributed's layers."""
+    import threading
+    from types import SimpleNamespace
+
+    import trainer.loop
+    from parallel import layers as native
+    from tests.nxd_on_threads import join
+    from trainer.config import parse
+    from trainer.job import prepare
+    mine, flash = threading.local(), {}
+    if runtime.rank == 0:
+        SHARED["layers"] = mine
+    nxd = join(runtime)
+    runtime.barrier()
+    mine = SHARED["layers"]
+    trainer.loop.parallel_layers = lambda _: mine.layers
+    for flags in commands:
+        mine.layers = nxd if "/nxd" in flags[-1] else native
+        job = prepare(parse(flags), runtime.world_size)
+        runtime.barrier()
+        trainer.loop.run(runtime, job)

@@ -6,15 +6,22 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+
+import torch
 
 from data.loader import BEGINNING, Loader
 from data.packing import Rows
 from model.adapters import PeftAdapter
 from model.files import in_one_line, resolve
+from model.flash import why_not_flash
 from model.llama import Llama, LlamaConfig
 from model.lora import LoraConfig
 from model.weights import base_shapes, check_weights, open_weights, trained_shapes
+from parallel import layers as native
+from parallel.choice import parallel_layers
 from parallel.mesh import Mesh
+from parallel.runtime import extracts_graphs
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
 from trainer.rows import build_rows, fingerprint
@@ -39,6 +46,7 @@ class Job:
     resume: Checkpoint | None
     identity: dict
     deadline: float | None          # of time.monotonic(): when the run must have ended
+    flash_attention: bool = False
     terminated: threading.Event = field(default_factory=threading.Event)      # set by SIGTERM
 
     @property
@@ -62,6 +70,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     """
     begun = begun or time.monotonic()
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size)
+    layers = parallel_layers(config.parallel_layers)
     resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)
     model_config = LlamaConfig.from_pretrained(directory)
@@ -89,21 +98,40 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     if resume and resume.step >= steps:
         raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
                          "raise --max_steps or --num_train_epochs")
-    # The one thing that is written here, after everything was checked.
-    try:
-        os.makedirs(config.output_dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {config.output_dir} cannot be made: {error.strerror}") from None
-    if not os.access(config.output_dir, os.W_OK):
-        raise ValueError(f"--output_dir {config.output_dir} cannot be written to")
+    if extracts_graphs():
+        summary += "\nNEURON_EXTRACT_GRAPHS_ONLY=1: graphs are collected, nothing is computed or written to --output_dir"
+    else:
+        _make(config.output_dir)        # the one thing that is written here, after everything was checked
     deadline = begun + 60 * config.max_minutes if config.max_minutes else None
-    return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, steps, summary, resume,
-               identity, deadline)
+    flash, said = attention_of(config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows])
+    return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, steps, f"{summary}\n{said}",
+               resume, identity, deadline, flash)
+
+
+def attention_of(config: Config, model_config: LlamaConfig, layers: ModuleType, rows: list[Rows]) -> tuple[bool, str]:
+    """(whether the flash kernel is right for the rows, what to say of layers and attention)."""
+    if layers is native:
+        return False, "markstep's own layers and blockwise attention"
+    examples = max(len(group) for each in rows for group in each.groups)
+    reason = why_not_flash(examples, config.max_seq_length, model_config.head_dim,
+                           torch.bfloat16 if config.bf16 else torch.float32)
+    chosen = f"blockwise attention: {reason}" if reason else "its NKI flash attention: a row is one example"
+    return not reason, f"neuronx-distributed's layers, and {chosen}"
+
+
+def _make(output_dir):
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be made: {error.strerror}") from None
+    if not os.access(output_dir, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir} cannot be written to")
 
 
 def lock(output_dir: str) -> None:
     """Keep other runs out of the directory until this process ends, however it ends; ValueError where one is in it."""
-    if os.environ.get("RANK", "0") != "0":      # of several processes of a run, the first writes there and holds the lock
+    # Of several processes of a run, the first writes there and holds the lock; of one that collects graphs, none.
+    if os.environ.get("RANK", "0") != "0" or extracts_graphs():
         return
     try:
         fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)

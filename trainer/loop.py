@@ -34,7 +34,8 @@ def run(runtime: Runtime, job: Job) -> None:
 
     # Model: this rank's shards, read slice by slice and moved to the device.
     model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
-                  gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence, layers=layers)
+                  gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence, layers=layers,
+                  flash_attention=job.flash_attention)
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
     initial = fill(model, weights, device, config.seed, job.read_trained)
@@ -55,7 +56,7 @@ def run(runtime: Runtime, job: Job) -> None:
     eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
     metrics = Metrics(runtime, job, first_step, loader)
     saver = Saver(runtime, mesh, job, optimizer)
-    stopping = Stopping(job.terminated, job.deadline if runtime.rank == 0 else None)
+    stopping = Stopping(runtime, job)
     zeros = torch.zeros(3).to(device)
     sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if config.graph_per_micro_batch else None
     runtime.mark_step("build")
@@ -136,8 +137,8 @@ def evaluate(runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh, zeros: 
         totals = totals + all_reduce(batch_totals(losses, batch), mesh.dp)
         del logits, losses
         runtime.mark_step("evaluation")
-    loss_sum, target_tokens, _ = totals.cpu().tolist()
-    return loss_sum / target_tokens, int(target_tokens)
+    loss_sum, target_tokens, _ = runtime.read(totals)
+    return loss_sum / max(target_tokens, 1.0), int(target_tokens)
 
 
 def batch_totals(losses: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:

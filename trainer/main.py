@@ -17,6 +17,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from parallel.recompile import NewGraph  # noqa: E402
 from parallel.runtime import (  # noqa: E402
     GraphMismatch,
+    extracts_graphs,
     launch,
     leaves_at_once,
     prepare_environment,
@@ -42,7 +43,8 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: job.terminated.set())
+    if not extracts_graphs():
+        signal.signal(signal.SIGTERM, lambda *_: job.terminated.set())
     # From here on a ValueError is no bad input but a bug in the loop, and keeps its traceback.
     try:
         launch(lambda runtime: run(runtime, job), world_size)

@@ -13,7 +13,7 @@ from trainer.job import Job
 
 
 class Metrics:
-    """Rank 0's record of a run; on other ranks every method does nothing.
+    """Rank 0's record of a run; on other ranks, and where nothing is executed, every method does nothing.
 
     `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation. A step's values are read after the next
     step was marked, so the host never waits for the step that it has just started. A step's seconds are those from the
@@ -21,13 +21,15 @@ class Metrics:
     """
 
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
-        self._runtime, self._output, self._active = runtime, Path(job.config.output_dir), runtime.rank == 0
+        self._runtime, self._output = runtime, Path(job.config.output_dir)
+        self._active = runtime.rank == 0 and runtime.executes
         self._epochs, self._logging_steps = loader.epochs, job.config.logging_steps
         self._held: tuple[int, float, float, float, float, torch.Tensor] | None = None
+        if runtime.rank == 0:
+            print(job.summary, flush=True)
         if self._active:
             _keep_until(self._output / "metrics.jsonl", first_step)
             _keep_until(self._output / "eval.jsonl", first_step - 1 if job.eval_rows else first_step)
-            print(job.summary, flush=True)
             self._bar = tqdm(total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
             self._last = time.perf_counter()
 
@@ -47,7 +49,7 @@ class Metrics:
         if not self._active or self._held is None:
             return
         (step, seconds, learning_rate, waited, stalled, device_values), self._held = self._held, None
-        loss, norm, targets, tokens = device_values.cpu().tolist()
+        loss, norm, targets, tokens = self._runtime.read(device_values)
         self._bar.update()
         self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
         if step % self._logging_steps == 0:

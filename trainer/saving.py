@@ -44,7 +44,7 @@ class Saver:
         self._output = Path(job.config.output_dir)
         self._written = self._completed = None
         self.stalled, self.seconds = 0.0, SAVE_SECONDS
-        if runtime.rank == 0:
+        if runtime.rank == 0 and runtime.executes:
             for path in self._output.glob("checkpoint-*" + INCOMPLETE):         # of a run that was killed
                 shutil.rmtree(path)
             for step, path in list_checkpoints(self._output):
@@ -55,8 +55,10 @@ class Saver:
         """Begin `OUT/checkpoint-<step>`, the state before the step of `position`. Called after a mark_step.
 
         The host waits for the save before this one, and for the device; then what is saved is on the host. Raises the OSError of
-        the save before, where that failed.
+        the save before, where that failed. Nothing is saved where nothing is executed.
         """
+        if not self.runtime.executes:
+            return
         begun = time.perf_counter()
         self.wait()
         copying = time.perf_counter()

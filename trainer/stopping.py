@@ -1,9 +1,11 @@
 """When a run ends early: on SIGTERM, or before --max_minutes are over. All ranks end after the same step."""
-import threading
 import time
 from collections import deque
 
 import torch
+
+from parallel.runtime import Runtime
+from trainer.job import Job
 
 
 class Stopping:
@@ -13,9 +15,10 @@ class Stopping:
     read the same, and stop after the same step, though a signal reaches their processes at different times.
     """
 
-    def __init__(self, terminated: threading.Event, deadline: float | None):
-        """`terminated` is set by SIGTERM; `deadline`: the time.monotonic() at which the run must have ended, on rank 0."""
-        self._terminated, self._deadline = terminated, deadline
+    def __init__(self, runtime: Runtime, job: Job):
+        """`job.terminated` is set by SIGTERM; the time is rank 0's to watch."""
+        self._runtime, self._terminated = runtime, job.terminated
+        self._deadline = job.deadline if runtime.rank == 0 else None
         self._steps, self._last, self._held = deque(maxlen=10), time.monotonic(), None
 
     def wish(self, save_seconds: float) -> torch.Tensor:
@@ -31,7 +34,7 @@ class Stopping:
         The host waits here until the device has finished the step before.
         """
         held, self._held = self._held, wishes
-        stop = held is not None and held.cpu().item() > 0
+        stop = held is not None and self._runtime.read(held)[0] > 0
         now = time.monotonic()
         self._steps.append(now - self._last)
         self._last = now
