@@ -4,8 +4,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from parallel import layers
-from parallel.runtime import on_neuron
+from parallel import layers, runtime
 
 OLDEST = (0, 17)        # of SDK 2.28, the first with torch 2.9
 WAY_OUT = "install it from AWS's package index (README, On Trainium), or pass --parallel_layers native"
@@ -16,9 +15,9 @@ def parallel_layers(choice: str) -> ModuleType:
 
     Raises ValueError where nxd is chosen, and no neuronx-distributed is installed that it can be used with.
     """
-    if choice == "native" or choice == "auto" and not on_neuron():
+    if choice == "native" or choice == "auto" and not runtime.on_neuron():
         return layers
-    if not on_neuron():
+    if not runtime.on_neuron():
         raise ValueError("--parallel_layers nxd needs the Neuron SDK and a process for each rank; on a CPU, pass native or auto")
     try:
         installed = version("neuronx-distributed")

@@ -36,8 +36,11 @@ class NxdGroup(Group):
 
 
 def create_mesh(rank: int, world_size: int, tensor_parallel_size: int = 1) -> Mesh:
-    """The mesh that neuronx-distributed makes of the world: on trn1, TP 4 is strided within the node. The process group must have
-    been initialised. Raises ValueError where the world cannot be divided."""
+    """The mesh that neuronx-distributed makes of the world: on trn1, TP 4 is strided within the node.
+
+    The process group must have been initialised. All ranks meet here, in a small graph of their own that initialises the
+    collectives. Raises ValueError where the world cannot be divided.
+    """
     Mesh.create(rank, world_size, tensor_parallel_size)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
     tp = NxdGroup(parallel_state.get_tensor_model_parallel_replica_groups(), parallel_state.get_tensor_model_parallel_rank(),

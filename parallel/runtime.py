@@ -246,8 +246,13 @@ def _launch_process(function):
     import torch_xla.distributed.xla_backend  # noqa: F401  (registers the backend "xla")
     import torch_xla.runtime as xla_runtime
     torch.distributed.init_process_group("xla")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    place = xla_runtime.global_ordinal(), xla_runtime.world_size()
+    if place != (rank, world_size):     # replica groups are numbered by the one, processes meet by the other
+        raise OSError(f"torchrun made this process rank {rank} of {world_size}, and its device is number {place[0]} of "
+                      f"{place[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of another launcher")
     with _collecting_at_mark_steps():
-        function(ProcessRuntime(xla_runtime.global_ordinal(), xla_runtime.world_size(), torch_xla.device()))
+        function(ProcessRuntime(rank, world_size, torch_xla.device()))
 
 
 def _launch_threads(function, world_size):

@@ -24,7 +24,7 @@ SOURCE = os.environ.get("NXD_SOURCE")
 needs_source = pytest.mark.skipif(not SOURCE, reason="NXD_SOURCE names no checkout of neuronx-distributed, whose layers "
                                                      "these tests run: see tests/nxd_on_threads.py")
 LOCK = threading.RLock()
-STORES: dict[int, object] = {}
+STORES = []
 
 
 def stand_in(name: str, path: str | None = None, **content) -> ModuleType:
@@ -53,13 +53,8 @@ def install() -> None:
             return
         os.environ["NXD_LOG_LEVEL"] = "error"
         import torch_xla.core.xla_model as xla_model
-        import torch_xla.distributed.xla_backend  # noqa: F401
-        from torch._C._distributed_c10d import _set_thread_isolation_mode
-        from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
         package = Path(SOURCE) / "src" / "neuronx_distributed"
         assert (package / "parallel_layers").is_dir(), f"NXD_SOURCE={SOURCE} is no checkout of neuronx-distributed"
-        _install_threaded_pg()
-        _set_thread_isolation_mode(True)
         stand_in("torch_neuronx")
         stand_in("torch_neuronx.utils", get_platform_target=lambda: "trn1")
         for name in ("neuronxcc", "neuronxcc.nki", "neuronxcc.nki._pre_prod_kernels"):
@@ -68,23 +63,36 @@ def install() -> None:
         stand_in("neuronx_distributed", str(package))
         pinned = xla_model.all_reduce
         xla_model.all_reduce = lambda *args, pin_layout=True, **keywords: pinned(*args, pin_layout=False, **keywords)
+
+
+def _make_room_for_threads() -> None:
+    """Once a process: a torch.distributed for each thread, and groups that are made without executing anything."""
+    with LOCK:
+        if STORES:
+            return
+        import torch_xla.distributed.xla_backend  # noqa: F401
         from neuronx_distributed.parallel_layers import parallel_state
-        # It would execute a graph of its own, in which all ranks meet: NeuronCores need that.
+        from torch._C._distributed_c10d import HashStore, _set_thread_isolation_mode
+        from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg
+        _install_threaded_pg()
+        _set_thread_isolation_mode(True)
+        STORES.append(HashStore())
+        # Otherwise a graph in which all ranks meet, where only one comes at a time.
         parallel_state.initialize_model_parallel = functools.partial(parallel_state.initialize_model_parallel,
                                                                      skip_collective_init=True)
 
 
-def join(runtime):
+def join(runtime) -> ModuleType:
     """parallel.nxd on this rank, as if its thread were a process."""
     import torch.distributed
     install()
+    _make_room_for_threads()
+    from neuronx_distributed.parallel_layers import parallel_state
+
     from parallel import nxd
-    with LOCK:
-        store = STORES.setdefault(runtime.world_size, torch.distributed.HashStore())
-    torch.distributed.init_process_group("xla", store=store, rank=runtime.rank, world_size=runtime.world_size)
+    torch.distributed.init_process_group("xla", store=STORES[0], rank=runtime.rank, world_size=runtime.world_size)
 
     def create_mesh(rank, world_size, tensor_parallel_size):
-        from neuronx_distributed.parallel_layers import parallel_state
         runtime.barrier()
         with LOCK:
             if parallel_state.model_parallel_is_initialized():

@@ -9,7 +9,7 @@ from parallel.mesh import Group, Mesh
 
 @pytest.fixture
 def neuron(monkeypatch):
-    monkeypatch.setattr(choice, "on_neuron", lambda: True)
+    monkeypatch.setattr(choice.runtime, "on_neuron", lambda: True)
 
 
 def install(monkeypatch, directory, version, package):

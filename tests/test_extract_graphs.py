@@ -12,6 +12,9 @@ from tests.test_training import SHORT
 
 FLAGS = [*SHORT, "--max_steps", "10", "--gradient_accumulation_steps", "2", "--do_eval", "--eval_steps", "3", "--save_steps", "4",
          "--tensor_parallel_size", "2", "--lora_dropout", "0.1", "--save_total_limit", "2", "--max_minutes", "0.001"]
+# The variables that torchrun sets for one process.
+PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+           "MASTER_PORT": "0", "PJRT_DEVICE": "CPU"}
 
 
 class Collecting(ThreadRuntime):
@@ -70,12 +73,10 @@ def test_a_process_as_on_neuron_collects_and_trains(tmp_path):
     program = ("import sys, parallel.runtime as runtime; runtime.on_neuron = lambda: True\n"
                "import trainer.main; sys.exit(trainer.main.main())")
     flags = ["--max_steps", "2", "--max_seq_length", "64", "--parallel_layers", "native", "--output_dir", tmp_path / "out"]
-    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
-                                "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "PJRT_DEVICE": "CPU"}
     for extracts in ("1", "0"):
         assert not (tmp_path / "out").exists()
         done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True,
-                              env=environment | {"NEURON_EXTRACT_GRAPHS_ONLY": extracts})
+                              env=os.environ | PROCESS | {"NEURON_EXTRACT_GRAPHS_ONLY": extracts})
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("graphs are collected, nothing is computed" in done.stdout) == (extracts == "1")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]

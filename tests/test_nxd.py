@@ -5,6 +5,10 @@
 where DIRECTORY is a checkout of github.com/aws-neuron/neuronx-distributed (tests/nxd_on_threads.py). Ours are compared with dense
 models by test_topologies.py. A rank that traced another graph than the others would end the run.
 """
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,11 @@ import torch
 
 from tests.models import save_adapter, save_llama
 from tests.nxd_on_threads import needs_source
-from tests.on_ranks import on_ranks
+from tests.on_ranks import ROOT, on_ranks
+from tests.test_extract_graphs import PROCESS
 from tests.test_topologies import LINEAR, micro_batch
+from tests.test_training import SHORT, column
+from trainer.checkpoint import Checkpoint
 
 pytestmark = needs_source
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -188,25 +195,57 @@ def test_what_is_not_used_of_it_has_defects():
     assert all(any(set(pair) <= set(group) for group in tp) for pair in replicas)
 
 
-def whole_runs(runtime, commands):
-    """trainer.loop.run of each command line, under a directory named nxd with neuronx-distributed's layers."""
-    import threading
-    from types import SimpleNamespace
+MINE = threading.local()
 
+
+def whole_runs(runtime, commands):
+    """trainer.loop.run of each command line; what is written to a directory nxd has neuronx-distributed's layers."""
     import trainer.loop
     from parallel import layers as native
     from tests.nxd_on_threads import join
     from trainer.config import parse
     from trainer.job import prepare
-    mine, flash = threading.local(), {}
-    if runtime.rank == 0:
-        SHARED["layers"] = mine
     nxd = join(runtime)
-    runtime.barrier()
-    mine = SHARED["layers"]
-    trainer.loop.parallel_layers = lambda _: mine.layers
+    trainer.loop.parallel_layers = lambda _: MINE.layers
     for flags in commands:
-        mine.layers = nxd if "/nxd" in flags[-1] else native
+        MINE.layers = nxd if Path(flags[-1]).name == "nxd" else native
         job = prepare(parse(flags), runtime.world_size)
         runtime.barrier()
         trainer.loop.run(runtime, job)
+
+
+def test_whole_runs_and_their_checkpoints_are_those_of_our_layers(tmp_path):
+    """TP 4, strided, x DP 2, with KV heads that two ranks hold; a run goes on with a checkpoint of the other's layers."""
+    save_llama(tmp_path / "base", num_hidden_layers=1, num_key_value_heads=2)
+    modes, commands = {"lora": ["--lora_dropout", "0.1"], "full": ["--lora_r", "0", "--zero_1", "--gradient_checkpointing"]}, []
+    for mode, flags in modes.items():
+        flags = [*SHORT, *flags, "--model_id", str(tmp_path / "base"), "--tensor_parallel_size", "4", "--save_steps", "2"]
+        commands += [[*flags, "--max_steps", steps, *more, "--output_dir", str(tmp_path / mode / kind)]
+                     for kind, steps, *more in (("nxd", "2"), ("native", "4"), ("nxd", "4", "--resume", "latest"))]
+        commands += [[*flags, "--max_steps", "4", "--resume", str(tmp_path / mode / "nxd" / "checkpoint-2"), "--output_dir",
+                      str(tmp_path / mode / "from_nxd")]]
+    on_ranks(whole_runs, 8, commands=commands)
+    for mode in modes:
+        output = tmp_path / mode
+        for name in ("loss", "grad_norm"):
+            expected = torch.tensor(column(output / "native", name))
+            torch.testing.assert_close(torch.tensor(column(output / "nxd", name)), expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(torch.tensor(column(output / "from_nxd", name)), expected[2:], rtol=1e-5, atol=0)
+        assert column(output / "nxd", "step") == [1, 2, 3, 4]
+        found, expected = (Checkpoint(output / kind / "checkpoint-4") for kind in ("nxd", "native"))
+        assert found.shapes == expected.shapes
+        for name in found.shapes:
+            assert difference(found.read("parameter", name), expected.read("parameter", name)) < 1e-5, name
+
+
+def test_a_process_as_on_neuron_trains_with_them(tmp_path):
+    """One rank, of a real process group. The graph that initialises the collectives is no new graph of the loop."""
+    program = ("import sys, parallel.runtime as runtime; runtime.on_neuron = lambda: True\n"
+               "import parallel.choice as choice; choice.version = lambda _: '0.18.0'\n"
+               "import tests.nxd_on_threads as nxd; nxd.install()\n"
+               "import trainer.main; sys.exit(trainer.main.main())")
+    done = subprocess.run([sys.executable, "-c", program, *SHORT, "--max_steps", "2", "--on_recompile", "error", "--output_dir",
+                           tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, env=os.environ | PROCESS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "neuronx-distributed's layers, and blockwise attention: a row holds up to " in done.stdout
+    assert column(tmp_path / "out", "compilations")[1:] == column(tmp_path / "out", "compilations")[:1]

@@ -87,10 +87,11 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     tokenizer = load_tokenizer(directory)
     train_rows, eval_rows, summary = build_rows(config, tokenizer, model_config)
     identity = {
-        "base": weights.fingerprint(base_shapes(model_config)), "lora": asdict(lora) if lora else None, "seed": config.seed,
-        "data": fingerprint(train_rows)}
+        "base": weights.fingerprint(base_shapes(model_config)) if _is_first() else None, "lora": asdict(lora) if lora else None,
+        "seed": config.seed, "data": fingerprint(train_rows)}
     if resume:
-        resume.check(identity)
+        if _is_first():
+            resume.check(identity)
         resume.check_tensors(trained)
     loader = Loader(train_rows, batch_size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
                     dp_rank=0, dp_size=mesh.dp.size(), seed=config.seed, start=resume.position if resume else BEGINNING)
@@ -119,6 +120,11 @@ def attention_of(config: Config, model_config: LlamaConfig, layers: ModuleType, 
     return not reason, f"neuronx-distributed's layers, and {chosen}"
 
 
+def _is_first() -> bool:
+    """Whether this is the one of a run's processes that hashes the base model, holds the lock and writes the metrics."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _make(output_dir):
     try:
         os.makedirs(output_dir, exist_ok=True)
@@ -130,8 +136,7 @@ def _make(output_dir):
 
 def lock(output_dir: str) -> None:
     """Keep other runs out of the directory until this process ends, however it ends; ValueError where one is in it."""
-    # Of several processes of a run, the first writes there and holds the lock; of one that collects graphs, none.
-    if os.environ.get("RANK", "0") != "0" or extracts_graphs():
+    if not _is_first() or extracts_graphs():
         return
     try:
         fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)

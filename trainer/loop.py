@@ -28,9 +28,9 @@ from trainer.stopping import Stopping
 def run(runtime: Runtime, job: Job) -> None:
     """Train and evaluate as `job.config` says, on one rank."""
     config, device = job.config, runtime.device
-    runtime.watch_graphs(config.on_recompile)
     layers = parallel_layers(config.parallel_layers)
     mesh = layers.create_mesh(runtime.rank, runtime.world_size, config.tensor_parallel_size)
+    runtime.watch_graphs(config.on_recompile)
 
     # Model: this rank's shards, read slice by slice and moved to the device.
     model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
