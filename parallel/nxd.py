@@ -8,9 +8,8 @@ none of its own, with arguments that avoid what was found wrong in 0.18 (tests/t
   unless `reduce_dtype` is the layer's dtype.
 - An embedding's rank is a constant of its graph unless `use_spmd_rank` makes it data; and with a `sequence_dimension` of 1 it
   leaves out the sum over the ranks.
-- GQAQKVColumnParallelLinear counts a KV head once a replica in the gradient's norm, and its groups of replicas are those
-  of tensor parallel ranks that are neighbours, which those of TP 4 on trn1 are not. Here a KV head is replicated by a column-
-  parallel layer of as many times the width, filled as the shards say.
+- GQAQKVColumnParallelLinear sums the gradients of a replicated KV head over ranks that at TP 4 on trn1 are in different tensor
+  parallel groups. Here a KV head is replicated by a column-parallel layer of as many times the width, filled as the shards say.
 - parallel_cross_entropy has no ignore_index and changes the logits, and `.to("xla")` drops the attributes that it gives to
   parameters: ours needs neither.
 

@@ -1,7 +1,7 @@
 """The real neuronx-distributed on XLA:CPU, where a rank is a thread and the Neuron SDK is absent.
 
-Its source is a checkout of github.com/aws-neuron/neuronx-distributed (release 2.28 or 2.29) whose directory NXD_SOURCE names;
-nothing of it is changed on disk. What has to be arranged around it:
+Its source is a checkout of github.com/aws-neuron/neuronx-distributed (release 2.29: version 0.18) whose directory NXD_SOURCE
+names; nothing of it is changed on disk. What has to be arranged around it:
 
 - `neuronx_distributed/__init__.py` imports its whole toolbox, so the package is entered beside it; of the two closed packages
   that the layers import, stand-ins have the names that are asked for.
