@@ -6,7 +6,8 @@ flags); it has its name when it is complete:
     input_ids.bin   int32 [tokens]      trained.bin   bool [tokens]      offsets.bin   int64 [examples + 1]
     groups.bin      uint64 [examples]: equal where examples share the prompt
     where.txt       the place of each example, a line each
-    meta.json       format, whether it was guessed, whether all is plain text, what was skipped, the bytes of the other files
+    meta.json       format, whether it was guessed, the kind of its prompts (of the first example), whether all is plain text,
+                    what was skipped, the bytes of the other files
 
 An entry whose files have other sizes is damaged, and made anew.
 """
@@ -27,7 +28,8 @@ from data.formats import FORMATS, Rendered, guess_format, load_function, render
 from data.sources import BadRecord, Source
 
 IGNORED = -100
-VERSION = 1
+VERSION = 2
+INSTRUCTION, CHAT, PLAIN = "instruction", "chat", "plain"      # kinds of prompts: format_prompt's, a chat template's, a text
 BATCH = 1000            # records that are tokenised at once; the tokenizer's threads divide them
 NAMED = 5               # skipped records whose errors are kept word by word
 
@@ -176,10 +178,12 @@ def _render(record, where, meta, function, tokenizer):
             record = function(record)
         except (Exception, SystemExit) as error:        # the user's code
             raise BadRecord(f"{where}: --format {meta['format']} raises {type(error).__name__}: {error}") from None
-        return render(record, where, guess_format(record, where), tokenizer)
-    if meta["format"] == "auto":
+    elif meta["format"] == "auto":
         meta |= {"format": guess_format(record, where), "guessed": True}
-    return render(record, where, meta["format"], tokenizer)
+    name = meta["format"] if function is None else guess_format(record, where)
+    rendered = render(record, where, name, tokenizer)
+    meta.setdefault("prompts", CHAT if rendered.spans is not None else INSTRUCTION if name in ("dolly", "alpaca") else PLAIN)
+    return rendered
 
 
 def _encode(batch: list[Rendered], tokenizer, train_on_prompt: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -209,10 +213,14 @@ def _encode_texts(batch, tokenizer, train_on_prompt):
     prompts = tokenizer([example.prompt for example in batch], verbose=False)["input_ids"]
     texts = tokenizer([example.text for example in batch], add_special_tokens=False, verbose=False)["input_ids"]
     for prompt, text in zip(prompts, texts, strict=True):
-        if len(prompt) > 1 and prompt[-1] == end:
-            prompt = prompt[:-1]
+        prompt = without_end(prompt, end)
         ids = np.array([*prompt, *text, end], np.int32)
         yield ids, (np.arange(len(ids)) >= len(prompt)) | train_on_prompt
+
+
+def without_end(ids: list[int], end: int) -> list[int]:
+    """A prompt's tokens without the end of text that some tokenizers add."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
 
 
 def _fingerprint(tokenizer) -> str:

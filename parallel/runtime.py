@@ -10,6 +10,7 @@ seconds. `mark_step` compares the graphs of all ranks before anything is execute
 import gc
 import importlib.util
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable
@@ -104,6 +105,10 @@ class Runtime:
         """Wait until every rank is here. The host waits; the device does not."""
         raise NotImplementedError
 
+    def share(self, value):
+        """Rank 0's `value` on every rank; the others' is not looked at. The host waits, without limit."""
+        raise NotImplementedError
+
     def mark_step(self, place: str | None = None, step: int | None = None) -> None:
         """End the graph traced since the last call, and start to execute it. Returns before the device has finished.
 
@@ -131,6 +136,7 @@ class Meeting:
     """A barrier of threads that must all come to it from the same place; GraphMismatch where they do not."""
 
     def __init__(self, world_size: int):
+        self.shared = None
         self._places = [""] * world_size
         self._barrier = threading.Barrier(world_size, action=self._check)
 
@@ -159,6 +165,14 @@ class ThreadRuntime(Runtime):
     def barrier(self):
         self._meeting.wait(self.rank, "a barrier")
 
+    def share(self, value):
+        if self.rank == 0:
+            self._meeting.shared = value
+        self._meeting.wait(self.rank, "something shared")
+        value = self._meeting.shared
+        self._meeting.wait(self.rank, "something shared")       # before rank 0 shares the next
+        return value
+
     def mark_step(self, place=None, step=None):
         import torch_xla
         self._meeting.wait(self.rank, "a mark_step")
@@ -184,7 +198,7 @@ class ThreadRuntime(Runtime):
 class ProcessRuntime(Runtime):
     """A rank that is a process with a NeuronCore."""
 
-    _barriers = 0
+    _barriers = _shared = 0
 
     def barrier(self):
         # Through the process group's store, not torch_xla's rendezvous, which would run a graph of its own on the device.
@@ -194,6 +208,15 @@ class ProcessRuntime(Runtime):
         if store.add(name, 1) == self.world_size:
             store.set(f"{name}-complete", "")
         store.wait([f"{name}-complete"], timedelta(days=1))
+
+    def share(self, value):
+        from torch.distributed.distributed_c10d import _get_default_store
+        store, self._shared = _get_default_store(), self._shared + 1
+        name = f"markstep/shared-{self._shared}"
+        if self.rank == 0:
+            store.set(name, pickle.dumps(value))
+        store.wait([name], timedelta(days=1))
+        return pickle.loads(store.get(name))
 
     def mark_step(self, place=None, step=None):
         import torch_xla

@@ -14,6 +14,7 @@ from trainer.checkpoint import KINDS
 from trainer.config import SAMPLE, Config
 from trainer.job import load_tokenizer
 from trainer.optimizer import AdamW
+from trainer.prompts import PromptFormat
 from trainer.saving import Saver
 
 SHAPES = {"column.weight": ((8, 6), 0), "row.weight": ((6, 8), 1), "norm.weight": ((6,), None)}
@@ -46,7 +47,7 @@ def save(output, *steps, tp=2, dp=2, limit=None, zero_1=False, losses=(), change
     """Save the states of `steps`; `change(rank, optimizer)` may spoil one. Returns the last checkpoint's directory."""
     tiny, config = SAMPLE / "tiny", replace(Config(), output_dir=str(output), save_total_limit=limit, zero_1=zero_1)
     job = SimpleNamespace(config=config, model_directory=tiny,
-                          tokenizer=TOKENIZER, identity=identity, model_reference="tiny",
+                          tokenizer=TOKENIZER, prompt_format=PromptFormat.of("plain"), identity=identity, model_reference="tiny",
                           resume=SimpleNamespace(step=steps[0] - 1))
     meeting = Meeting(tp * dp)
 

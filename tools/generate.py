@@ -1,38 +1,178 @@
-"""Ask a merged model a question, formatted as in training.
+"""Ask a merged model, or a checkpoint without merging it, formatted as in training.
 
-    python -m tools.generate --model merged --instruction "What is the capital of France?" [--context ...]
+    python -m tools.generate --model MERGED | --checkpoint CKPT [--tensor_parallel_size T]
+        [--instruction "What is the capital of France?" [--context ...] | --prompts FILE | --interactive]
+
+A file of prompts is JSON lines with instruction (and context), messages or prompt, or a text with a question a line. On a CPU,
+T virtual ranks are threads of this process; on NeuronCores: torchrun --nproc_per_node=T -m tools.generate ...
 """
 import argparse
+import os
+import signal
 import sys
+from pathlib import Path
 
-from data.formats import format_prompt
-from model.files import in_one_line
+from parallel.runtime import launch, leaves_at_once, prepare_environment, requested_world_size
 
-
-def generate(model_directory: str, instruction: str, context: str, max_new_tokens: int) -> str:
-    """The model's greedy answer, computed by transformers on this machine's CPU."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    model = AutoModelForCausalLM.from_pretrained(model_directory).eval()
-    inputs = tokenizer(format_prompt(instruction, context), return_tensors="pt", return_token_type_ids=False)
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-                            pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+INTERACTIVE_LENGTH = 2048       # tokens of question and answer, where the model has so many positions
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="directory of a merged model")
-    parser.add_argument("--instruction", required=True, help="the question")
-    parser.add_argument("--context", default="", help="text that the answer should be taken from")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="the longest answer, in tokens")
-    arguments = parser.parse_args()
+class Terminal:
+    """Answers as they grow: those of the first prompt that is not done, then those of the next."""
+
+    def __init__(self, titles: list[str], tokenizer, ends: set[int], max_new_tokens: int):
+        self._titles, self._tokenizer, self._ends, self._max = titles, tokenizer, ends, max_new_tokens
+        self._tokens: list[list[int]] = [[] for _ in titles]
+        self._current, self._printed = 0, None
+
+    def __call__(self, number: int, token: int) -> None:
+        """Take the next token of a prompt's answer, and print what can be printed."""
+        self._tokens[number].append(token)
+        while self._current < len(self._titles):
+            tokens = self._tokens[self._current]
+            if self._printed is None:
+                print(f"### Instruction\n{self._titles[self._current]}\n### Answer", flush=True)
+                self._printed = ""
+            ended = bool(tokens) and tokens[-1] in self._ends
+            text = self._tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
+            done = ended or len(tokens) == self._max
+            if done or not text.endswith("\ufffd"):         # else part of a character, whose rest is to come
+                print(text[len(self._printed):], end="\n" if done else "", flush=True)
+                self._printed = text
+            if not done:
+                return
+            self._current, self._printed = self._current + 1, None
+
+
+def read_prompts(path: Path, prompts, tokenizer) -> list[tuple[str, list[int]]]:
+    """(title, tokens) of each prompt in a file, by the model's PromptFormat; raises ValueError for what is no prompt."""
+    from data.sources import BadRecord, Source
+    from trainer.prompts import chat_ids, text_ids
+    if not path.is_file():
+        raise ValueError(f"--prompts {path}: no such file")
+    if path.suffix.lower() != ".jsonl":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {path}: invalid UTF-8 at byte {error.start}; a text with a question a line, or a .jsonl "
+                             "file, was expected") from None
+        found = [(line, prompts.encode(tokenizer, line)) for line in lines if line.strip()]
+    else:
+        found = []
+        for where, record in Source(str(path)):
+            if isinstance(record, BadRecord):
+                raise record
+            fields = record if isinstance(record, dict) else {}
+            texts = {name: fields.get(name) or "" for name in ("instruction", "context", "input", "prompt")}
+            messages = fields.get("messages")
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise ValueError(f"{where}: instruction, context, input and prompt are texts")
+            if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+                asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+                found.append((str(asked[-1].get("content")) if asked else "", chat_ids(tokenizer, asked)))
+            elif texts["instruction"]:
+                ids = prompts.encode(tokenizer, texts["instruction"], texts["context"] or texts["input"])
+                found.append((texts["instruction"], ids))
+            elif texts["prompt"]:
+                found.append((texts["prompt"], text_ids(tokenizer, texts["prompt"])))
+            else:
+                raise ValueError(f"{where}: an object with instruction, messages or prompt was expected")
+    if not found:
+        raise ValueError(f"--prompts {path} holds no prompt")
+    return found
+
+
+def questions(runtime, source, longest: int):
+    """(title, tokens) of each line that is typed, on all ranks; an empty line or the end of the input is the end."""
+    while True:
+        line = ""
+        if runtime.rank == 0:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+        line = runtime.share(line)
+        if not line:
+            return
+        ids = source.prompts.encode(source.tokenizer, line)
+        if len(ids) <= longest:
+            yield line, ids
+        elif runtime.rank == 0:
+            print(f"the question has {len(ids)} tokens; {longest} are the most")
+
+
+def answer(runtime, source, arguments, sampling, prompts: list[tuple[str, list[int]]] | None) -> None:
+    """Print the answers to the prompts, or to what is typed, on rank 0."""
+    import torch
+
+    from model.generation import Generator, capacity_for
+    from parallel.mesh import Mesh
+    mesh = Mesh.create(runtime.rank, runtime.world_size, arguments.tensor_parallel_size)
+    model = source.build(mesh.tp, runtime.device, torch.bfloat16 if arguments.bf16 else torch.float32)
+    runtime.mark_step()
+    new, positions = arguments.max_new_tokens, source.config.max_position_embeddings
+    longest = max(len(ids) for _, ids in prompts) if prompts else min(positions, INTERACTIVE_LENGTH) - new
+    batch_size = min(arguments.batch_size, len(prompts)) if prompts else 1
+    generator = Generator(runtime, model, mesh.tp, batch_size, capacity_for(longest, new, positions))
+    for batch in [prompts] if prompts else ([question] for question in questions(runtime, source, longest)):
+        terminal = Terminal([title for title, _ in batch], source.tokenizer, source.ends, new) if runtime.rank == 0 else None
+        generator.generate([ids for _, ids in batch], new, source.ends, sampling, terminal)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__.splitlines()[0], allow_abbrev=False)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="directory or hub id of a merged model, or of any other Llama")
+    which.add_argument("--checkpoint", type=Path, help="a directory checkpoint-<step>")
+    parser.add_argument("--model_id", help="the base model of --checkpoint, where it is no longer where training read it")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--instruction", help="the question")
+    what.add_argument("--prompts", type=Path, help="a file of questions")
+    what.add_argument("--interactive", action="store_true", help="questions are typed, each a conversation of its own")
+    parser.add_argument("--context", default="", help="text that the answer to --instruction should be taken from")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="the longest answer, in tokens; default 64")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default), 1 draws by "
+                                                                       "the model's probabilities")
+    parser.add_argument("--top_k", type=int, default=0, help="draw among the k most probable tokens; 0, the default: all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the most probable that together have so much")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1, what was said becomes less probable")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts of a file that are answered at once; default 8")
+    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="ranks that share the weights; default 1")
+    parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parse(arguments)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))      # ranks that wait for each other cannot be unwound
     try:
-        answer = generate(arguments.model, arguments.instruction, arguments.context, arguments.max_new_tokens)
+        if leaves_at_once():
+            return 0
+        world_size = requested_world_size(None if "WORLD_SIZE" in os.environ else chosen.tensor_parallel_size)
+        prepare_environment(world_size)
+        from model.generation import Sampling, capacity_for
+        from model.llama import Llama
+        from parallel.mesh import Mesh
+        from tools.model_source import ModelSource
+        for name in ("max_new_tokens", "batch_size", "tensor_parallel_size"):
+            if getattr(chosen, name) < 1:
+                raise ValueError(f"--{name} {getattr(chosen, name)}: at least 1 was expected")
+        sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.repetition_penalty, chosen.seed)
+        source = (ModelSource.of_model(chosen.model) if chosen.model
+                  else ModelSource.of_checkpoint(chosen.checkpoint, chosen.model_id))
+        Llama(source.config, Mesh.create(0, world_size, chosen.tensor_parallel_size).tp)
+        prompts = None
+        if chosen.prompts:
+            prompts = read_prompts(chosen.prompts, source.prompts, source.tokenizer)
+        elif chosen.instruction is not None:
+            prompts = [(chosen.instruction, source.prompts.encode(source.tokenizer, chosen.instruction, chosen.context))]
+        longest = max(len(ids) for _, ids in prompts) if prompts else 1
+        capacity_for(longest, chosen.max_new_tokens, source.config.max_position_embeddings)
     except (ValueError, OSError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"### Instruction\n{arguments.instruction}\n### Answer\n{answer}")
+    launch(lambda runtime: answer(runtime, source, chosen, sampling, prompts), world_size)
     return 0
 
 

@@ -25,15 +25,17 @@ from model.files import read_json, resolve
 from model.llama import LlamaConfig
 from model.lora import lora_delta
 from model.tensor_file import TensorWriter, bands
-from model.weights import SafetensorsFiles, base_shapes, check_weights, open_weights, trained_shapes
+from model.weights import SafetensorsFiles, base_shapes, trained_shapes
+from tools.model_source import open_base
 from tools.nxd_checkpoint import NxdCheckpoint
 from trainer.checkpoint import BAND_BYTES, INCOMPLETE, Checkpoint
+from trainer.prompts import check_generation_config
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 COPIED = ("config.json", "generation_config.json", "token", "special_tokens", "vocab", "merges", "chat_template", "added_tokens",
-          "additional_chat_templates")
+          "additional_chat_templates", "prompt_format.json")
 
 
 class Trained:
@@ -56,12 +58,7 @@ class Adapted:
 
     def __init__(self, checkpoint: Checkpoint, config: LlamaConfig, model_id: str | None, base_only: bool, device: str):
         self.shapes, self._checkpoint, self._base_only, self._device = base_shapes(config), checkpoint, base_only, device
-        random_seed = None if model_id else checkpoint.manifest["random_seed"]
-        directory = Path() if random_seed is not None else resolve(model_id or checkpoint.manifest["model"])
-        self._base = open_weights(directory, config, random_seed)
-        check_weights(config, self._base)
-        if self._base.fingerprint(self.shapes) != checkpoint.manifest["identity"]["base"]:
-            raise ValueError(f"{directory} is not the model that {checkpoint.path} was trained on: its weights are others")
+        self._base = open_base(checkpoint, config, model_id)
 
     def dtype(self, name: str) -> torch.dtype:
         return self._base.dtype(name)
@@ -198,6 +195,7 @@ def merge(checkpoint_path: Path, output: Path, adapter_only: bool = False, base_
         if not adapter_only:
             source = (Adapted(checkpoint, config, model_id, base_only, device) if checkpoint.lora
                       else Trained(checkpoint, config))
+    check_generation_config(directory)
     partial = output.with_name(output.name + INCOMPLETE)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)        # a merge that was killed leaves its directory, but no lock

@@ -24,6 +24,7 @@ from parallel.mesh import Mesh
 from parallel.runtime import extracts_graphs
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
+from trainer.prompts import PromptFormat, check_generation_config
 from trainer.rows import build_rows, fingerprint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -57,6 +58,11 @@ class Job:
         return self.adapter and self.adapter.read
 
     @property
+    def prompt_format(self) -> PromptFormat:
+        """How the model is asked after training: as the first data set asks."""
+        return PromptFormat.of(self.train_rows.tokens[0].meta["prompts"])
+
+    @property
     def model_reference(self) -> str:
         """The hub id of the base model, or the absolute path of its directory."""
         name = self.config.model_directory
@@ -85,6 +91,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     weights = open_weights(directory, model_config, config.random_seed)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
+    check_generation_config(directory)
     train_rows, eval_rows, summary = build_rows(config, tokenizer, model_config)
     identity = {
         "base": weights.fingerprint(base_shapes(model_config)) if _is_first() else None, "lora": asdict(lora) if lora else None,

@@ -129,6 +129,7 @@ class Saver:
             if (job.model_directory / name).is_file():
                 shutil.copyfile(job.model_directory / name, partial / name)
         job.tokenizer.save_pretrained(partial)
+        job.prompt_format.write(partial)
         tensors, files = self._collect(partial, writers)
         for path in sorted(partial.rglob("*")):
             name = path.relative_to(partial).as_posix()
