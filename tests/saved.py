@@ -43,11 +43,15 @@ def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, chang
     return optimizer
 
 
-def save(output, *steps, tp=2, dp=2, limit=None, zero_1=False, losses=(), change=None, identity=IDENTITY, **state):
-    """Save the states of `steps`; `change(rank, optimizer)` may spoil one. Returns the last checkpoint's directory."""
-    tiny, config = SAMPLE / "tiny", replace(Config(), output_dir=str(output), save_total_limit=limit, zero_1=zero_1)
-    job = SimpleNamespace(config=config, model_directory=tiny,
-                          tokenizer=TOKENIZER, prompt_format=PromptFormat.of("plain"), identity=identity, model_reference="tiny",
+def save(output, *steps, tp=2, dp=2, limit=None, zero_1=False, losses=(), change=None, identity=IDENTITY, model=None, **state):
+    """Save the states of `steps` of the tiny model, or of that in the directory `model`; `change(rank, optimizer)` may spoil one.
+
+    Returns the last checkpoint's directory.
+    """
+    directory = model or SAMPLE / "tiny"
+    config = replace(Config(), model_id=model and str(model), output_dir=str(output), save_total_limit=limit, zero_1=zero_1)
+    job = SimpleNamespace(config=config, model_directory=directory, tokenizer=TOKENIZER, identity=identity,
+                          prompt_format=PromptFormat.of("instruction"), model_reference=str(model or "tiny"),
                           resume=SimpleNamespace(step=steps[0] - 1))
     meeting = Meeting(tp * dp)
 

@@ -88,6 +88,7 @@ class Config:
     output_dir: str = _flag("output", "Where checkpoints and metrics.jsonl go.")
     logging_steps: int = _flag(1, "A line in metrics.jsonl every so many steps.")
     eval_steps: int = _flag(0, "With --do_eval, evaluate every so many steps too, where positive.")
+    eval_samples: int = _flag(0, "With --do_eval, answer so many held-out examples at each evaluation, into samples.jsonl.")
     save_steps: int = _flag(500, "A checkpoint every so many steps, and one after the last.")
     save_total_limit: int | None = _flag(
         None, "Keep only so many of the newest checkpoints, and the one with the least evaluation loss.")
@@ -103,7 +104,8 @@ class Config:
         at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "logging_steps": 1,
                     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
                     "save_steps": 1, "save_total_limit": 1, "max_samples": 1, "world_size": 1, "warmup_steps": 0,
-                    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "seed": 0, "adam_epsilon": 1e-30}
+                    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "eval_samples": 0, "seed": 0,
+                    "adam_epsilon": 1e-30}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:

@@ -24,7 +24,7 @@ from parallel.mesh import Mesh
 from parallel.runtime import extracts_graphs
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
-from trainer.prompts import PromptFormat, check_generation_config
+from trainer.prompts import PromptFormat, end_tokens
 from trainer.rows import build_rows, fingerprint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -63,6 +63,11 @@ class Job:
         return PromptFormat.of(self.train_rows.tokens[0].meta["prompts"])
 
     @property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer."""
+        return end_tokens(self.model_directory, self.tokenizer, self.model_config.vocab_size)
+
+    @property
     def model_reference(self) -> str:
         """The hub id of the base model, or the absolute path of its directory."""
         name = self.config.model_directory
@@ -91,7 +96,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     weights = open_weights(directory, model_config, config.random_seed)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
-    check_generation_config(directory)
+    end_tokens(directory, tokenizer, model_config.vocab_size)       # whether generation_config.json can be read
     train_rows, eval_rows, summary = build_rows(config, tokenizer, model_config)
     identity = {
         "base": weights.fingerprint(base_shapes(model_config)) if _is_first() else None, "lora": asdict(lora) if lora else None,

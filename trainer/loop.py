@@ -21,6 +21,7 @@ from parallel.runtime import Runtime
 from trainer.job import Job
 from trainer.metrics import Metrics
 from trainer.optimizer import AdamW, learning_rate
+from trainer.samples import Samples
 from trainer.saving import Saver
 from trainer.stopping import Stopping
 
@@ -54,6 +55,7 @@ def run(runtime: Runtime, job: Job) -> None:
                     accumulation=config.gradient_accumulation_steps, start=start, **layout)
     batches = Prefetcher(loader, lambda tensor: tensor.to(device))
     eval_loader = job.eval_rows and Loader(job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout)
+    samples = Samples(runtime, model, job, mesh.tp)
     metrics = Metrics(runtime, job, first_step, loader)
     saver = Saver(runtime, mesh, job, optimizer)
     stopping = Stopping(runtime, job)
@@ -65,7 +67,7 @@ def run(runtime: Runtime, job: Job) -> None:
 
     # Before the first step: what the model can do untrained; and no graph is left to compile later.
     if eval_loader:
-        metrics.evaluation(first_step, *evaluate(runtime, model, eval_loader, mesh, zeros))
+        metrics.evaluation(first_step, *evaluate(runtime, model, eval_loader, mesh, zeros), samples.answers())
 
     for step in range(first_step, job.total_steps if config.do_train else first_step):
         model.train()
@@ -112,7 +114,7 @@ def run(runtime: Runtime, job: Job) -> None:
         if eval_loader and not stop and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.flush()
             eval_loss, counted = evaluate(runtime, model, eval_loader, mesh, zeros)
-            metrics.evaluation(step + 1, eval_loss, counted)
+            metrics.evaluation(step + 1, eval_loss, counted, samples.answers())
         if last or stop or (step + 1) % config.save_steps == 0:
             metrics.flush()
             saver.save(loader.position(step + 1), eval_loss)            # the host waits until it has a copy of the state

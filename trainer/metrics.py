@@ -11,13 +11,16 @@ from data.loader import Loader
 from parallel.runtime import Runtime
 from trainer.job import Job
 
+MOST_NATS = 700.0       # e to the power of more is no float
+
 
 class Metrics:
     """Rank 0's record of a run; on other ranks, and where nothing is executed, every method does nothing.
 
-    `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation. A step's values are read after the next
-    step was marked, so the host never waits for the step that it has just started. A step's seconds are those from the
-    mark_step before it to its own: tracing, compilation if it is new, and the wait for the step before.
+    `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation, `OUT/samples.jsonl` one an answer of
+    it. A step's values are read after the next step was marked, so the host never waits for the step that it has just started. A
+    step's seconds are those from the mark_step before it to its own: tracing, compilation if it is new, and the wait for the
+    step before.
     """
 
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
@@ -29,7 +32,8 @@ class Metrics:
             print(job.summary, flush=True)
         if self._active:
             _keep_until(self._output / "metrics.jsonl", first_step)
-            _keep_until(self._output / "eval.jsonl", first_step - 1 if job.eval_rows else first_step)
+            for name in ("eval.jsonl", "samples.jsonl"):
+                _keep_until(self._output / name, first_step - 1 if job.eval_rows else first_step)
             self._bar = tqdm(total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
             self._last = time.perf_counter()
 
@@ -59,12 +63,17 @@ class Metrics:
                 "step_seconds": seconds, "data_wait_seconds": waited, "save_stall_seconds": stalled,
                 "compilations": self._runtime.compilations()})
 
-    def evaluation(self, step: int, loss: float, target_tokens: int) -> None:
-        """Write the evaluation loss per target token after `step` steps."""
+    def evaluation(self, step: int, loss: float, target_tokens: int, samples: list[dict[str, str]]) -> None:
+        """Write the evaluation loss per target token, its perplexity, and the answers to samples after `step` steps."""
         if self._active:
-            tqdm.write(f"step {step}: evaluation loss {loss:.4f} over {target_tokens} target tokens")
-            self._append("eval.jsonl", {"step": step, "epoch": self._epochs(step), "eval_loss": loss,
+            perplexity = math.exp(min(loss, MOST_NATS))
+            tqdm.write(f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} over {target_tokens} target tokens")
+            self._append("eval.jsonl", {"step": step, "epoch": self._epochs(step), "eval_loss": loss, "perplexity": perplexity,
                                         "target_tokens": target_tokens, "compilations": self._runtime.compilations()})
+            for sample in samples:
+                self._append("samples.jsonl", {"step": step} | sample)
+            for sample in samples[:1]:
+                tqdm.write(f"step {step}: asked {sample['prompt']!r}, answered {sample['answer']!r}")
             self.restart_clock()
 
     def restart_clock(self) -> None:
