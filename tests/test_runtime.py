@@ -1,12 +1,13 @@
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from parallel.runtime import ProcessRuntime, leaves_at_once, requested_world_size
+from parallel.runtime import Meeting, ProcessRuntime, ThreadRuntime, leaves_at_once, requested_world_size
 from tests.on_ranks import ROOT, on_ranks
 
 
@@ -106,7 +107,16 @@ def meet(rank, directory):
         (Path(directory) / f"{number}-{rank}").touch()
         runtime.barrier()
         assert all((Path(directory) / f"{number}-{other}").exists() for other in range(3))
+        assert runtime.share({"number": number} if rank == 0 else None) == {"number": number}
 
 
-def test_processes_meet_at_a_barrier(tmp_path):
+def test_processes_meet_and_share(tmp_path):
     torch.multiprocessing.start_processes(meet, (str(tmp_path),), nprocs=3, start_method="fork")
+
+
+def test_threads_share_what_rank_0_has():
+    meeting = Meeting(3)
+    runtimes = [ThreadRuntime(rank, 3, None, meeting) for rank in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda runtime: [runtime.share((runtime.rank, number)) for number in range(50)], runtimes))
+    assert found == [[(0, number) for number in range(50)]] * 3
