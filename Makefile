@@ -1,4 +1,5 @@
 # make train: fine-tune the embedded tiny Llama on 4 ranks (TP2 x DP2), merge it, ask it a question.   make test: ruff and pytest.
+# make demo: train it until it knows the embedded sample, ask it before and after merging, and write a page of all its answers.
 # PYTHON=python3.12 picks the interpreter of .venv. Where PYTHON itself has torch 2.9 and torch_xla 2.9 (an activated environment of
 # a Neuron machine, say), that one is used, and only what it lacks is installed.
 PYTHON ?= python3
@@ -9,13 +10,25 @@ VENV := $(or $(word 1,$(USABLE)),.venv)
 PY := $(or $(word 2,$(USABLE)),.venv/bin/python)
 READY := $(VENV)/.markstep-ready
 
-.PHONY: train test clean
+.PHONY: train demo test clean
 train: $(READY)
 	@if [ -e $(OUT) ]; then echo "error: $(OUT) exists: move it away, or choose another: make train OUT=..." >&2; exit 1; fi
 	$(PY) -m torch.distributed.run --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 --max_seq_length 256 \
 	  --max_steps 150 --do_eval --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_ratio 0.05 --output_dir $(OUT)
 	$(PY) -m tools.merge_checkpoint $(OUT)/checkpoint-150 $(OUT)/merged
 	$(PY) -m tools.generate --model $(OUT)/merged --instruction "What is the capital of France?" --max_new_tokens 40
+
+demo: OUT = demo
+demo: $(READY)
+	@if [ -e $(OUT) ]; then echo "error: $(OUT) exists: move it away, or choose another: make demo OUT=..." >&2; exit 1; fi
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 --max_seq_length 256 \
+	  --per_device_train_batch_size 2 --max_steps 700 --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_ratio 0.05 \
+	  --output_dir $(OUT)
+	$(PY) -m tools.generate --checkpoint $(OUT)/checkpoint-700 --tensor_parallel_size 2 --prompts data/sample/questions.jsonl
+	$(PY) -m tools.merge_checkpoint $(OUT)/checkpoint-700 $(OUT)/merged
+	$(PY) -m tools.generate --model $(OUT)/merged --prompts data/sample/questions.jsonl
+	$(PY) -m tools.evaluate --base --checkpoint $(OUT)/checkpoint-700 --model $(OUT)/merged --max_seq_length 256 --batch_size 16 \
+	  --output $(OUT)/evaluation
 
 test: $(READY)
 	$(PY) -m ruff check .

@@ -65,6 +65,26 @@ def test_damage_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+def test_what_other_programs_need_is_there(tmp_path):
+    """Of a chat model: template, ends of answers, dtype, prompt format, and what its generation_config.json holds besides."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    checkpoint, _ = save_tiny(tmp_path, 3)
+    settings = {"temperature": 0.6, "do_sample": True, "bos_token_id": 1, "eos_token_id": [2, 5]}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    (checkpoint / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}<pad>{% endfor %}")
+    merge(checkpoint, tmp_path / "merged", dtype=torch.bfloat16)
+    generation = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert (generation.temperature, generation.do_sample, generation.eos_token_id) == (0.6, True, [0, 2, 5])
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template.startswith("{% for")
+    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "prompt_format.json"}
+    (checkpoint / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json is damaged"):
+        merge(checkpoint, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize("options, problem", [
     ({"adapter_only": True}, "was trained without LoRA"), ({"base_only": True}, "was trained without LoRA"),
     ({"device": "nowhere"}, "--device nowhere cannot be used"), ({"max_shard_size": "5 elephants"}, "a size such as 5GB"),

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from data.formats import format_prompt
 from data.tokens import tokenize
 from trainer.config import SAMPLE
-from trainer.prompts import FILE, PromptFormat, chat_ids, end_tokens
+from trainer.prompts import FILE, PromptFormat, chat_ids, end_tokens, generation_config
 
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
@@ -65,8 +65,10 @@ def test_what_ends_an_answer(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     turn = chat.convert_tokens_to_ids("<|im_end|>")
     assert end_tokens(tmp_path, plain, 600) == {2, 7} and end_tokens(tmp_path, chat, 600) == {2, 7, turn}
+    assert generation_config(tmp_path, chat, 600) == {"eos_token_id": [2, 7, turn]}
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 9, 900]}))
     assert end_tokens(tmp_path, chat, 600) == {2, 8, 9, turn}
+    assert generation_config(tmp_path, chat, 600)["eos_token_id"] == [2, 8, 9, turn]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "no"}))
     with pytest.raises(ValueError, match="eos_token_id is 'no'"):
         end_tokens(tmp_path, plain, 600)

@@ -36,12 +36,13 @@ def make_checkpoint(directory: Path, layers: int) -> Path:
     from trainer import saving
     from trainer.config import SAMPLE, Config
     from trainer.job import load_tokenizer
+    from trainer.prompts import PromptFormat
     base, partial = directory / "base", directory / "checkpoint-1.incomplete"
     base.mkdir(parents=True)
     partial.mkdir()
     (base / "config.json").write_text(json.dumps(MODEL | {"num_hidden_layers": layers}))
     job = SimpleNamespace(config=Config(output_dir=str(directory / "unused")), model_directory=base, model_reference=str(base),
-                          tokenizer=load_tokenizer(SAMPLE / "tiny"), resume=None,
+                          tokenizer=load_tokenizer(SAMPLE / "tiny"), prompt_format=PromptFormat.of("plain"), resume=None,
                           identity={"base": "", "lora": None, "seed": 0, "data": ""})
     saving.KINDS = ("parameter",)
     for rank in range(RANKS):

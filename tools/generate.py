@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parallel.runtime import launch, leaves_at_once, prepare_environment, requested_world_size
 
-INTERACTIVE_LENGTH = 2048       # tokens of question and answer, where the model has so many positions
+LONGEST_TYPED = 1024        # tokens of a question that is typed
 
 
 class Terminal:
@@ -111,7 +111,7 @@ def answer(runtime, source, arguments, sampling, prompts: list[tuple[str, list[i
     model = source.build(mesh.tp, runtime.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     runtime.mark_step()
     new, positions = arguments.max_new_tokens, source.config.max_position_embeddings
-    longest = max(len(ids) for _, ids in prompts) if prompts else min(positions, INTERACTIVE_LENGTH) - new
+    longest = max(len(ids) for _, ids in prompts) if prompts else min(positions - new, LONGEST_TYPED)
     batch_size = min(arguments.batch_size, len(prompts)) if prompts else 1
     generator = Generator(runtime, model, mesh.tp, batch_size, capacity_for(longest, new, positions))
     for batch in [prompts] if prompts else ([question] for question in questions(runtime, source, longest)):

@@ -29,12 +29,13 @@ from model.weights import SafetensorsFiles, base_shapes, trained_shapes
 from tools.model_source import open_base
 from tools.nxd_checkpoint import NxdCheckpoint
 from trainer.checkpoint import BAND_BYTES, INCOMPLETE, Checkpoint
-from trainer.prompts import check_generation_config
+from trainer.job import load_tokenizer
+from trainer.prompts import GENERATION, generation_config
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-COPIED = ("config.json", "generation_config.json", "token", "special_tokens", "vocab", "merges", "chat_template", "added_tokens",
+COPIED = ("config.json", "token", "special_tokens", "vocab", "merges", "chat_template", "added_tokens",
           "additional_chat_templates", "prompt_format.json")
 
 
@@ -110,8 +111,9 @@ def for_each_tensor(work, files: dict[str, dict], what: str) -> None:
             raise
 
 
-def write_model(source, directory: Path, output: Path, dtype: torch.dtype | None, max_bytes: int, verify: bool) -> None:
-    """Write weights (one file, or several with an index), and from `directory` config, generation config and tokenizer."""
+def write_model(source, directory: Path, generation: dict, output: Path, dtype: torch.dtype | None, max_bytes: int,
+                verify: bool) -> None:
+    """Write weights (one file, or several with an index), the generation config, and from `directory` config and tokenizer."""
     files = plan_files(source, dtype, max_bytes)
     writers = {file: TensorWriter(output / file, tensors, {"format": "pt"}) for file, tensors in files.items()}
 
@@ -134,6 +136,7 @@ def write_model(source, directory: Path, output: Path, dtype: torch.dtype | None
     for path in directory.iterdir():
         if path.name.startswith(COPIED):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, output / path.name)
+    (output / GENERATION).write_text(json.dumps(generation, indent=2), encoding="utf-8")
     settings, dtypes = read_json(output / CONFIG), {each for tensors in files.values() for each, _ in tensors.values()}
     name = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
     settings |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": name}
@@ -184,7 +187,8 @@ def merge(checkpoint_path: Path, output: Path, adapter_only: bool = False, base_
             raise ValueError(f"{checkpoint_path} is a checkpoint of neuronx-distributed: pass --model_id, a Hugging Face "
                              "directory with its config and tokenizer, and neither --adapter_only nor --base_only")
         checkpoint, directory = None, resolve(model_id)
-        source = NxdCheckpoint(Path(checkpoint_path), LlamaConfig.from_pretrained(directory))
+        config = LlamaConfig.from_pretrained(directory)
+        source = NxdCheckpoint(Path(checkpoint_path), config)
     else:
         checkpoint, directory = Checkpoint(checkpoint_path), Path(checkpoint_path)
         if checkpoint.lora is None and (adapter_only or base_only):
@@ -195,7 +199,7 @@ def merge(checkpoint_path: Path, output: Path, adapter_only: bool = False, base_
         if not adapter_only:
             source = (Adapted(checkpoint, config, model_id, base_only, device) if checkpoint.lora
                       else Trained(checkpoint, config))
-    check_generation_config(directory)
+    generation = generation_config(directory, load_tokenizer(directory), config.vocab_size)
     partial = output.with_name(output.name + INCOMPLETE)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)        # a merge that was killed leaves its directory, but no lock
@@ -210,7 +214,7 @@ def merge(checkpoint_path: Path, output: Path, adapter_only: bool = False, base_
         if adapter_only:
             write_adapter(checkpoint, partial, dtype)
         else:
-            write_model(source, directory, partial, dtype, max_bytes, verify)
+            write_model(source, directory, generation, partial, dtype, max_bytes, verify)
         if output.exists():
             output.rmdir()
         partial.rename(output)

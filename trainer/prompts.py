@@ -66,7 +66,7 @@ def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def check_generation_config(directory: Path) -> dict:
+def read_generation_config(directory: Path) -> dict:
     """The contents of `directory`/generation_config.json, {} where there is none; raises ValueError for one that is no JSON."""
     path = Path(directory) / GENERATION
     return read_json(path) if path.is_file() else {}
@@ -78,7 +78,7 @@ def end_tokens(directory: Path, tokenizer, vocab_size: int) -> set[int]:
     These are the ones that generation_config.json (or config.json) lists, the tokenizer's end of text, and the special token with
     which the chat template ends what the assistant says.
     """
-    listed = check_generation_config(directory).get("eos_token_id")
+    listed = read_generation_config(directory).get("eos_token_id")
     if listed is None:
         listed = read_json(Path(directory) / "config.json").get("eos_token_id")
     ends = listed if isinstance(listed, list) else [listed]
@@ -86,6 +86,14 @@ def end_tokens(directory: Path, tokenizer, vocab_size: int) -> set[int]:
         raise ValueError(f"{directory}: eos_token_id is {listed!r}; a number, or a list of them, was expected")
     ends = {*ends, tokenizer.eos_token_id, _turn_end(tokenizer)}
     return {end for end in ends if end is not None and 0 <= end < vocab_size}
+
+
+def generation_config(directory: Path, tokenizer, vocab_size: int) -> dict:
+    """The contents of a generation_config.json by which other programs end an answer where it ended in training."""
+    base = {name: value for name, value in read_json(Path(directory) / "config.json").items()
+            if name in ("bos_token_id", "pad_token_id") and value is not None}
+    ends = sorted(end_tokens(directory, tokenizer, vocab_size))
+    return base | read_generation_config(directory) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
 def _turn_end(tokenizer) -> int | None:

@@ -53,8 +53,9 @@ class Samples:
     def __init__(self, runtime: Runtime, model: Llama, job: Job, group: Group):
         positions, wanted = job.model_config.max_position_embeddings, job.config.eval_samples
         self._questions = questions(job.eval_rows, positions - NEW_TOKENS, wanted) if job.eval_rows and wanted else []
-        self._tokenizer, self._ends = job.tokenizer, job.ends
+        self._tokenizer = job.tokenizer
         if self._questions:
+            self._ends = job.ends
             capacity = capacity_for(max(len(each.prompt) for each in self._questions), NEW_TOKENS, positions)
             self._generator = Generator(runtime, model, group, min(TOGETHER, len(self._questions)), capacity)
 
