@@ -168,6 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif chosen.instruction is not None:
             prompts = [(chosen.instruction, source.prompts.encode(source.tokenizer, chosen.instruction, chosen.context))]
         longest = max(len(ids) for _, ids in prompts) if prompts else 1
+        if prompts and not all(ids for _, ids in prompts):
+            raise ValueError("the question has no token: a text was expected")
         capacity_for(longest, chosen.max_new_tokens, source.config.max_position_embeddings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
