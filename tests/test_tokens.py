@@ -28,7 +28,7 @@ def test_the_prompt_ends_where_the_labels_begin(tokenizer, tmp_path):
     tokens = tokenize(str(SAMPLE / "instructions.jsonl"), tokenizer, cache=tmp_path)
     assert len(tokens) == len(records)
     assert {**tokens.meta, "files": None} == {"format": "dolly", "guessed": True, "plain_text": False, "skipped": 0,
-                                              "named": [], "files": None}
+                                              "named": [], "files": None, "prompts": "instruction"}
     for number, record in enumerate(records):
         prompt = tokenizer(format_prompt(record["instruction"], record["context"]))["input_ids"]
         answer = [*tokenizer(record["response"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
