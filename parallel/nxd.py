@@ -63,6 +63,7 @@ class _Lending:
     def lent(self) -> torch.nn.Module:
         """The layer that computes, with our parameters."""
         [layer] = self._held
+        layer.sequence_parallel_enabled = self.sequence_parallel_enabled        # which generation turns off
         layer.weight = self.weight
         if hasattr(layer, "bias"):
             layer.bias = self.bias
