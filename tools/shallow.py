@@ -99,7 +99,8 @@ def scaled(report: dict, traced, config, model_config) -> dict:
 def _traced(config):
     tp = config.tensor_parallel_size
     data = min(config.world_size // tp, max(2, TRACED_RANKS // tp))
-    return replace(config, world_size=tp * data, gradient_accumulation_steps=min(config.gradient_accumulation_steps, 2))
+    return replace(config, world_size=tp * data,
+                   gradient_accumulation_steps=2 if config.graph_per_micro_batch else config.gradient_accumulation_steps)
 
 
 def _depths(model_config) -> tuple[int, ...]:
