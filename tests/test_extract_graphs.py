@@ -11,7 +11,7 @@ from tests.on_ranks import ROOT, on_ranks
 from tests.test_training import SHORT
 
 FLAGS = [*SHORT, "--max_steps", "10", "--gradient_accumulation_steps", "2", "--do_eval", "--eval_steps", "3", "--save_steps", "4",
-         "--tensor_parallel_size", "2", "--lora_dropout", "0.1", "--save_total_limit", "2"]
+         "--tensor_parallel_size", "2", "--lora_dropout", "0.1", "--save_total_limit", "2", "--eval_samples", "1"]
 # The variables that torchrun sets for one process.
 PROCESS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
            "MASTER_PORT": "0", "PJRT_DEVICE": "CPU"}
@@ -61,11 +61,14 @@ def collect(runtime, output):
 def test_a_run_that_collects_graphs_has_those_of_the_real_one_and_leaves_nothing(tmp_path):
     """It goes through to the end: that all ranks wish to stop is a value that is not read."""
     whole, collected = on_ranks(collect, 2, output=str(tmp_path))[0]
-    assert collected == whole
-    assert len(set(whole)) == 4 and {place for place, _ in whole} == {"build", "micro_batch", "step", "evaluation"}
+    # How many tokens an answer has is decided by values.
+    assert set(collected) == set(whole)
+    assert [graph for graph in collected if graph[0] != "decode"] == [graph for graph in whole if graph[0] != "decode"]
+    places = {place for place, _ in whole}
+    assert len(set(whole)) == len(places) and {"build", "micro_batch", "step", "evaluation", "decode"} < places
     assert os.listdir(tmp_path) == ["whole"]
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
-        "checkpoint-10", "checkpoint-8", "eval.jsonl", "metrics.jsonl"]
+        "checkpoint-10", "checkpoint-8", "eval.jsonl", "metrics.jsonl", "samples.jsonl"]
 
 
 def test_a_process_as_on_neuron_collects_and_trains(tmp_path):
