@@ -13,8 +13,8 @@ READY := $(VENV)/.markstep-ready
 .PHONY: train demo test clean
 train: $(READY)
 	@if [ -e $(OUT) ]; then echo "error: $(OUT) exists: move it away, or choose another: make train OUT=..." >&2; exit 1; fi
-	$(PY) -m torch.distributed.run --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 --max_seq_length 256 \
-	  --max_steps 150 --do_eval --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_ratio 0.05 --output_dir $(OUT)
+	$(PY) -m torch.distributed.run --standalone --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 \
+	  --max_seq_length 256 --max_steps 150 --do_eval --learning_rate 1e-2 --lr_scheduler_type cosine --warmup_ratio 0.05 --output_dir $(OUT)
 	$(PY) -m tools.merge_checkpoint $(OUT)/checkpoint-150 $(OUT)/merged
 	$(PY) -m tools.generate --model $(OUT)/merged --instruction "What is the capital of France?" --max_new_tokens 40
 
