@@ -114,7 +114,7 @@ FINDINGS = [
     (environment(NEURON_CC_FLAGS=""), {}, "warning", "does not say --model-type=transformer"),
     ({}, {"nnodes": 2}, "error", "FI_PROVIDER=: between nodes it has to be efa"),
     (environment(NEURON_CC_FLAGS="--model-type transformer --distribution-strategy=llm-training"),
-     {"flags": "--packing false --max_seq_length 2048"}, "error", "with NKI kernels, such as flash attention"),
+     {"flags": "--bf16 --packing false --max_seq_length 2048"}, "error", "with NKI kernels, such as flash attention"),
     (environment(NEURON_CC_FLAGS="--model-type transformer --distribution-strategy llm-training"), {}, "warning",
      "this run has none, but the next may"),
     (environment(NEURON_CC_FLAGS="--model-type transformer --distribution-strategy llm-training"),

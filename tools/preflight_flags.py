@@ -5,8 +5,8 @@ from parallel.mesh import Mesh
 from tools.machine import Machine
 from tools.preflight_checks import Finding, Plan
 
+FLASH_TOKENS = 2048                 # as in model/flash.py, whose torch may be what is missing here
 BUCKET_MB = 140                     # more, and neuronx-distributed 0.18 (trainer/trainer.py) knows of NaN in the third step
-FLASH_TOKENS = 2048                 # neuronx-distributed's NKI kernel takes multiples (kernels/flash_attn.py)
 BUCKET_VARIABLES = ("BUCKET_CAP_MB", "ALLREDUCE_BUCKET_CAP_MB", "ALL_GATHER_REDUCE_SCATTER_BUCKET_CAP_MB",
                     "ALLREDUCE_GRADIENTS_BUCKET_SIZE_MB")
 SOURCE_IT = "start with tools/launch/trn1.sh or slurm.sbatch, or `. tools/launch/neuron_env.sh` first"
@@ -108,8 +108,9 @@ def compiler_flags(machine: Machine, plan: Plan) -> Iterator[Finding]:
 
 
 def flash_attention(config) -> bool:
-    """Whether a run on Neuron can take the NKI kernel: no segments in a row, and rows of the length that it takes."""
-    return not config.packing and config.max_seq_length % FLASH_TOKENS == 0
+    """Whether a run on Neuron can take the NKI kernel, as model/flash.py decides it of a model whose heads are small enough."""
+    return (config.bf16 and config.parallel_layers != "native" and not config.packing
+            and config.max_seq_length % FLASH_TOKENS == 0)
 
 
 CHECKS = (topology, variables, compiler_flags)
