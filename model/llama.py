@@ -17,9 +17,12 @@ from transformers import AutoConfig
 from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequencies, segment_masks
 from model.files import in_one_line
 from model.flash import flash_attend
+from model.lora import TokenSeeds
 from parallel import layers as native
+from parallel.collectives import sum_over_stages
 from parallel.layers import ParallelLayer, column_parallel
 from parallel.mesh import ALONE, Group
+from parallel.pipeline import Pipeline, rows_of
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -159,11 +162,13 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the last norm (the name prefix `model.`)."""
 
-    def __init__(self, config: LlamaConfig, recompute_attention: bool, layers: ModuleType, **layout):
+    def __init__(self, config: LlamaConfig, recompute_attention: bool, layers: ModuleType, pipeline: Pipeline, **layout):
         super().__init__()
-        self.embed_tokens = layers.ParallelEmbedding(config.vocab_size, config.hidden_size, **layout)
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, recompute_attention, layers, **layout)
-                                    for _ in range(config.num_hidden_layers))
+        self.embed_tokens = layers.ParallelEmbedding(config.vocab_size, config.hidden_size, parameter_group=pipeline.vocabulary,
+                                                     **layout)
+        self.layers = nn.ModuleList()           # of this stage, by their numbers in the whole model
+        for number in pipeline.slots(config.num_hidden_layers):
+            self.layers.add_module(str(number), LlamaDecoderLayer(config, recompute_attention, layers, **layout))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
 
@@ -172,15 +177,20 @@ class Llama(nn.Module):
 
     Activations and parameters are of `dtype`. `gradient_checkpointing` is none (activations are kept for the backward), selective
     (attention scores are computed again) or full (each decoder layer is). `layers` has the parallel layers: parallel.layers, or
-    parallel.nxd. `flash_attention` is right where model/flash.py says so. Parameters are built uninitialised, by default on the
-    meta device, and filled by model/weights.py. Raises ValueError where the group cannot divide the model.
+    parallel.nxd. `flash_attention` is right where model/flash.py says so. Of several stages of a `pipeline`, the rank has the
+    layers of one. Parameters are built uninitialised, by default on the meta device, and filled by model/weights.py. Raises
+    ValueError where the groups cannot divide the model.
     """
 
     def __init__(self, config: LlamaConfig, group: Group = ALONE, dtype: torch.dtype = torch.float32, device="meta",
                  gradient_checkpointing: str = "none", sequence_parallel: bool = False, layers: ModuleType = native,
-                 flash_attention: bool = False):
+                 flash_attention: bool = False, pipeline: Pipeline = Pipeline()):
         super().__init__()
-        for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        stages = pipeline.group.size()
+        if config.vocab_size % (group.size() * stages):
+            raise ValueError(f"the model's vocab_size {config.vocab_size} is not divisible by {group.size() * stages}, the tensor "
+                             f"parallel size {group.size()}{f' x {stages} pipeline stages' if stages > 1 else ''}")
+        for field in ("num_attention_heads", "intermediate_size"):
             if getattr(config, field) % group.size():
                 raise ValueError(f"the model's {field} {getattr(config, field)} is not divisible by the tensor parallel size "
                                  f"{group.size()}")
@@ -188,12 +198,18 @@ class Llama(nn.Module):
         if kv_heads % group.size() and group.size() % kv_heads:
             raise ValueError(f"the model's num_key_value_heads {kv_heads} neither divides the tensor parallel size "
                              f"{group.size()} nor is divisible by it")
-        self.config, self.dtype, self.recompute_layers = config, dtype, gradient_checkpointing == "full"
-        self.flash_attention = flash_attention
+        self.config, self.dtype, self.recompute_layers, self.pipeline = config, dtype, gradient_checkpointing == "full", pipeline
+        self.flash_attention, self.token_seeds = flash_attention, TokenSeeds()
         layout = {"dtype": dtype, "device": device, "sequence_parallel_enabled": sequence_parallel,
                   "tensor_model_parallel_group": group}
-        self.model = LlamaModel(config, gradient_checkpointing == "selective", layers, **layout)
-        self.lm_head = layers.ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False, **layout)
+        self.model = LlamaModel(config, gradient_checkpointing == "selective", layers, pipeline, **layout)
+        self.lm_head = layers.ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False,
+                                                   parameter_group=pipeline.vocabulary, **layout)
+        for number, layer in self.model.layers.named_children():
+            for module in layer.modules():
+                module.spare = int(number) >= config.num_hidden_layers
+        self.model.norm.spare = self.lm_head.reads_spare = not pipeline.is_last
+        self.register_buffer("stage_index", torch.tensor([pipeline.group.rank()]), persistent=False)
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
         self.tie_weights()
@@ -205,17 +221,39 @@ class Llama(nn.Module):
 
     @property
     def rank_index(self) -> torch.Tensor:
-        """This rank's place in the tensor parallel group, as data: integer [1] on the model's device."""
+        """This rank's place among those that divide the vocabulary, as data: integer [1] on the model's device."""
         return self.model.embed_tokens.rank_index
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank's part of the vocabulary, [batch, sequence, vocab_size / tp], from three [batch, sequence]."""
-        x = self.model.embed_tokens(input_ids.t())
-        cos, sin = rotary_cos_sin(position_ids.t(), self.rotary_frequencies)
-        masks = None if self.flash_attention else segment_masks(segment_ids)
+        """Logits of this rank's part of the vocabulary, [batch, sequence, its part], from three [batch, sequence].
+
+        A batch that the pipeline's micro-batches do not divide (of an evaluation, say) is cut into fewer.
+        """
+        pipeline, seeds = self.pipeline, self.token_seeds.values
+        micro_batches = math.gcd(pipeline.num_microbatches, len(input_ids))
+
+        def stage(x, microbatch):
+            positions, segments = (rows_of(ids, 0, micro_batches, microbatch) for ids in (position_ids, segment_ids))
+            masks = None if self.flash_attention else segment_masks(segments)
+            return self._layers(x, *rotary_cos_sin(positions.t(), self.rotary_frequencies), masks,
+                                seeds if seeds is None else rows_of(seeds, 1, micro_batches, microbatch))
+
+        x = sum_over_stages(self.model.embed_tokens(input_ids.t()), pipeline.group)
+        x = self.model.norm(pipeline.run(stage, x, micro_batches, self.stage_index))
+        self.token_seeds.values = seeds
+        [logits] = column_parallel(x, [self.lm_head], lambda tensor: pipeline.from_last_stage(tensor, self.stage_index))
+        return logits.transpose(0, 1)
+
+    def _layers(self, x, cos, sin, masks, seeds):
+        """This stage's layers; `seeds` are those of the rows that x has."""
+        def run(x, layer, cos, sin, masks):
+            self.token_seeds.values = seeds         # here, because a recomputation has to find them too
+            return layer(x, cos, sin, masks)
+
         recompute = self.recompute_layers and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
             x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
         for layer in self.model.layers:
-            x = checkpoint(layer, x, cos, sin, masks, preserve_rng_state=False) if recompute else layer(x, cos, sin, masks)
-        return self.lm_head(self.model.norm(x)).transpose(0, 1)
+            before = x
+            x = checkpoint(run, x, layer, cos, sin, masks, preserve_rng_state=False) if recompute else run(x, layer, cos, sin, masks)
+        return self.pipeline.pass_by_spare(before, x, self.config.num_hidden_layers, self.stage_index)

@@ -53,7 +53,9 @@ class LoraLinear(nn.Module):
         self.by_row = isinstance(base_layer, RowParallelLinear)
         self.tensor_parallel_group = base_layer.tensor_parallel_group
         self.sequence_parallel_enabled = base_layer.sequence_parallel_enabled
-        self.lora_A, self.lora_B = (ParallelLayer(self.tensor_parallel_group, self.sequence_parallel_enabled) for _ in "AB")
+        self.lora_A, self.lora_B = (ParallelLayer(self.tensor_parallel_group, self.sequence_parallel_enabled, group)
+                                    for group in (self.tensor_parallel_group, base_layer.parameter_group))
+        self.lora_A.spare, self.lora_B.spare = base_layer.spare or base_layer.reads_spare, base_layer.spare
         how = (base_layer.weight.dtype, base_layer.weight.device)
         if self.by_row:
             self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), 1, *how)
@@ -135,7 +137,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
         if not any(_matches(name, target) for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ValueError(f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}")
-    seeds = TokenSeeds()
+    seeds = model.token_seeds = TokenSeeds()
     model.requires_grad_(False)
     for name, module in linear.items():
         if any(_matches(name, target) for target in config.target_modules):

@@ -144,7 +144,9 @@ def fill(model: nn.Module, weights: SafetensorsFiles | RandomWeights, device, se
     """
     modules, trained = dict(model.named_modules()), {}
     for name, parameter, shard in list(named_shards(model)):
-        if read_trained and parameter.requires_grad:
+        if shard.spare:
+            value = torch.zeros(shard.shape)
+        elif read_trained and parameter.requires_grad:
             value = read_trained(name, shard)
         elif is_lora(name):
             value = initial_factor(name, shard, seed)

@@ -10,13 +10,16 @@ OLDEST = (0, 17)        # of SDK 2.28, the first with torch 2.9
 WAY_OUT = "install it from AWS's package index (README, On Trainium), or pass --parallel_layers native"
 
 
-def parallel_layers(choice: str) -> ModuleType:
-    """parallel.nxd or parallel.layers, which have the same names. `choice`: nxd, native, or auto (nxd on Neuron devices).
+def parallel_layers(choice: str, stages: int = 1) -> ModuleType:
+    """parallel.nxd or parallel.layers, which have the same names. `choice`: nxd, native, or auto (nxd on Neuron devices, where
+    there is one pipeline stage).
 
-    Raises ValueError where nxd is chosen, and no neuronx-distributed is installed that it can be used with.
+    Raises ValueError where nxd is chosen, and cannot be: for several stages, or without a neuronx-distributed that can be used.
     """
-    if choice == "native" or choice == "auto" and not runtime.on_neuron():
+    if choice == "native" or choice == "auto" and (stages > 1 or not runtime.on_neuron()):
         return layers
+    if stages > 1:
+        raise ValueError("--parallel_layers nxd has no pipeline stages: pass auto or native, or --pipeline_parallel_size 1")
     if not runtime.on_neuron():
         raise ValueError("--parallel_layers nxd needs the Neuron SDK and a process for each rank; on a CPU, pass native or auto")
     try:

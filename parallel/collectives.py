@@ -40,6 +40,14 @@ def reduce_scatter(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor
                              groups=group.replica_groups, pin_layout=False)
 
 
+def permute(tensor: torch.Tensor, group: Group, shift: int) -> torch.Tensor:
+    """The tensor of the rank `shift` places before this one in the group, which is a ring; not differentiable."""
+    if group.size() == 1:
+        return tensor
+    pairs = [[rank, ranks[(place + shift) % len(ranks)]] for ranks in group.replica_groups for place, rank in enumerate(ranks)]
+    return xm.collective_permute(tensor, pairs)
+
+
 class _Exchange(torch.autograd.Function):
     """collective(tensor, group); in the backward dual(gradient, group), its transpose."""
 
@@ -62,6 +70,7 @@ def _same(tensor, group):
 
 
 _gather_sequence, _scatter_sequence = partial(all_gather, dim=0), partial(reduce_scatter, dim=0)
+_to_next, _to_previous = partial(permute, shift=1), partial(permute, shift=-1)
 
 
 def copy_to_tensor_model_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
@@ -82,6 +91,16 @@ def gather_from_sequence_parallel_region(tensor: torch.Tensor, group: Group) -> 
 def reduce_scatter_to_sequence_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """[sequence, ...] -> this rank's [sequence / size, ...] of the sum; in the backward the gradient is gathered."""
     return _exchange(tensor, group, _scatter_sequence, _gather_sequence)
+
+
+def sum_over_stages(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum over the group, of which each rank has its own use: in the backward the gradients are summed, too."""
+    return _exchange(tensor, group, all_reduce, all_reduce)
+
+
+def send_to_next_stage(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """The previous rank's tensor, the last's at the first; in the backward the gradient goes the other way."""
+    return _exchange(tensor, group, _to_next, _to_previous)
 
 
 def side_by_side(collective: Callable[[torch.Tensor, Group], torch.Tensor], tensors: list[torch.Tensor],

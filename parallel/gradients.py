@@ -13,7 +13,7 @@ def global_norm(buckets: Buckets, gradients: list[torch.Tensor]) -> torch.Tensor
     squares = torch.stack([(gradient * gradient).sum() / bucket.replicas
                            for bucket, gradient in zip(buckets.buckets, gradients, strict=True)])
     mesh = buckets.mesh
-    return all_reduce(squares.sum().reshape(1), mesh.world if buckets.parts > 1 else mesh.tp).sqrt()
+    return all_reduce(squares.sum().reshape(1), mesh.world if buckets.parts > 1 else mesh.model).sqrt()
 
 
 def clip_gradients(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> list[torch.Tensor]:

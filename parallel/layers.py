@@ -9,8 +9,8 @@ Between a row-parallel layer and the next column-parallel one every rank has all
 (https://arxiv.org/abs/2205.05198) its [sequence / size]: the first ends with a reduce-scatter in place of an all-reduce, and the
 second begins with an all-gather.
 """
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ class Shard:
 
     The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds number `index`;
     `replicas` neighbours in the tensor parallel group hold the same slice. A replicated parameter has dim None and parts 1.
-    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole.
+    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole. A `spare` one is only there
+    so that all ranks have the same graph (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
     """
 
     global_shape: tuple[int, ...]
@@ -43,6 +44,7 @@ class Shard:
     index: int = 0
     replicas: int = 1
     partial: bool = False
+    spare: bool = False
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -86,20 +88,27 @@ def named_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]
             if name not in getattr(owner, "shards", {}):
                 raise ValueError(f"the parameter {full_name} belongs to no parallel layer: derive {type(owner).__name__} from "
                                  "parallel.layers.ParallelLayer and add it by add_parameter")
-            yield full_name, parameter, owner.shards[name]
+            yield full_name, parameter, replace(owner.shards[name], spare=owner.spare)
 
 
 class ParallelLayer(nn.Module):
-    """What the layers share: the group, and the shards of the parameters."""
+    """What the layers share: the group, and the shards of the parameters.
 
-    def __init__(self, group: Group | None, sequence_parallel_enabled: bool = False):
+    `parameter_group`: over which parameters are divided, where that is not the tensor parallel group alone (a vocabulary that is
+    divided over pipeline stages, too). `spare`: of its shards; `reads_spare`: its input, until another stage's has arrived.
+    """
+
+    spare = reads_spare = False
+
+    def __init__(self, group: Group | None, sequence_parallel_enabled: bool = False, parameter_group: Group | None = None):
         super().__init__()
         self.tensor_parallel_group, self.sequence_parallel_enabled = group or ALONE, sequence_parallel_enabled
+        self.parameter_group = parameter_group or self.tensor_parallel_group
         self.shards: dict[str, Shard] = {}
 
-    def add_rank_index(self) -> None:
+    def add_rank_index(self, group: Group) -> None:
         """Register `rank_index`: this rank's place in the group as data, integer [1]."""
-        self.register_buffer("rank_index", torch.tensor([self.tensor_parallel_group.rank()]), persistent=False)
+        self.register_buffer("rank_index", torch.tensor([group.rank()]), persistent=False)
 
     def add_parameter(self, name: str, global_shape: tuple[int, ...], dim: int | None, dtype, device, replicas: int = 1) -> None:
         """Register an uninitialised parameter: the rank's slice along `dim`, or the whole where dim is None.
@@ -107,7 +116,7 @@ class ParallelLayer(nn.Module):
         A slice may be held by `replicas` neighbours, each of which uses it for other heads. A whole parameter is held by all, and
         used for all positions, or under sequence parallelism for the rank's own.
         """
-        size, rank = self.tensor_parallel_group.size(), self.tensor_parallel_group.rank()
+        size, rank = self.parameter_group.size(), self.parameter_group.rank()
         if dim is None:
             shard = Shard(global_shape, replicas=size, partial=self.sequence_parallel_enabled and size > 1)
         else:
@@ -127,9 +136,10 @@ class ColumnParallelLinear(ParallelLayer):
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True, dtype: torch.dtype = torch.float32, device=None,
-                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None, replicas: int = 1):
-        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
-        self.add_rank_index()
+                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None, replicas: int = 1,
+                 parameter_group: Group | None = None):
+        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled, parameter_group)
+        self.add_rank_index(self.tensor_parallel_group)
         self.input_size, self.output_size, self.replicas = input_size, output_size, replicas
         self.add_parameter("weight", (output_size, input_size), 0, dtype, device, replicas)
         if bias:
@@ -151,15 +161,17 @@ class ColumnParallelLinear(ParallelLayer):
         return column_parallel(x, [self])[0]
 
 
-def column_parallel(x: torch.Tensor, layers: list[nn.Module]) -> list[torch.Tensor]:
+def column_parallel(x: torch.Tensor, layers: list[nn.Module],
+                    arrive: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> list[torch.Tensor]:
     """The outputs of several column-parallel layers that read the same x: the ranks meet once for all of them.
 
     Layers may have a method `before(x, layers)` that gives a tensor of each of them, computed of x before the ranks meet; it
-    crosses in the same message, and comes back as the second argument of `product` (LoRA's does).
+    crosses in the same message, and comes back as the second argument of `product` (LoRA's does). `arrive` is applied to what
+    crosses, first: it brings it from another pipeline stage.
     """
     beside = [layer for layer in layers if hasattr(layer, "before")]
-    whole, *rest = side_by_side(layers[0].enter, [x, *(beside[0].before(x, beside) if beside else ())],
-                                layers[0].tensor_parallel_group)
+    whole, *rest = side_by_side(lambda tensor, group: layers[0].enter(arrive(tensor), group),
+                                [x, *(beside[0].before(x, beside) if beside else ())], layers[0].tensor_parallel_group)
     taken = dict(zip(beside, rest, strict=True))
     return [layer.product(whole, taken[layer]) if layer in taken else layer.product(whole) for layer in layers]
 
@@ -208,13 +220,15 @@ def local_index(index: torch.Tensor, size: int, rank_index: torch.Tensor) -> tup
 class ParallelEmbedding(ParallelLayer):
     """An embedding [num_embeddings, embedding_dim] with the vocabulary divided over the group.
 
-    ids [sequence, batch] of integers -> [sequence, batch, embedding_dim], or under sequence parallelism the rank's positions.
+    ids [sequence, batch] of integers -> [sequence, batch, embedding_dim], or under sequence parallelism the rank's positions. Of
+    a vocabulary divided over a larger `parameter_group` (whose index `rank_index` is), the rest of the sum is the caller's.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype = torch.float32, device=None,
-                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None):
-        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
-        self.add_rank_index()
+                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None,
+                 parameter_group: Group | None = None):
+        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled, parameter_group)
+        self.add_rank_index(self.parameter_group)
         self.add_parameter("weight", (num_embeddings, embedding_dim), 0, dtype, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -29,22 +29,34 @@ ALONE = Group([[0]], 0)
 
 @dataclass(frozen=True)
 class Mesh:
-    """The grid as one rank sees it: its tensor and data parallel groups, and the world."""
+    """The grid as one rank sees it: its tensor, data and pipeline parallel groups, and the ranks that share a copy of the model.
+
+    `pp` has one rank of each stage, in their order; `model` has all tensor parallel ranks of all stages, ordered by stage.
+    """
 
     rank: int
     world_size: int
     tp: Group
     dp: Group
+    pp: Group
+    model: Group
 
     @classmethod
-    def create(cls, rank: int, world_size: int, tensor_parallel_size: int = 1) -> "Mesh":
+    def create(cls, rank: int, world_size: int, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> "Mesh":
         """The mesh at `rank`; raises ValueError where the world cannot be divided."""
-        tp = tensor_parallel_size
-        if tp < 1 or world_size % tp:
-            raise ValueError(f"the world size {world_size} is not divisible by --tensor_parallel_size {tp}: "
-                             f"start a multiple of {tp} ranks, or choose a divisor of {world_size}")
-        dp_groups = [list(range(t, world_size, tp)) for t in range(tp)]
-        return cls(rank, world_size, _neighbours(rank, world_size, tp), Group(dp_groups, rank // tp))
+        tp, pp = tensor_parallel_size, pipeline_parallel_size
+        if tp < 1 or pp < 1 or world_size % (tp * pp):
+            stages = f" x --pipeline_parallel_size {pp}" if pp != 1 else ""
+            raise ValueError(f"the world size {world_size} is not divisible by --tensor_parallel_size {tp}{stages}: "
+                             f"start a multiple of {tp * pp} ranks, or choose a divisor of {world_size}")
+        stage = world_size // pp            # ranks of one
+        p, d, t = rank // stage, rank % stage // tp, rank % tp
+        dp_groups = [list(range(first + of, first + stage, tp)) for first in range(0, world_size, stage) for of in range(tp)]
+        pp_groups = [list(range(first, world_size, stage)) for first in range(stage)]
+        model_groups = [[first + of for first in range(of_dp, world_size, stage) for of in range(tp)]
+                        for of_dp in range(0, stage, tp)]
+        return cls(rank, world_size, _neighbours(rank, world_size, tp), Group(dp_groups, d), Group(pp_groups, p),
+                   Group(model_groups, p * tp + t))
 
     @property
     def world(self) -> Group:

@@ -34,18 +34,20 @@ class NxdGroup(Group):
     process_group: ProcessGroup
 
 
-def create_mesh(rank: int, world_size: int, tensor_parallel_size: int = 1) -> Mesh:
+def create_mesh(rank: int, world_size: int, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> Mesh:
     """The mesh that neuronx-distributed makes of the world: on trn1, TP 4 is strided within the node.
 
     The process group must have been initialised. All ranks meet here, in a small graph of their own that initialises the
     collectives. Raises ValueError where the world cannot be divided.
     """
+    if pipeline_parallel_size > 1:
+        raise ValueError("neuronx-distributed's layers are used with one pipeline stage")
     Mesh.create(rank, world_size, tensor_parallel_size)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
     tp = NxdGroup(parallel_state.get_tensor_model_parallel_replica_groups(), parallel_state.get_tensor_model_parallel_rank(),
                   parallel_state.get_tensor_model_parallel_group())
     dp = Group(parallel_state.get_data_parallel_replica_groups(), parallel_state.get_data_parallel_rank())
-    return Mesh(rank, world_size, tp, dp)
+    return Mesh(rank, world_size, tp, dp, Group([[each] for each in range(world_size)], 0), tp)
 
 
 class _Lending:
@@ -82,9 +84,10 @@ class ColumnParallelLinear(_Lending, layers.ColumnParallelLinear):
     """As parallel.layers.ColumnParallelLinear."""
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True, dtype: torch.dtype = torch.float32, device=None,
-                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: NxdGroup | None = None, replicas: int = 1):
+                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: NxdGroup | None = None, replicas: int = 1,
+                 parameter_group: NxdGroup | None = None):
         super().__init__(input_size, output_size, bias, dtype, device, sequence_parallel_enabled, tensor_model_parallel_group,
-                         replicas)
+                         replicas, parameter_group)
         self.hold(nxd.ColumnParallelLinear, input_size, output_size * replicas, bias=bias, gather_output=False,
                   sequence_dimension=0, reduce_dtype=dtype)
 
@@ -124,8 +127,10 @@ class ParallelEmbedding(_Lending, layers.ParallelEmbedding):
     """As parallel.layers.ParallelEmbedding."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype = torch.float32, device=None,
-                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: NxdGroup | None = None):
-        super().__init__(num_embeddings, embedding_dim, dtype, device, sequence_parallel_enabled, tensor_model_parallel_group)
+                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: NxdGroup | None = None,
+                 parameter_group: NxdGroup | None = None):
+        super().__init__(num_embeddings, embedding_dim, dtype, device, sequence_parallel_enabled, tensor_model_parallel_group,
+                         parameter_group)
         self.hold(nxd.ParallelEmbedding, num_embeddings, embedding_dim, use_spmd_rank=True)
         [layer] = self._held
         layer.rank_util.get_rank = lambda: self.rank_index

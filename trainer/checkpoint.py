@@ -115,7 +115,8 @@ class Checkpoint:
     def restore(self, optimizer) -> None:
         """Give the optimizer's moments their stored values, in place. (Its weights were read when the model was filled.)"""
         for kind, state in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
-            values = {name: self.read(kind, name, shard) for name, shard in optimizer.buckets.shards.items()}
+            values = {name: torch.zeros(shard.shape) if shard.spare else self.read(kind, name, shard)
+                      for name, shard in optimizer.buckets.shards.items()}
             state[:] = [value.to(old.device) for value, old in zip(optimizer.buckets.own(values), state, strict=True)]
 
 

@@ -54,9 +54,12 @@ class Config:
     validation_split_percentage: int = _flag(5, "Per cent of the examples held out for --do_eval.")
     # parallelism
     tensor_parallel_size: int = _flag(1, "Ranks that share the weights of each layer.")
-    pipeline_parallel_size: int = _flag(1, "Stages that share the layers; only 1 is implemented.")
+    pipeline_parallel_size: int = _flag(1, "Stages that share the layers.")
+    num_microbatches: int | None = _flag(
+        None, "Pieces into which --per_device_train_batch_size is cut on its way through the stages; default: its rows one by one.")
     parallel_layers: Literal["auto", "nxd", "native"] = _flag(
-        "auto", "neuronx-distributed's layers (nxd) or markstep's own (native); auto: nxd where the Neuron SDK is installed.")
+        "auto", "neuronx-distributed's layers (nxd) or markstep's own (native); auto: nxd where the Neuron SDK is installed and "
+                "there is one stage.")
     sequence_parallel: bool | None = _flag(
         None, "Divide norms and residuals over the tensor parallel ranks too, by position; default: where it divides.",
         nargs="?", const=True)
@@ -102,6 +105,7 @@ class Config:
             if isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
                 raise ValueError(f"--{name} {value}: a number that fp32 can hold was expected")
         at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "logging_steps": 1,
+                    "pipeline_parallel_size": 1, "num_microbatches": 1,
                     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
                     "save_steps": 1, "save_total_limit": 1, "max_samples": 1, "world_size": 1, "warmup_steps": 0,
                     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "eval_samples": 0, "seed": 0,
@@ -128,9 +132,9 @@ class Config:
                              f"{self.tensor_parallel_size}, over which --sequence_parallel divides it")
         if self.stochastic_rounding and not self.bf16:
             raise ValueError("--stochastic_rounding rounds to bfloat16: pass --bf16 too")
-        if self.pipeline_parallel_size != 1:
-            raise ValueError(f"--pipeline_parallel_size {self.pipeline_parallel_size}: pipeline parallelism is not "
-                             "implemented; leave it at 1 and raise --tensor_parallel_size")
+        if self.per_device_train_batch_size % self.microbatches:
+            raise ValueError(f"--per_device_train_batch_size {self.per_device_train_batch_size} is not divisible by "
+                             f"--num_microbatches {self.microbatches}, into which it is cut")
         if self.adapter_name_or_path and not self.lora_r:
             raise ValueError("--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one")
 
@@ -145,6 +149,11 @@ class Config:
         if self.sequence_parallel is None:
             return self.tensor_parallel_size > 1 and self.max_seq_length % self.tensor_parallel_size == 0
         return self.sequence_parallel
+
+    @property
+    def microbatches(self) -> int:
+        """--num_microbatches, or its default."""
+        return self.num_microbatches or (self.per_device_train_batch_size if self.pipeline_parallel_size > 1 else 1)
 
     @property
     def recompute(self) -> str:

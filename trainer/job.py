@@ -21,6 +21,7 @@ from model.weights import base_shapes, check_weights, open_weights, trained_shap
 from parallel import layers as native
 from parallel.choice import parallel_layers
 from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline
 from parallel.runtime import extracts_graphs
 from trainer.checkpoint import Checkpoint, find_checkpoint
 from trainer.config import Config
@@ -80,8 +81,8 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     `begun`: the time.monotonic() from which --max_minutes counts; default: now.
     """
     begun = begun or time.monotonic()
-    mesh = Mesh.create(0, world_size, config.tensor_parallel_size)
-    layers = parallel_layers(config.parallel_layers)
+    mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
+    layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
     resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)
     model_config = LlamaConfig.from_pretrained(directory)
@@ -89,7 +90,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     if config.adapter_name_or_path:
         adapter = PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
     lora = adapter.config if adapter else lora_config(config)
-    Llama(model_config, mesh.tp)                # on the meta device: whether the layers can be divided
+    Llama(model_config, mesh.tp, pipeline=Pipeline(mesh.pp, mesh.model))        # on the meta device: whether the layers can be divided
     trained = trained_shapes(model_config, lora)
     if adapter:
         adapter.check(trained)

@@ -17,6 +17,7 @@ from parallel.gradients import clip_gradients, global_norm
 from parallel.layers import named_shards
 from parallel.loss import parallel_cross_entropy
 from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline
 from parallel.runtime import Runtime
 from trainer.job import Job
 from trainer.metrics import Metrics
@@ -29,14 +30,14 @@ from trainer.stopping import Stopping
 def run(runtime: Runtime, job: Job) -> None:
     """Train and evaluate as `job.config` says, on one rank."""
     config, device = job.config, runtime.device
-    layers = parallel_layers(config.parallel_layers)
-    mesh = layers.create_mesh(runtime.rank, runtime.world_size, config.tensor_parallel_size)
+    layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
+    mesh = layers.create_mesh(runtime.rank, runtime.world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     runtime.watch_graphs(config.on_recompile)
 
-    # Model: this rank's shards, read slice by slice and moved to the device.
+    # Model: this rank's shards of its stage's layers, read slice by slice and moved to the device.
     model = Llama(job.model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
                   gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence, layers=layers,
-                  flash_attention=job.flash_attention)
+                  flash_attention=job.flash_attention, pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches))
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(job.model_directory, job.model_config, config.random_seed)
     initial = fill(model, weights, device, config.seed, job.read_trained)
@@ -82,7 +83,7 @@ def run(runtime: Runtime, job: Job) -> None:
             if job.lora and job.lora.lora_dropout:
                 dropout_seeds.set(batch["row_seeds"], config.max_seq_length)
             logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-            losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
+            losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
             losses.sum().backward()
             sums = buckets.take_gradients(sums)
             totals = totals + batch_totals(losses, batch)
@@ -135,7 +136,7 @@ def evaluate(runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh, zeros: 
     for batch in loader.evaluation_batches():
         batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
         logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-        losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
+        losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
         totals = totals + all_reduce(batch_totals(losses, batch), mesh.dp)
         del logits, losses
         runtime.mark_step("evaluation")

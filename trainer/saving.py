@@ -96,6 +96,8 @@ class Saver:
         buckets, mesh, own, described = self.optimizer.buckets, self.mesh, [], {}
         for kind, values in zip(KINDS, state, strict=True):
             for name, shard in buckets.shards.items():
+                if shard.spare:
+                    continue
                 piece, first = buckets.own_piece(name, values)
                 if not len(piece):
                     continue
@@ -118,7 +120,7 @@ class Saver:
                   begun: float) -> None:
         """Once all files are there: the model's own files, the manifest, the name; then the checkpoints that are too many go."""
         mesh, job = self.mesh, self.job
-        writers = range(mesh.world_size) if self.optimizer.buckets.parts > 1 else mesh.tp.replica_groups[0]
+        writers = range(mesh.world_size) if self.optimizer.buckets.parts > 1 else mesh.model.replica_groups[0]
         while missing := [rank for rank in writers if not (partial / self._file(rank)).exists()]:
             if not owner.is_alive():        # another rank's error has ended the run
                 return
@@ -140,7 +142,7 @@ class Saver:
             "format": FORMAT, "version": VERSION, "step": position.step,
             "position": {"epoch": position.epoch, "row": position.row}, "eval_loss": finite(eval_loss),
             "world_size": mesh.world_size, "tensor_parallel_size": mesh.tp.size(),
-            "data_parallel_size": mesh.dp.size(), "identity": job.identity,
+            "pipeline_parallel_size": mesh.pp.size(), "data_parallel_size": mesh.dp.size(), "identity": job.identity,
             "model": job.model_reference, "random_seed": job.config.random_seed, "config": asdict(job.config),
             "files": files, "tensors": tensors}
         manifest = json.loads(json.dumps(manifest))         # as a reader will have it
