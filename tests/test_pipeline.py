@@ -1,0 +1,152 @@
+"""Pipeline parallelism: every gradient against a dense model of transformers and peft, and the schedule by itself."""
+import pytest
+import torch
+
+from parallel.mesh import Group, Mesh
+from parallel.pipeline import Pipeline
+from tests.models import save_adapter, save_llama
+from tests.on_ranks import on_ranks
+
+SEQUENCE, VOCABULARY, ROWS = 12, 64, 20
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BASES = {"untied": ([*LINEAR, "lm_head"], {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
+         "tied": (LINEAR, {"num_hidden_layers": 4, "tied": True})}
+# World size -> (pp, tp, micro-batches, base, how), so that each of the features meets each number of stages.
+CASES = {
+    4: [(4, 1, 1, "tied", "selective"), (2, 1, 5, "untied", "zero_1"), (2, 2, 4, "tied", "sequence_parallel full"),
+        (1, 2, 4, "untied", "")],
+    8: [(4, 2, 5, "untied", "sequence_parallel full"), (4, 1, 4, "tied", "zero_1"),
+        (2, 2, 1, "untied", "sequence_parallel zero_1")]}
+
+
+def batch_of(dp_rank):
+    """Rows of two or three examples and padding; some without targets, the last all padding."""
+    generator = torch.Generator().manual_seed(100 + dp_rank)
+    draw = {"generator": generator, "size": (ROWS, SEQUENCE)}
+    cuts = torch.randint(2, 5, (ROWS, 2), generator=generator).cumsum(1)
+    places = torch.arange(SEQUENCE).expand(ROWS, -1)
+    segments = 1 + (places >= cuts[:, :1]).long() + (places >= cuts[:, 1:]).long()
+    segments[::2] = segments[::2].where(segments[::2] < 3, 0)
+    segments[-1] = 0
+    starts = torch.cat([torch.zeros(ROWS, 1, dtype=torch.long), cuts], 1)
+    positions = places - starts.gather(1, (segments - 1).clamp(min=0))
+    labels = torch.randint(0, VOCABULARY, **draw).masked_fill(torch.rand(**draw) < 0.3, -100).masked_fill(segments == 0, -100)
+    labels[3] = -100
+    return {"input_ids": torch.randint(0, VOCABULARY, **draw), "labels": labels, "segment_ids": segments,
+            "position_ids": positions.masked_fill(segments == 0, 0)}
+
+
+def pipelined(runtime, cases, bases):
+    """[loss sum, gradient norm, gradients with their shards, of the parameters that are not spare] of each case; compilations."""
+    from pathlib import Path
+
+    from model.adapters import PeftAdapter
+    from model.llama import Llama, LlamaConfig
+    from model.lora import add_lora
+    from model.weights import SafetensorsFiles, fill
+    from parallel.buckets import Buckets
+    from parallel.collectives import all_reduce
+    from parallel.gradients import global_norm
+    from parallel.layers import named_shards
+    from parallel.loss import parallel_cross_entropy
+    found = []
+    for pp, tp, micro_batches, base, how in cases:
+        mesh = Mesh.create(runtime.rank, runtime.world_size, tp, pp)
+        checkpointing = next((each for each in ("full", "selective") if each in how), "none")
+        model = Llama(LlamaConfig.from_pretrained(Path(bases[base])), mesh.tp, gradient_checkpointing=checkpointing,
+                      sequence_parallel="sequence" in how, pipeline=Pipeline(mesh.pp, mesh.model, micro_batches))
+        adapter = PeftAdapter(Path(bases[base]) / "adapter")
+        add_lora(model, adapter.config)
+        fill(model, SafetensorsFiles(Path(bases[base])), runtime.device, 0, adapter.read)
+        model.requires_grad_(True)      # LoRA and all weights at once: more than a run trains, in one graph
+        buckets = Buckets(list(named_shards(model)), mesh, "zero_1" in how, 4 * 1000)
+        batch = {name: tensor.to(runtime.device) for name, tensor in batch_of(mesh.dp.rank()).items()}
+        logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
+        losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
+        losses.sum().backward()
+        total = all_reduce(losses.detach().sum().reshape(1), mesh.dp)
+        gradients = buckets.reduce(buckets.take_gradients(None))
+        norm = global_norm(buckets, gradients)
+        del logits, losses
+        runtime.mark_step()
+        on_host = [gradient.cpu() for gradient in gradients]
+        pieces = {name: (*buckets.own_piece(name, on_host), shard) for name, shard in buckets.shards.items()}
+        assert all(not piece.any() for piece, _, shard in pieces.values() if shard.spare)
+        found.append((total.item(), norm.item(), {name: each for name, each in pieces.items() if not each[2].spare}))
+    return found, runtime.compilations()
+
+
+def dense(adapted, dp):
+    """(loss sum, gradient norm, gradients by our names) of all data parallel ranks' batches, in float64."""
+    adapted.zero_grad()
+    total = 0.0
+    for batch in map(batch_of, range(dp)):
+        examples = [(batch["input_ids"][row, where], batch["labels"][row, where]) for row in range(ROWS)
+                    for where in (batch["segment_ids"][row] == segment for segment in (1, 2, 3)) if where.any()]
+        ids, labels = (torch.nn.utils.rnn.pad_sequence(tensors, True, padding) for tensors, padding in
+                       zip(zip(*examples, strict=True), (0, -100), strict=True))
+        logits = adapted(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss.backward()
+        total += loss.item()
+    gradients = {name.removeprefix("base_model.model.").replace(".default.", "."): parameter.grad.clone()
+                 for name, parameter in adapted.named_parameters()}
+    return total, torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item(), gradients
+
+
+def make_bases(directory):
+    """({base: directory}, {base: the adapted model in float64})."""
+    directories, adapted = {}, {}
+    for base, (targets, changes) in BASES.items():
+        model = save_llama(directory / base, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48,
+                           max_position_embeddings=64, **changes)
+        adapted[base] = save_adapter(model, directory / base / "adapter", targets).double().requires_grad_(True)
+        directories[base] = str(directory / base)
+    return directories, adapted
+
+
+def check(results, world_size, cases, adapted):
+    """That all ranks have compiled one graph a case, and together hold the dense gradients."""
+    for number, (pp, tp, micro_batches, base, how) in enumerate(cases):
+        dp, at = world_size // pp // tp, f"pp {pp}, tp {tp}, {micro_batches} micro-batches, {base}, {how}: "
+        loss, norm, expected = dense(adapted[base], dp)
+        held = set()
+        for found, compilations in results:
+            assert compilations == len(cases)
+            total, found_norm, gradients = found[number]
+            assert abs(total - loss) < 1e-5 * loss and abs(found_norm - norm) < 1e-5 * norm, (at, total, loss, found_norm, norm)
+            held |= set(gradients)
+            for name, (gradient, first, shard) in gradients.items():
+                part = expected[name][shard.slices].flatten()[first:first + len(gradient)]
+                assert len(gradient) == shard.numel // (dp if "zero_1" in how else 1)
+                error = (gradient.double() - part).norm() / expected[name].norm()
+                assert error < 1e-5, f"{at}{name}: {error}"
+        assert held == set(expected), at
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_every_gradient_is_the_dense_one(tmp_path, world_size):
+    directories, adapted = make_bases(tmp_path)
+    cases = CASES[world_size]
+    check(on_ranks(pipelined, world_size, cases=cases, bases=directories), world_size, cases, adapted)
+
+
+def test_the_mesh_has_each_rank_once_in_each_kind_of_group():
+    meshes = [Mesh.create(rank, 24, 2, 3) for rank in range(24)]
+    for kind, size in (("tp", 2), ("dp", 4), ("pp", 3), ("model", 6)):
+        groups = [getattr(mesh, kind) for mesh in meshes]
+        assert all(group.replica_groups == groups[0].replica_groups and group.size() == size for group in groups)
+        assert sorted(sum(groups[0].replica_groups, [])) == list(range(24))
+        for rank, group in enumerate(groups):
+            assert any(ranks[group.rank()] == rank for ranks in group.replica_groups), (kind, rank)
+    assert meshes[9].pp.replica_groups[1] == [1, 9, 17] and meshes[9].model.replica_groups[0] == [0, 1, 8, 9, 16, 17]
+
+
+def test_layers_are_dealt_out_evenly():
+    def dealt(layers, stages):
+        return [Pipeline(Group([list(range(stages))], stage)).slots(layers) for stage in range(stages)]
+
+    assert dealt(6, 2) == [[0, 1, 2], [3, 4, 5]]
+    assert dealt(5, 4) == [[0, 1], [2, 6], [3, 7], [4, 8]]      # 6, 7 and 8 are spare
+    with pytest.raises(ValueError, match="num_hidden_layers 3 is less than --pipeline_parallel_size 4"):
+        dealt(3, 4)
