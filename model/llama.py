@@ -186,14 +186,14 @@ class Llama(nn.Module):
                  gradient_checkpointing: str = "none", sequence_parallel: bool = False, layers: ModuleType = native,
                  flash_attention: bool = False, pipeline: Pipeline = Pipeline()):
         super().__init__()
-        stages = pipeline.group.size()
-        if config.vocab_size % (group.size() * stages):
-            raise ValueError(f"the model's vocab_size {config.vocab_size} is not divisible by {group.size() * stages}, the tensor "
-                             f"parallel size {group.size()}{f' x {stages} pipeline stages' if stages > 1 else ''}")
-        for field in ("num_attention_heads", "intermediate_size"):
+        for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
             if getattr(config, field) % group.size():
                 raise ValueError(f"the model's {field} {getattr(config, field)} is not divisible by the tensor parallel size "
                                  f"{group.size()}")
+        parts = group.size() * pipeline.group.size()
+        if config.vocab_size % parts:
+            raise ValueError(f"the model's vocab_size {config.vocab_size} is not divisible by {parts}, the tensor parallel size "
+                             f"{group.size()} x {pipeline.group.size()} pipeline stages, which divide it")
         kv_heads = config.num_key_value_heads
         if kv_heads % group.size() and group.size() % kv_heads:
             raise ValueError(f"the model's num_key_value_heads {kv_heads} neither divides the tensor parallel size "

@@ -27,8 +27,10 @@ def whole(kind, name, step=1, shapes=SHAPES):
 
 
 def shards_of(mesh, shapes=SHAPES):
-    size, rank = mesh.tp.size(), mesh.tp.rank()
-    return {name: Shard(shape) if dim is None else Shard(shape, dim, size, rank) for name, (shape, dim) in shapes.items()}
+    """Of several stages, each has the parameters of all as a model has them: those of other stages are spare."""
+    size, rank, stages = mesh.tp.size(), mesh.tp.rank(), mesh.pp.size()
+    shards = {name: Shard(shape) if dim is None else Shard(shape, dim, size, rank) for name, (shape, dim) in shapes.items()}
+    return {name: replace(shard, spare=number % stages != mesh.pp.rank()) for number, (name, shard) in enumerate(shards.items())}
 
 
 def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, changed=None, by=1.0):
@@ -43,7 +45,8 @@ def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, chang
     return optimizer
 
 
-def save(output, *steps, tp=2, dp=2, limit=None, zero_1=False, losses=(), change=None, identity=IDENTITY, model=None, **state):
+def save(output, *steps, tp=2, dp=2, pp=1, limit=None, zero_1=False, losses=(), change=None, identity=IDENTITY, model=None,
+         **state):
     """Save the states of `steps` of the tiny model, or of that in the directory `model`; `change(rank, optimizer)` may spoil one.
 
     Returns the last checkpoint's directory.
@@ -53,17 +56,17 @@ def save(output, *steps, tp=2, dp=2, limit=None, zero_1=False, losses=(), change
     job = SimpleNamespace(config=config, model_directory=directory, tokenizer=TOKENIZER, identity=identity,
                           prompt_format=PromptFormat.of("instruction"), model_reference=str(model or "tiny"),
                           resume=SimpleNamespace(step=steps[0] - 1))
-    meeting = Meeting(tp * dp)
+    meeting = Meeting(tp * dp * pp)
 
     def rank_saves(rank):
-        mesh = Mesh.create(rank, tp * dp, tp)
+        mesh = Mesh.create(rank, tp * dp * pp, tp, pp)
         saver = None
         try:
             for number, step in enumerate(steps):
                 optimizer = optimizer_of(mesh, step, zero_1, **state)
                 if change:
                     change(rank, optimizer)
-                saver = saver or Saver(ThreadRuntime(rank, tp * dp, torch.device("cpu"), meeting), mesh, job, optimizer)
+                saver = saver or Saver(ThreadRuntime(rank, tp * dp * pp, torch.device("cpu"), meeting), mesh, job, optimizer)
                 saver.optimizer = optimizer
                 saver.save(Position(step, 1, 3), dict(enumerate(losses)).get(number))
             saver.wait()
@@ -71,8 +74,8 @@ def save(output, *steps, tp=2, dp=2, limit=None, zero_1=False, losses=(), change
             meeting.abort()
             raise
 
-    with ThreadPoolExecutor(tp * dp) as pool:
-        for future in [pool.submit(rank_saves, rank) for rank in range(tp * dp)]:
+    with ThreadPoolExecutor(tp * dp * pp) as pool:
+        for future in [pool.submit(rank_saves, rank) for rank in range(tp * dp * pp)]:
             future.result()
     return output / f"checkpoint-{steps[-1]}"
 

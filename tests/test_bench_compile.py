@@ -26,6 +26,8 @@ CASES = {
     "two blocks of queries": "--tensor_parallel_size 2 --max_seq_length 512",
     "divided optimizer": "--tensor_parallel_size 2 --lora_r 0 --zero_1",
     "three layers": "--tensor_parallel_size 2",
+    "stages": "--tensor_parallel_size 2 --pipeline_parallel_size 2 --per_device_train_batch_size 4 --num_microbatches 2",
+    "full stages recomputed": "--pipeline_parallel_size 2 --per_device_train_batch_size 3 --lora_r 0 --gradient_checkpointing",
     "accumulation in one graph": SPMD + " --mark_step step",
     "accumulation": SPMD + " --compile",
     "memory lora": "--tensor_parallel_size 2 --max_seq_length 1024 --compile",

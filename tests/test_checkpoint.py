@@ -37,6 +37,25 @@ def test_what_some_ranks_wrote_any_topology_reads(tmp_path, zero_1, files):
                 assert all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs) > 2
 
 
+@pytest.mark.parametrize("zero_1, writers", [(False, [0, 1, 4, 5]), (True, range(8))])
+def test_stages_save_and_read_what_is_theirs(tmp_path, zero_1, writers):
+    checkpoint = Checkpoint(save(tmp_path, 7, pp=2, zero_1=zero_1))
+    written = [name for name in checkpoint.manifest["files"] if name.startswith("rank-")]
+    assert written == [f"rank-{rank:05d}.safetensors" for rank in writers]
+    assert checkpoint.manifest["pipeline_parallel_size"] == 2
+    checkpoint.verify()
+    checkpoint.check_tensors({name: shape for name, (shape, _) in SHAPES.items()})
+    assert all(torch.equal(checkpoint.read(kind, name), whole(kind, name, 7)) for kind in KINDS for name in SHAPES)
+    for rank, pp in ((0, 1), *((rank, 2) for rank in range(8))):
+        mesh = Mesh.create(rank, 8, 2, pp)
+        optimizer, expected = optimizer_of(mesh, 0, zero_1), optimizer_of(mesh, 7, zero_1)
+        checkpoint.restore(optimizer)
+        for kind in ("exp_avg", "exp_avg_sq"):
+            for name, shard in shards_of(mesh).items():
+                ours, theirs = (each.buckets.own_piece(name, getattr(each, kind))[0] for each in (optimizer, expected))
+                assert not ours.any() if shard.spare else torch.equal(ours, theirs), name
+
+
 def test_a_rank_reads_what_it_needs(tmp_path, monkeypatch):
     checkpoint, read = Checkpoint(save(tmp_path, 7, zero_1=True)), []
     elements = TensorFile.elements

@@ -1,11 +1,14 @@
 """Pipeline parallelism: every gradient against a dense model of transformers and peft, and the schedule by itself."""
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from parallel.mesh import Group, Mesh
 from parallel.pipeline import Pipeline
 from tests.models import save_adapter, save_llama
 from tests.on_ranks import on_ranks
+from tests.test_training import column, several_runs
+from tools.merge_checkpoint import merge
 
 SEQUENCE, VOCABULARY, ROWS = 12, 64, 20
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -150,3 +153,38 @@ def test_layers_are_dealt_out_evenly():
     assert dealt(5, 4) == [[0, 1], [2, 6], [3, 7], [4, 8]]      # 6, 7 and 8 are spare
     with pytest.raises(ValueError, match="num_hidden_layers 3 is less than --pipeline_parallel_size 4"):
         dealt(3, 4)
+
+
+# Name: (pp, tp, rows on each data parallel rank, flags); 8 rows a step on four ranks.
+RUNS = {"stages": (2, 2, 8, "--num_microbatches 4 --gradient_checkpointing"), "one": (1, 2, 4, "--zero_1"),
+        "divided": (2, 1, 2, "--gradient_accumulation_steps 2 --zero_1")}
+MODES = {"lora": "--lora_r 4 --lora_dropout 0.1 --lora_target_modules q_proj,down_proj,lm_head --do_eval",
+         "full": "--lora_r 0 --weight_decay 0.1"}
+
+
+def test_runs_are_saved_and_go_on_with_other_stages(tmp_path):
+    """Three layers, so that a slot is spare; with dropout; and what is merged is what one stage has trained."""
+    save_llama(tmp_path / "base", hidden_size=32, intermediate_size=48)
+
+    def command(mode, run, output, *more):
+        pp, tp, rows, flags = RUNS[run]
+        return ["--model_id", str(tmp_path / "base"), "--max_seq_length", "64", "--learning_rate", "1e-3", "--max_steps", "4",
+                "--save_steps", "2", "--pipeline_parallel_size", str(pp), "--tensor_parallel_size", str(tp), *flags.split(),
+                "--per_device_train_batch_size", str(rows), *MODES[mode].split(), "--output_dir", str(tmp_path / output), *more]
+
+    commands = [command(mode, run, f"{mode}-{run}") for mode in MODES for run in ("one", "stages")]
+    for mode in MODES:
+        run, origin = ("divided", "one") if mode == "lora" else ("one", "stages")
+        commands.append(command(mode, run, f"{mode}-on", "--resume", f"{tmp_path}/{mode}-{origin}/checkpoint-2"))
+    on_ranks(several_runs, 4, commands=commands)
+    for mode in MODES:
+        curves = [torch.tensor([column(tmp_path / f"{mode}-{run}", name) for name in ("loss", "grad_norm")])
+                  for run in ("one", "stages", "on")]
+        for curve in curves[1:]:
+            torch.testing.assert_close(curve, curves[0][:, -curve.shape[1]:], rtol=1e-5, atol=0)
+        weights = []
+        for run in ("one", "stages", "on"):
+            merge(tmp_path / f"{mode}-{run}" / "checkpoint-4", tmp_path / f"{mode}-{run}-merged")
+            weights.append(load_file(tmp_path / f"{mode}-{run}-merged" / "model.safetensors"))
+        for other in weights[1:]:
+            torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-4)

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.mesh import Mesh
+from parallel.mesh import Group, Mesh
 from parallel.runtime import prepare_environment
 from tools.hlo import Graph
 
@@ -74,12 +74,13 @@ def build(config, model_config, mesh: Mesh):
 
     from model.llama import Llama
     from model.lora import add_lora
+    from parallel.pipeline import Pipeline
     from trainer.job import lora_config
     if config.max_seq_length > model_config.max_position_embeddings:
         raise ValueError(f"--max_seq_length {config.max_seq_length} is more than the model's positions "
                          f"(max_position_embeddings {model_config.max_position_embeddings})")
     model = Llama(model_config, mesh.tp, torch.bfloat16 if config.bf16 else torch.float32,
-                  sequence_parallel=config.divides_sequence)
+                  sequence_parallel=config.divides_sequence, pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches))
     lora = lora_config(config)
     if lora:
         add_lora(model, lora)
@@ -99,10 +100,12 @@ def state_of(model, config, mesh: Mesh) -> State:
 
 def collectives_of(graph: Graph, mesh: Mesh) -> dict[str, dict[str, int]]:
     """{"all-reduce over dp": {"count", "bytes"}, ...}; what is over none of the mesh's groups is over replicas of a slice."""
-    names = {repr(group.replica_groups): name for name, group in (("world", mesh.world), ("dp", mesh.dp), ("tp", mesh.tp))}
+    kinds = (("world", mesh.world), ("tp x pp", mesh.model), ("pp", mesh.pp), ("dp", mesh.dp), ("tp", mesh.tp))
+    names = {repr(group.replica_groups): name for name, group in kinds}
     count, size = Counter(), Counter()
     for each in graph.collectives:
-        what = f"{each.opcode} over {names.get(repr(each.replica_groups), 'replicas')}"
+        over = "pp" if each.opcode == "collective-permute" else names.get(repr(each.replica_groups), "replicas")
+        what = f"{each.opcode} over {over}"
         count[what] += 1
         size[what] += each.bytes
     return {what: {"count": count[what], "bytes": size[what]} for what in sorted(count)}
@@ -110,6 +113,7 @@ def collectives_of(graph: Graph, mesh: Mesh) -> dict[str, dict[str, int]]:
 
 def measure(config, model_config, mesh: Mesh, keep_proto: bool, compiles: bool) -> tuple[dict, list[bytes | None]]:
     """(the report, the graphs as HloModuleProtos where they are kept)."""
+    from parallel.pipeline import Pipeline
     from tools.flops import micro_batch_flops
     from tools.tracing import trace
     model = build(config, model_config, mesh)
@@ -129,7 +133,12 @@ def measure(config, model_config, mesh: Mesh, keep_proto: bool, compiles: bool) 
             "operations": dict(graph.operations.most_common()), "dot_flops": graph.dot_flops,
             "collectives": collectives_of(graph, mesh), "input_bytes": graph.input_bytes, "output_bytes": graph.output_bytes,
             "peak_bytes": graph.peak_bytes()}
-    report = {"tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(), "graphs": graphs,
+    stages = [Pipeline(Group(mesh.pp.replica_groups, stage)).slots(model_config.num_hidden_layers)
+              for stage in range(mesh.pp.size())]
+    held = [sum(number < model_config.num_hidden_layers for number in slots) for slots in stages]
+    report = {"tensor_parallel_size": mesh.tp.size(), "pipeline_parallel_size": mesh.pp.size(),
+              "data_parallel_size": mesh.dp.size(), "stage_layers": held, "slots": len(stages[0]),
+              "num_microbatches": config.microbatches, "ticks": config.microbatches + mesh.pp.size() - 1, "graphs": graphs,
               "step_flops": counted, "formula_flops": micro * micro_batch_flops(model, config),
               "state_bytes": vars(state_of(model, config, mesh))}
     return report, [traced.proto for traced in found]
@@ -147,10 +156,14 @@ def describe(report: dict) -> str:
         said += [f"  {what}: {each['count']} of {_size(each['bytes'])} in all" for what, each in graph["collectives"].items()]
         said += [f"  inputs {_size(graph['input_bytes'])}, outputs {_size(graph['output_bytes'])}, at most "
                  f"{_size(graph['peak_bytes'])} live beside the inputs (in the order of the text, nothing fused)"]
-    formula, state = report["formula_flops"], report["state_bytes"]
+    formula, state, stages = report["formula_flops"], report["state_bytes"], report["stage_layers"]
+    if len(stages) > 1:
+        said.append(f"{len(stages)} stages of {report['slots']} layers ({sum(stages)} in all), {report['num_microbatches']} "
+                    f"micro-batches in {report['ticks']} ticks: {(len(stages) - 1) / report['ticks']:.1%} of them idle")
+    each = "of each stage " if len(stages) > 1 else ""
     said += [f"products of a step: {report['step_flops']:.6g} FLOPs a core in the graph, {formula:.6g} by the formula "
              f"({report['step_flops'] / formula - 1:+.3%})",
-             "a core holds: " + ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in state.items())]
+             f"a core {each}holds: " + ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in state.items())]
     return "\n".join(said)
 
 
@@ -192,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError(f"--{flag} is not taken here: {reason}")
         if not config.do_train:
             raise ValueError("--do_train false leaves no step to trace")
-        mesh = Mesh.create(0, config.world_size or 1, config.tensor_parallel_size)
+        mesh = Mesh.create(0, config.world_size or 1, config.tensor_parallel_size, config.pipeline_parallel_size)
         prepare_environment(mesh.world_size, config.stochastic_rounding)
         model_config = read_model(chosen.model)
         build(config, model_config, mesh)
@@ -205,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, proto in zip(report["graphs"], protos, strict=True):
             (Path(chosen.save_hlo) / f"{name}.hlo.pb").write_bytes(proto)
     report |= {"seconds": time.perf_counter() - begun, "host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    print(f"{chosen.model}, TP{mesh.tp.size()} x DP{mesh.dp.size()}, sequence {config.max_seq_length}, "
+    print(f"{chosen.model}, TP{mesh.tp.size()} x {f'PP{mesh.pp.size()} x ' if mesh.pp.size() > 1 else ''}DP{mesh.dp.size()}, sequence {config.max_seq_length}, "
           f"{'bf16' if config.bf16 else 'fp32'}\n{describe(report)}\n"
           f"{report['seconds']:.1f} s and {_size(report['host_bytes'])} of this machine's memory in all")
     if chosen.json:

@@ -7,7 +7,8 @@ steps run as in training. Then as many run with a wait for the device in each, w
 work: added up they exceed a step of the first part where the two overlap there.
 
 FLOPs are those of the products of forward and backward (tools/flops.py), of all micro-batches and ranks. MFU (model FLOPs
-utilisation, https://arxiv.org/abs/2204.02311) leaves out what is only recomputed for --gradient_checkpointing; HFU counts it.
+utilisation, https://arxiv.org/abs/2204.02311) leaves out what is only recomputed for --gradient_checkpointing, and what the
+stages of a pipeline compute while they are idle; HFU counts it.
 The peak is that of a product of 2048 x 2048 matrices, measured before the run on the same device: on a CPU all ranks share it.
 """
 import argparse
@@ -77,6 +78,7 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
     from model.llama import Llama
     from model.lora import add_lora
     from parallel.mesh import Mesh
+    from parallel.pipeline import Pipeline
     from parallel.runtime import launch
     from tools.flops import micro_batch_flops
     from trainer.job import prepare
@@ -100,14 +102,17 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     clock, peak, free, waited = seen["clock"], seen["peak"], slice(warmup, warmup + steps), slice(warmup + steps, None)
     seconds = np.diff(clock.ended)[warmup - 1:warmup + steps - 1]
-    model = Llama(job.model_config, Mesh.create(0, world_size, config.tensor_parallel_size).tp,
-                  sequence_parallel=config.divides_sequence)
+    mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
+    stage, model = (Llama(job.model_config, mesh.tp, sequence_parallel=config.divides_sequence, pipeline=each)
+                    for each in (Pipeline(mesh.pp, mesh.model), Pipeline()))
     if job.lora:
+        add_lora(stage, job.lora)
         add_lora(model, job.lora)
     micro_batches = accumulation * world_size / np.median(seconds)          # a second, of all ranks
-    plain = replace(config, gradient_checkpointing="none")
-    mfu, hfu = (micro_batch_flops(model, each) * micro_batches / peak for each in (plain, config))
-    tokens = config.per_device_train_batch_size * config.max_seq_length / config.tensor_parallel_size
+    plain = replace(config, gradient_checkpointing="none", pipeline_parallel_size=1, num_microbatches=1)
+    mfu = micro_batch_flops(model, plain) / mesh.pp.size() * micro_batches / peak       # idle ticks are not counted
+    hfu = micro_batch_flops(stage, config) * micro_batches / peak
+    tokens = config.per_device_train_batch_size * config.max_seq_length / mesh.model.size()
     return {
         "step_seconds": float(np.median(seconds)), "step_seconds_least": float(seconds.min()),
         "step_seconds_most": float(seconds.max()),

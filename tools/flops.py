@@ -15,6 +15,9 @@ no FLOPs within a block.
 
 Recomputation adds, if `selective`, S for each block that has a backward; if `full`, every layer's forward, but for what only the
 layer's output needs: the second factor of down_proj, and of a lone rank down_proj (of several they meet behind it).
+Of a pipeline, the layers are those of a stage, its spare slot included, and they work in M + P - 1 ticks on rows / M each, idle
+or not; from the second tick on something below is trained, if anything is. The head sees all rows.
+
 Norms, rotary embedding, softmax, the embedding (gather and scatter) and the update have no products.
 """
 from torch import nn
@@ -27,12 +30,16 @@ from trainer.config import Config
 
 def micro_batch_flops(model: Llama, config: Config) -> int:
     """Of forward and backward; `model` (the rank's, on any device) says which parameters are trained."""
-    count = _Count(config)
-    flows = model.model.embed_tokens.weight.requires_grad
-    for layer in model.model.layers:
-        flows = count.layer(layer, flows)
-        if config.recompute == "full":
-            count.layer(layer, False, recomputed=True)
+    count, stages = _Count(config), config.pipeline_parallel_size
+    count.rows = config.per_device_train_batch_size // config.microbatches
+    flows = embedding = model.model.embed_tokens.weight.requires_grad
+    for tick in range(config.microbatches + stages - 1):
+        flows = flows if tick and stages > 1 else embedding
+        for layer in model.model.layers:
+            flows = count.layer(layer, flows)
+            if config.recompute == "full":
+                count.layer(layer, False, recomputed=True)
+    count.rows = config.per_device_train_batch_size
     count.columns([model.lm_head], flows)
     return count.total
 
@@ -42,7 +49,7 @@ class _Count:
 
     def __init__(self, config: Config):
         self.total, self.config, self.several = 0, config, config.tensor_parallel_size > 1
-        self.tokens = config.per_device_train_batch_size * config.max_seq_length
+        self.rows = config.per_device_train_batch_size
 
     def layer(self, layer: LlamaDecoderLayer, flows: bool, recomputed: bool = False) -> bool:
         attention, mlp = layer.self_attn, layer.mlp
@@ -68,7 +75,7 @@ class _Count:
         for first in range(0, length, block_size(length)):
             until = min(first + block_size(length), length)
             area += (until - first) * until
-        return 2 * self.config.per_device_train_batch_size * query.weight.shape[0] * area
+        return 2 * self.rows * query.weight.shape[0] * area
 
     def linear(self, layer: nn.Module, flows: bool, recomputed: bool, last: bool = False, met: bool = False) -> bool:
         """`last`: of a recomputed layer nothing reads the output. `met`: the gradient that flows to where the ranks meet."""
@@ -83,7 +90,7 @@ class _Count:
 
     def product(self, owner: nn.Module, flows: bool, recomputed: bool) -> None:
         """Of the owner's weight and its input."""
-        weight, positions = owner.weight, self.tokens
+        weight, positions = owner.weight, self.rows * self.config.max_seq_length
         if owner.shards["weight"].dim is None and self.config.divides_sequence:
             positions //= self.config.tensor_parallel_size
         self.total += 2 * positions * weight.numel() * (1 if recomputed else 1 + flows + weight.requires_grad)

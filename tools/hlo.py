@@ -48,8 +48,8 @@ class Instruction:
 
     @property
     def replica_groups(self) -> list[list[int]]:
-        """Of a collective."""
-        found = re.search(r"replica_groups={((?:{[0-9,]*},?)*)}", self.rest)
+        """Of a collective; of a permutation, the pairs of source and target."""
+        found = re.search(r"(?:replica_groups|source_target_pairs)={((?:{[0-9,]*},?)*)}", self.rest)
         return [list(_integers(group)) for group in re.findall(r"{([0-9,]*)}", found[1])]
 
 

@@ -120,6 +120,7 @@ def show_checkpoint(checkpoint: Checkpoint) -> int:
     """Print a summary and a table; returns the exit status."""
     manifest, tensors, damage = checkpoint.manifest, checkpoint.manifest["tensors"], find_damage(checkpoint)
     sizes = {key: 4 * torch.Size(values["global_shape"]).numel() for key, values in tensors.items()}
+    stages = manifest.get("pipeline_parallel_size", 1)      # those of older checkpoints do not say
     most = max(len(slices) for values in tensors.values() for slices in values["slices"])
     identity, loss, sums = manifest["identity"], manifest["eval_loss"], {"all": directory_bytes(checkpoint.path)}
     sums |= {kind: sum(size for key, size in sizes.items() if key.startswith(f"{kind}/")) for kind in KINDS}
@@ -127,7 +128,8 @@ def show_checkpoint(checkpoint: Checkpoint) -> int:
             "checkpoint": checkpoint.path, "base model": manifest["model"], "its hash": identity.get("base"),
             "position": f"step {checkpoint.step}, epoch {checkpoint.position.epoch}, row {checkpoint.position.row}",
             "evaluation loss": "none" if loss is None else f"{loss:.6g}",
-            "ranks": "{world_size}: {tensor_parallel_size} tensor x {data_parallel_size} data parallel".format_map(manifest),
+            "ranks": "{world_size}: {tensor_parallel_size} tensor x {data_parallel_size} data parallel{stages}".format_map(
+                manifest | {"stages": f" x {stages} pipeline stages" if stages > 1 else ""}),
             "ZeRO-1": f"yes, up to {most} pieces a slice" if most > 1 else "no, one piece a slice",
             "trained": "LoRA: " + str(identity["lora"])[1:-1].replace("'", "") if identity["lora"] else "all weights",
             "MB": ", ".join(f"{kind} {size / MB:,.2f}" for kind, size in sums.items())}.items():
