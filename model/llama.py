@@ -22,7 +22,7 @@ from parallel import layers as native
 from parallel.collectives import sum_over_stages
 from parallel.layers import ParallelLayer, column_parallel
 from parallel.mesh import ALONE, Group
-from parallel.pipeline import Pipeline, rows_of
+from parallel.pipeline import ONE_STAGE, Pipeline, rows_of
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -184,7 +184,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig, group: Group = ALONE, dtype: torch.dtype = torch.float32, device="meta",
                  gradient_checkpointing: str = "none", sequence_parallel: bool = False, layers: ModuleType = native,
-                 flash_attention: bool = False, pipeline: Pipeline = Pipeline()):
+                 flash_attention: bool = False, pipeline: Pipeline = ONE_STAGE):
         super().__init__()
         for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
             if getattr(config, field) % group.size():
@@ -254,6 +254,6 @@ class Llama(nn.Module):
         if recompute and not x.requires_grad:
             x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
         for layer in self.model.layers:
-            before = x
-            x = checkpoint(run, x, layer, cos, sin, masks, preserve_rng_state=False) if recompute else run(x, layer, cos, sin, masks)
+            before, given = x, (x, layer, cos, sin, masks)
+            x = checkpoint(run, *given, preserve_rng_state=False) if recompute else run(*given)
         return self.pipeline.pass_by_spare(before, x, self.config.num_hidden_layers, self.stage_index)

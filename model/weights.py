@@ -87,17 +87,20 @@ class SafetensorsFiles:
 class RandomWeights:
     """Weights as Hugging Face initialises them: normal(0, initializer_range), norms 1, biases 0.
 
-    Each is drawn over its whole shape: the same on every topology.
+    With `depth_scaled`, those that write to the residuals are divided by sqrt(2 x layers), as GPT-2's are (section 2.3 of
+    "Language Models are Unsupervised Multitask Learners"). Each is drawn over its whole shape: the same on every topology.
     """
 
-    def __init__(self, config: LlamaConfig, seed: int):
+    def __init__(self, config: LlamaConfig, seed: int, depth_scaled: bool = False):
         self._std, self._seed, self._shapes = config.initializer_range, seed, base_shapes(config)
+        self._residual_std = self._std / (2 * config.num_hidden_layers) ** 0.5 if depth_scaled else self._std
 
     def check(self, expected, ignored=()):
         """Every name and shape can be drawn."""
 
     def fingerprint(self, shapes) -> str:
-        return f"random: seed {self._seed}, initializer_range {self._std}"
+        scaled = f", of residuals {self._residual_std}" if self._residual_std != self._std else ""
+        return f"random: seed {self._seed}, initializer_range {self._std}{scaled}"
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
@@ -106,13 +109,15 @@ class RandomWeights:
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)[part]
-        whole = torch.empty(shape).normal_(0, self._std, generator=generator_of(name, self._seed))
+        std = self._residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else self._std
+        whole = torch.empty(shape).normal_(0, std, generator=generator_of(name, self._seed))
         return whole[part].clone()
 
 
-def open_weights(directory: Path, config: LlamaConfig, random_seed: int | None) -> SafetensorsFiles | RandomWeights:
+def open_weights(directory: Path, config: LlamaConfig, random_seed: int | None,
+                 depth_scaled: bool = False) -> SafetensorsFiles | RandomWeights:
     """The model's weights: those in `directory`, or random ones where a seed is given."""
-    return SafetensorsFiles(directory) if random_seed is None else RandomWeights(config, random_seed)
+    return SafetensorsFiles(directory) if random_seed is None else RandomWeights(config, random_seed, depth_scaled)
 
 
 def base_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

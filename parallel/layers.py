@@ -34,8 +34,8 @@ class Shard:
 
     The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds number `index`;
     `replicas` neighbours in the tensor parallel group hold the same slice. A replicated parameter has dim None and parts 1.
-    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole. A `spare` one is only there
-    so that all ranks have the same graph (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
+    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole. A `spare` one is only
+    there so that all ranks have the same graph (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
     """
 
     global_shape: tuple[int, ...]

@@ -83,6 +83,9 @@ class Pipeline:
         return sum_over_stages(chosen, self.group)
 
 
+ONE_STAGE = Pipeline()
+
+
 def rows_of(tensor: torch.Tensor, dim: int, num_microbatches: int, microbatch: torch.Tensor) -> torch.Tensor:
     """The rows, along `dim`, of the micro-batch whose number is data: `microbatch`, integer [1]."""
     if num_microbatches == 1:

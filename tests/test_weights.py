@@ -67,3 +67,8 @@ def test_random_weights_are_the_same_on_every_topology(tmp_path):
     assert not torch.equal(whole, weights.RandomWeights(LlamaConfig.from_pretrained(tmp_path), 4).read(name, everything))
     assert (source.read("model.norm.weight", Shard((64,)).slices) == 1).all()
     assert not source.read("model.layers.0.self_attn.q_proj.bias", Shard((64,)).slices).any()
+    scaled = weights.RandomWeights(LlamaConfig.from_pretrained(tmp_path), 3, depth_scaled=True)
+    torch.testing.assert_close(scaled.read(name, everything), whole / (2 * 3) ** 0.5)        # three layers
+    other = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(scaled.read(other, Shard((96, 64)).slices), source.read(other, Shard((96, 64)).slices))
+    assert scaled.fingerprint({}) != source.fingerprint({})

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parallel.mesh import Group, Mesh
@@ -199,6 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen, rest = parser.parse_known_args(arguments)
     from trainer.config import parse
     config = parse(rest)
+    if config.preset:                   # a preset says which model and checkpoint the job has; here --model names the model
+        config = replace(config, model_id=None, resume=None)
     try:
         for flag, reason in REFUSED.items():
             if getattr(config, flag):
@@ -206,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not config.do_train:
             raise ValueError("--do_train false leaves no step to trace")
         mesh = Mesh.create(0, config.world_size or 1, config.tensor_parallel_size, config.pipeline_parallel_size)
+        config = config.for_ranks(mesh.dp.size())
         prepare_environment(mesh.world_size, config.stochastic_rounding)
         model_config = read_model(chosen.model)
         build(config, model_config, mesh)
@@ -218,7 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, proto in zip(report["graphs"], protos, strict=True):
             (Path(chosen.save_hlo) / f"{name}.hlo.pb").write_bytes(proto)
     report |= {"seconds": time.perf_counter() - begun, "host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-    print(f"{chosen.model}, TP{mesh.tp.size()} x {f'PP{mesh.pp.size()} x ' if mesh.pp.size() > 1 else ''}DP{mesh.dp.size()}, sequence {config.max_seq_length}, "
+    stages = f" x PP{mesh.pp.size()}" if mesh.pp.size() > 1 else ""
+    print(f"{chosen.model}, TP{mesh.tp.size()}{stages} x DP{mesh.dp.size()}, sequence {config.max_seq_length}, "
           f"{'bf16' if config.bf16 else 'fp32'}\n{describe(report)}\n"
           f"{report['seconds']:.1f} s and {_size(report['host_bytes'])} of this machine's memory in all")
     if chosen.json:

@@ -83,6 +83,8 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
     from tools.flops import micro_batch_flops
     from trainer.job import prepare
     from trainer.loop import run
+    mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
+    config = config.for_ranks(mesh.dp.size())
     accumulation, seen = config.gradient_accumulation_steps, {}        # `seen`: by rank 0
     graphs = accumulation + 1 if config.graph_per_micro_batch else 1
     with tempfile.TemporaryDirectory() as output:
@@ -102,7 +104,6 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     clock, peak, free, waited = seen["clock"], seen["peak"], slice(warmup, warmup + steps), slice(warmup + steps, None)
     seconds = np.diff(clock.ended)[warmup - 1:warmup + steps - 1]
-    mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     stage, model = (Llama(job.model_config, mesh.tp, sequence_parallel=config.divides_sequence, pipeline=each)
                     for each in (Pipeline(mesh.pp, mesh.model), Pipeline()))
     if job.lora:

@@ -3,12 +3,16 @@
 Names and meanings are those of Hugging Face's TrainingArguments and of the LoRA tutorial for Trainium; booleans are taken bare or
 with true/false.
 """
+import argparse
+import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 FLOAT32_MAX = 3.4e38
+PRESETS = Path(__file__).resolve().parent / "presets"
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
@@ -21,9 +25,12 @@ def _flag(default, text: str, **argument):
 class Config:
     """Everything that a run depends on."""
 
+    preset: str | None = _flag(None, "Name of a file in trainer/presets, or a file of your own, with flags; those of the command "
+                                     "line win.")
     # model
     model_id: str | None = _flag(None, "Directory or hub id of a Hugging Face Llama; default: a tiny one with random weights.")
     random_weights: bool = _flag(False, "Start from random weights: of --model_id, only config and tokenizer are read.")
+    depth_scaled_init: bool = _flag(False, "With random weights: o_proj and down_proj are drawn sqrt(2 x layers) times smaller.")
     bf16: bool = _flag(False, "Weights and activations in bfloat16; the optimizer keeps fp32 master weights of what is trained.")
     stochastic_rounding: bool = _flag(False, "With --bf16, no fp32 master weights: NeuronCores round the updated ones at random.")
     gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
@@ -56,7 +63,7 @@ class Config:
     tensor_parallel_size: int = _flag(1, "Ranks that share the weights of each layer.")
     pipeline_parallel_size: int = _flag(1, "Stages that share the layers.")
     num_microbatches: int | None = _flag(
-        None, "Pieces into which --per_device_train_batch_size is cut on its way through the stages; default: its rows one by one.")
+        None, "Pieces of --per_device_train_batch_size on their way through the stages; default: its rows, one by one.")
     parallel_layers: Literal["auto", "nxd", "native"] = _flag(
         "auto", "neuronx-distributed's layers (nxd) or markstep's own (native); auto: nxd where the Neuron SDK is installed and "
                 "there is one stage.")
@@ -73,6 +80,8 @@ class Config:
     per_device_train_batch_size: int = _flag(1, "Rows of a micro-batch on each data parallel rank.")
     per_device_eval_batch_size: int = _flag(1, "Rows of an evaluation batch on each data parallel rank.")
     gradient_accumulation_steps: int = _flag(1, "Micro-batches of an optimizer step.")
+    global_batch_size: int | None = _flag(
+        None, "Rows of an optimizer step over all ranks; --gradient_accumulation_steps follows: the same on every cluster.")
     learning_rate: float = _flag(2e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = _flag("linear", "Course of the learning rate after warmup.")
     warmup_ratio: float = _flag(0.0, "Share of all steps in which the learning rate rises from 0, for every schedule.")
@@ -107,6 +116,7 @@ class Config:
         at_least = {"lora_r": 0, "max_seq_length": 2, "tensor_parallel_size": 1, "logging_steps": 1,
                     "pipeline_parallel_size": 1, "num_microbatches": 1,
                     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+                    "global_batch_size": 1,
                     "save_steps": 1, "save_total_limit": 1, "max_samples": 1, "world_size": 1, "warmup_steps": 0,
                     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "eval_steps": 0, "eval_samples": 0, "seed": 0,
                     "adam_epsilon": 1e-30}
@@ -135,8 +145,23 @@ class Config:
         if self.per_device_train_batch_size % self.microbatches:
             raise ValueError(f"--per_device_train_batch_size {self.per_device_train_batch_size} is not divisible by "
                              f"--num_microbatches {self.microbatches}, into which it is cut")
+        if self.depth_scaled_init and self.random_seed is None:
+            raise ValueError("--depth_scaled_init is of random weights: pass --random_weights too")
+        if self.global_batch_size and self.gradient_accumulation_steps > 1:
+            raise ValueError("--gradient_accumulation_steps follows from --global_batch_size: choose one of them")
         if self.adapter_name_or_path and not self.lora_r:
             raise ValueError("--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one")
+
+    def for_ranks(self, data_parallel_size: int) -> "Config":
+        """The same, with --gradient_accumulation_steps in place of --global_batch_size; ValueError where that is no integer."""
+        if not self.global_batch_size:
+            return self
+        rows = self.per_device_train_batch_size * data_parallel_size
+        if self.global_batch_size % rows:
+            raise ValueError(f"--global_batch_size {self.global_batch_size} is not divisible by {rows}, the "
+                             f"--per_device_train_batch_size {self.per_device_train_batch_size} of {data_parallel_size} data "
+                             "parallel ranks")
+        return replace(self, gradient_accumulation_steps=self.global_batch_size // rows, global_batch_size=None)
 
     @property
     def graph_per_micro_batch(self) -> bool:
@@ -182,8 +207,21 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser = HfArgumentParser(Config, prog="trainer/main.py", allow_abbrev=False,
                               description="Train a Llama on AWS Trainium, or on virtual devices of this CPU.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; --help explains every flag\n")
-    values = vars(parser.parse_args(arguments))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--preset", nargs="?")
     try:
+        preset = chosen.parse_known_args(arguments)[0].preset
+        values = vars(parser.parse_args((read_preset(preset) if preset else []) + arguments))
         return Config(**values)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def read_preset(name: str) -> list[str]:
+    """The flags in trainer/presets/`name`.txt, or in the file `name`; ValueError where there is neither."""
+    known = sorted(path.stem for path in PRESETS.glob("*.txt"))
+    path = PRESETS / f"{name}.txt" if name in known else Path(name)
+    if not path.is_file():
+        raise ValueError(f"--preset {name}: {', '.join(known)}, or a file of flags, was expected")
+    return shlex.split(path.read_text(encoding="utf-8"), comments=True)

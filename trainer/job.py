@@ -83,6 +83,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     begun = begun or time.monotonic()
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
+    config = config.for_ranks(mesh.dp.size())
     resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)
     model_config = LlamaConfig.from_pretrained(directory)
@@ -90,11 +91,12 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     if config.adapter_name_or_path:
         adapter = PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
     lora = adapter.config if adapter else lora_config(config)
-    Llama(model_config, mesh.tp, pipeline=Pipeline(mesh.pp, mesh.model))        # on the meta device: whether the layers can be divided
+    # On the meta device: whether the layers can be divided.
+    Llama(model_config, mesh.tp, pipeline=Pipeline(mesh.pp, mesh.model))
     trained = trained_shapes(model_config, lora)
     if adapter:
         adapter.check(trained)
-    weights = open_weights(directory, model_config, config.random_seed)
+    weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
     end_tokens(directory, tokenizer, model_config.vocab_size)       # whether generation_config.json can be read

@@ -39,7 +39,7 @@ def run(runtime: Runtime, job: Job) -> None:
                   gradient_checkpointing=config.recompute, sequence_parallel=config.divides_sequence, layers=layers,
                   flash_attention=job.flash_attention, pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches))
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
-    weights = open_weights(job.model_directory, job.model_config, config.random_seed)
+    weights = open_weights(job.model_directory, job.model_config, config.random_seed, config.depth_scaled_init)
     initial = fill(model, weights, device, config.seed, job.read_trained)
     buckets = Buckets([each for each in named_shards(model) if each[1].requires_grad], mesh, config.zero_1)
 
