@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 from parallel.recompile import Guard
+from parallel.watch import Watch, of_this_attempt
 
 
 class GraphMismatch(RuntimeError):
@@ -200,11 +201,16 @@ class ProcessRuntime(Runtime):
 
     _barriers = _shared = 0
 
+    @property
+    def store(self):
+        """What the processes of all nodes tell each other through, without the device."""
+        from torch.distributed.distributed_c10d import _get_default_store
+        return of_this_attempt(_get_default_store())
+
     def barrier(self):
         # Through the process group's store, not torch_xla's rendezvous, which would run a graph of its own on the device.
-        from torch.distributed.distributed_c10d import _get_default_store
-        store, self._barriers = _get_default_store(), self._barriers + 1
-        name = f"markstep/barrier-{self._barriers}"
+        store, self._barriers = self.store, self._barriers + 1
+        name = f"barrier-{self._barriers}"
         if store.add(name, 1) == self.world_size:
             store.set(f"{name}-complete", "")
         store.wait([f"{name}-complete"], timedelta(days=1))
@@ -275,7 +281,19 @@ def _launch_process(function):
         raise OSError(f"torchrun made this process rank {rank} of {world_size}, and its device is number {place[0]} of "
                       f"{place[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of another launcher")
     with _collecting_at_mark_steps():
-        function(ProcessRuntime(rank, world_size, torch_xla.device()))
+        run_process(function, ProcessRuntime(rank, world_size, torch_xla.device()))
+
+
+def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) -> None:
+    """Run `function(runtime)` in a process group that exists; an error, or a killed process, ends all ranks."""
+    watch = Watch(runtime.store.clone(), runtime.rank)
+    try:
+        function(runtime)
+    except BaseException as error:
+        watch.tell(error)
+        raise
+    watch.stop()
+    runtime.barrier()
 
 
 def _launch_threads(function, world_size):

@@ -1,0 +1,46 @@
+"""Jobs of torchrun in which a rank dies: the others end with it, the job starts again, and its curve is that of no accident."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from parallel.watch import children
+from tests.on_ranks import ROOT
+from tests.test_training import ENVIRONMENT, SHORT, column, read, start
+
+
+def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "--max_restarts=2", "-m", "tests.dying", str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    ended = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ended == ["error: a process beside rank 0 was killed; rank 0 ends with it",
+                     "error: rank 1 has failed: rank one has had enough; rank 0 ends with it"], done.stderr
+    assert done.stderr.index("RuntimeError: rank one has had enough") < done.stderr.index(ended[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{attempt}-{rank}-{step}" for attempt, last in enumerate((2, 2, 4)) for rank in range(2) for step in range(last)]
+
+
+def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
+    """On a CPU one process hosts all ranks, so it is the one to kill."""
+    flags = ["--tensor_parallel_size", "2", *SHORT, "--max_steps", "16", "--save_steps", "2", "--save_total_limit", "1",
+             "--lora_dropout", "0.1"]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                            "--max_restarts=1", "trainer/main.py", *flags, "--resume", "latest", "--output_dir", str(broken)], cwd=ROOT,
+                           env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (broken / "metrics.jsonl").exists() or len(read(broken)) < 4:
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.02)
+    [host] = children(job.pid)
+    os.kill(host, signal.SIGKILL)
+    said, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    assert "SIGKILL" in said or "-9" in said, said
+    start("--world_size", 2, *flags, "--output_dir", whole)
+    assert column(broken, "compilations")[-1] == 1
+    for name in ("step", "loss", "grad_norm"):
+        assert column(broken, name) == column(whole, name)
+
