@@ -28,6 +28,6 @@ def test_the_command_line_wins(tmp_path):
 def test_the_global_batch_is_that_of_all_ranks():
     config = parse(["--global_batch_size", "24", "--per_device_train_batch_size", "2"])
     assert [config.for_ranks(ranks).gradient_accumulation_steps for ranks in (1, 3, 12)] == [12, 4, 1]
-    with pytest.raises(ValueError, match="--global_batch_size 24 is not divisible by 10, the --per_device_train_batch_size 2 of 5"):
+    with pytest.raises(ValueError, match="--global_batch_size 24 is not divisible by 10, the --per_device_train"):
         config.for_ranks(5)
     assert parse([]).for_ranks(7) == parse([])

@@ -12,8 +12,8 @@ from tests.test_training import ENVIRONMENT, SHORT, column, read, start
 
 def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           "--max_restarts=2", "-m", "tests.dying", str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=600)
+                           "--max_restarts=2", "-m", "tests.dying", str(tmp_path)], cwd=ROOT, env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     ended = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ended == ["error: a process beside rank 0 was killed; rank 0 ends with it",
@@ -29,8 +29,8 @@ def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
              "--lora_dropout", "0.1"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                            "--max_restarts=1", "trainer/main.py", *flags, "--resume", "latest", "--output_dir", str(broken)], cwd=ROOT,
-                           env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                            "--max_restarts=1", "trainer/main.py", *flags, "--resume", "latest", "--output_dir", str(broken)],
+                           cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (broken / "metrics.jsonl").exists() or len(read(broken)) < 4:
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.02)
