@@ -66,7 +66,7 @@ class Pipeline:
         whose number is `microbatch`, integer [1], as data. `stage_index` [1] is this rank's place among the stages.
         """
         stages = self.group.size()
-        micro_batches = x.split(x.shape[1] // num_microbatches, 1)
+        micro_batches = x.split(x.shape[1] // num_microbatches, 1) if num_microbatches > 1 else [x]
         outputs: list[torch.Tensor] = []
         for tick in range(num_microbatches + stages - 1):
             given = micro_batches[min(tick, num_microbatches - 1)]

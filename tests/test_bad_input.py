@@ -62,6 +62,12 @@ def test_topology(tmp_path, base):
         tmp_path, "--tensor_parallel_size", 4, world_size=4, model=tmp_path / "six")
     assert "num_attention_heads 8 is not divisible by the tensor parallel size 3" in refused(
         tmp_path, "--tensor_parallel_size", 3, world_size=3, model=base)
+    for stages, world_size, problem in [
+            (4, 6, "world size 6 is not divisible by --tensor_parallel_size 1 x --pipeline_parallel_size 4"),
+            (3, 3, "vocab_size 512 is not divisible by 3, the tensor parallel size 1 x 3 pipeline stages"),
+            (4, 4, "num_hidden_layers 3 is less than --pipeline_parallel_size 4")]:
+        assert problem in refused(tmp_path, "--pipeline_parallel_size", stages, world_size=world_size, model=base)
+    assert "--global_batch_size 6 is not divisible by 4" in refused(tmp_path, "--global_batch_size", 6, world_size=4)
 
 
 def test_model(tmp_path, copy):
