@@ -197,6 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save_hlo", metavar="DIRECTORY", help="write each graph's HloModuleProto to DIRECTORY/<graph>.hlo.pb")
     parser.add_argument("--json", metavar="FILE", help="write the report to FILE")
     chosen, rest = parser.parse_known_args(arguments)
+    from tools.tracing import MANY, devices
     from trainer.config import parse
     config = parse(rest)
     if config.preset:                   # a preset says which model and checkpoint the job has; here --model names the model
@@ -209,7 +210,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("--do_train false leaves no step to trace")
         mesh = Mesh.create(0, config.world_size or 1, config.tensor_parallel_size, config.pipeline_parallel_size)
         config = config.for_ranks(mesh.dp.size())
-        prepare_environment(mesh.world_size, config.stochastic_rounding)
+        if chosen.compile and mesh.world_size > MANY:
+            raise ValueError(f"--compile is for small worlds, up to {MANY} ranks")
+        prepare_environment(devices(mesh.world_size), config.stochastic_rounding)
         model_config = read_model(chosen.model)
         build(config, model_config, mesh)
         check_outputs(chosen.save_hlo, chosen.json)

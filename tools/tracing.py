@@ -20,6 +20,8 @@ from parallel.runtime import Runtime, launch, live_tensors
 from trainer.config import Config
 from trainer.job import Job, lora_config
 
+MANY = 64
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -40,8 +42,8 @@ class _Done(Exception):
 class _Tracer(Runtime):
     """`traced` gets every new graph; after `mark_steps` calls the loop is left."""
 
-    def __init__(self, runtime: Runtime, mark_steps: int, keep_proto: bool, compiles: bool):
-        super().__init__(runtime.rank, runtime.world_size, runtime.device)
+    def __init__(self, runtime: Runtime, world_size: int, mark_steps: int, keep_proto: bool, compiles: bool):
+        super().__init__(runtime.rank, world_size, runtime.device)
         self.traced: dict[bytes, Traced] = {}
         self._left, self._keep_proto, self._compiles = mark_steps, keep_proto, compiles
         self._begun = time.perf_counter()
@@ -101,10 +103,19 @@ class _WithoutData(TorchFunctionMode):
         return function(*arguments, **keywords)
 
 
+def devices(world_size: int) -> int:
+    """How many devices are needed to trace one rank of so many.
+
+    A graph that is not executed needs two, so that collectives are issued; one that is compiled needs all. XLA:CPU's runtime
+    does not tell several hundred devices apart.
+    """
+    return world_size if world_size <= MANY else 2
+
+
 def trace(config: Config, model_config: LlamaConfig, world_size: int, keep_proto: bool = False,
           compiles: bool = False) -> list[Traced]:
     """The graphs of two steps of rank 0, each once, in the order in which they come up. The world must have been prepared
-    (parallel.runtime.prepare_environment), and `config` must ask for random weights."""
+    (parallel.runtime.prepare_environment, for `devices`), and `config` must ask for random weights."""
     from trainer.loop import run
     per_step = config.gradient_accumulation_steps + 1 if config.graph_per_micro_batch else 1
     mark_steps = 1 + 2 * per_step       # the first ends the building, which leaves no graph
@@ -113,7 +124,7 @@ def trace(config: Config, model_config: LlamaConfig, world_size: int, keep_proto
     def program(runtime):
         if runtime.rank:
             return
-        tracer = _Tracer(runtime, mark_steps, keep_proto, compiles)
+        tracer = _Tracer(runtime, world_size, mark_steps, keep_proto, compiles)
         try:
             with _WithoutData(), torch.device("meta"):
                 run(tracer, job)
@@ -122,7 +133,7 @@ def trace(config: Config, model_config: LlamaConfig, world_size: int, keep_proto
 
     with tempfile.TemporaryDirectory() as directory:            # in which the loop tidies up what earlier runs have left
         job = _job(replace(config, output_dir=directory), model_config, Path(directory))
-        launch(program, world_size)
+        launch(program, devices(world_size))
     return found
 
 
