@@ -25,7 +25,7 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
 
 def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
     """On a CPU one process hosts all ranks, so it is the one to kill."""
-    flags = ["--tensor_parallel_size", "2", *SHORT, "--max_steps", "16", "--save_steps", "2", "--save_total_limit", "1",
+    flags = ["--tensor_parallel_size", "2", *SHORT, "--max_steps", "10", "--save_steps", "2", "--save_total_limit", "1",
              "--lora_dropout", "0.1"]
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
