@@ -7,16 +7,16 @@ XLA:CPU lets the members of a collective meet by the executable that they run. S
 executable in the cache; a rank that traced another graph would never arrive, and XLA would abort the process after some
 seconds. `mark_step` compares the graphs of all ranks before anything is executed and raises GraphMismatch instead.
 """
-import gc
 import importlib.util
 import os
 import pickle
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 
+from parallel.live import collecting_at_mark_steps, live_tensors
 from parallel.recompile import Guard
 from parallel.watch import Watch, of_this_attempt
 
@@ -216,9 +216,8 @@ class ProcessRuntime(Runtime):
         store.wait([f"{name}-complete"], timedelta(days=1))
 
     def share(self, value):
-        from torch.distributed.distributed_c10d import _get_default_store
-        store, self._shared = _get_default_store(), self._shared + 1
-        name = f"markstep/shared-{self._shared}"
+        store, self._shared = self.store, self._shared + 1
+        name = f"shared-{self._shared}"
         if self.rank == 0:
             store.set(name, pickle.dumps(value))
         store.wait([name], timedelta(days=1))
@@ -229,36 +228,6 @@ class ProcessRuntime(Runtime):
         [tensors] = live_tensors(1)        # on every rank: it also collects garbage, and all must do so at the same place
         graph = torch_xla._XLAC._get_graph_hash(tensors) if self._guard else b""
         self._execute(place, step, graph, tensors)
-
-
-def live_tensors(devices: int) -> list[list]:
-    """The tensors on each of this process's devices, whose recordings are the graph to come; on XLA:CPU, rank 0 asks for all.
-
-    Python's garbage collector knows them; what was alive before the ranks started is frozen and not walked. Sorted by creation,
-    because the collector's order depends on its generations. It collects here and nowhere else: a tensor in a cycle of references
-    would be part of one rank's graph and not of another's, if it ran between them.
-    """
-    import torch
-    import torch_xla
-    gc.collect()
-    live = [{} for _ in range(devices)]
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "xla":
-            for tensor in (thing, thing.grad) if thing.is_leaf and thing.grad is not None else (thing,):
-                live[thing.device.index][torch_xla._XLAC._xla_get_tensor_id(tensor)] = tensor
-    return [[tensors[key] for key in sorted(tensors)] for tensors in live]
-
-
-@contextmanager
-def _collecting_at_mark_steps():
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
 
 
 def launch(function: Callable[[Runtime], object], world_size: int) -> None:
@@ -280,7 +249,7 @@ def _launch_process(function):
     if place != (rank, world_size):     # replica groups are numbered by the one, processes meet by the other
         raise OSError(f"torchrun made this process rank {rank} of {world_size}, and its device is number {place[0]} of "
                       f"{place[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of another launcher")
-    with _collecting_at_mark_steps():
+    with collecting_at_mark_steps():
         run_process(function, ProcessRuntime(rank, world_size, torch_xla.device()))
 
 
@@ -322,7 +291,7 @@ def _launch_threads(function, world_size):
             errors.append(error)
             meeting.abort()
 
-    with _collecting_at_mark_steps():
+    with collecting_at_mark_steps():
         pjrt.spawn_threads(host_rank)
     if errors:
         raise errors[0]

@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from parallel.runtime import ThreadRuntime, live_tensors
+from parallel.live import live_tensors
+from parallel.runtime import ThreadRuntime
 from tests.on_ranks import ROOT, on_ranks
 from tests.test_training import SHORT
 

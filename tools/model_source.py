@@ -72,7 +72,7 @@ def open_base(checkpoint: Checkpoint, config: LlamaConfig, model_id: str | None)
     """The weights that the checkpoint's training began with; raises ValueError where those in their place are others."""
     random_seed = None if model_id else checkpoint.manifest["random_seed"]
     directory = Path() if random_seed is not None else resolve(model_id or checkpoint.manifest["model"])
-    weights = open_weights(directory, config, random_seed)
+    weights = open_weights(directory, config, random_seed, checkpoint.manifest["config"].get("depth_scaled_init", False))
     check_weights(config, weights)
     if weights.fingerprint(base_shapes(config)) != checkpoint.manifest["identity"]["base"]:
         raise ValueError(f"{directory} is not the model that {checkpoint.path} was trained on: its weights are others")

@@ -176,6 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
         for flag, reason in REFUSED.items():
             if getattr(config, flag):
                 raise ValueError(f"--{flag} is not taken here: {reason}")
+        if config.pipeline_parallel_size > 1:
+            raise ValueError("--pipeline_parallel_size: plans are made of one stage; tools.bench_compile reports several")
         if chosen.nodes < 1:
             raise ValueError(f"--nodes {chosen.nodes}: at least 1 was expected")
         if chosen.price is not None and not 0 < chosen.price < 1e6:

@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from data.packing import Pieces, Rows
 from data.tokens import Tokens
 from model.llama import LlamaConfig
-from parallel.runtime import Runtime, launch, live_tensors
+from parallel.live import live_tensors
+from parallel.runtime import Runtime, launch
 from trainer.config import Config
 from trainer.job import Job, lora_config
 
