@@ -36,9 +36,9 @@ MEMBER = re.compile(r"neuronxcc-[\w.+-]+/MODULE_[\w.+-]+/(?!\.)[\w.+-]+")
 # Flags that are data of a graph, or the host's business. All others, also those to come, are taken to change it.
 NOT_IN_THE_GRAPH = (
     "random_weights", "depth_scaled_init", "adapter_name_or_path", "dataset", "dataset_weights", "format", "train_on_prompt",
-    "max_samples", "streaming", "skip_bad", "data_cache_dir", "long_examples", "validation_split_percentage", "do_train", "num_train_epochs",
-    "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "on_recompile", "seed", "output_dir",
-    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_minutes", "resume")
+    "max_samples", "streaming", "skip_bad", "data_cache_dir", "long_examples", "validation_split_percentage", "do_train",
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "on_recompile", "seed",
+    "output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_minutes", "resume")
 # Of the cache's wrapper, not of the compiler.
 WRAPPER_FLAGS = re.compile(r"--(cache_dir|log_level)[= ]\S+|--(no_cache|retry_failed_compilation)\b")
 

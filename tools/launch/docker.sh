@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 options=(--rm --init --net=host --ipc=host --ulimit nofile=65536:65536 --volume "$PWD:/markstep"
-         --volume "${HF_HOME:-$HOME/.cache/huggingface}:/root/.cache/huggingface")
+         --volume "${HF_HOME:-$HOME/.cache/huggingface}:/huggingface" --env HF_HOME=/huggingface)
 for device in /dev/neuron[0-9]*; do
     [[ ! -e $device ]] || options+=("--device=$device")
 done
