@@ -9,7 +9,7 @@ import types
 
 from parallel.runtime import ProcessRuntime
 from tests.on_ranks import ROOT, on_ranks
-from tests.test_training import SHORT, several_runs
+from tests.test_training import SHORT, column, read, several_runs, start
 
 LOOP = ROOT / "trainer" / "loop.py"
 FLAGS = ["--max_seq_length", "64", "--max_steps", "4"]
@@ -95,6 +95,15 @@ def test_a_whole_run_has_no_new_graph(tmp_path):
              "--on_recompile", "error", "--output_dir", str(tmp_path)]
     on_ranks(several_runs, 2, commands=[[*flags, "--max_steps", "4"], [*flags, "--max_steps", "6", "--resume", "latest"]])
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_two_hundred_steps_compile_three_graphs(tmp_path):
+    """Two of a step with micro-batches and one of evaluations; a save has none. All are there after the first step."""
+    start(*SHORT, "--gradient_accumulation_steps", 2, "--do_eval", "--eval_steps", 50, "--save_steps", 100, "--max_steps", 200,
+          "--output_dir", tmp_path)
+    assert column(tmp_path, "compilations") == [3] * 200
+    assert [line["step"] for line in read(tmp_path, "eval.jsonl")] == [0, 50, 100, 150, 200]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-100", "checkpoint-200"]
 
 
 def test_a_new_graph_ends_the_run(tmp_path):
