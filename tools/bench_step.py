@@ -118,6 +118,8 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
         "step_seconds": float(np.median(seconds)), "step_seconds_least": float(seconds.min()),
         "step_seconds_most": float(seconds.max()),
         "target_tokens_per_second": float(np.median([line["target_tokens"] for line in lines[free]]) / np.median(seconds)),
+        "tokens_per_second": float(np.median([line["tokens_per_second"] * line["step_seconds"] for line in lines[free]])
+                                   / np.median(seconds)),
         "padded_tokens_per_second": float(tokens * micro_batches),
         "flops_per_second": float(hfu * peak), "gemm_flops_per_second": float(peak), "mfu": float(mfu), "hfu": float(hfu),
         "data_wait_seconds": float(np.median([line["data_wait_seconds"] for line in lines[free]])),
