@@ -1,7 +1,7 @@
 """A training step of markstep beside trl's and beside a plain loop on torch_xla: same model, same data, same tokens a step.
 
     pip install trl==1.16.0 accelerate
-    python -m tools.bench_peers [--rounds 3] [--steps 4] [--max_seq_length 512] [--tokens 4096] [--huge_pages] [--json FILE]
+    python -m tools.bench_peers [--rounds 3] [--steps 5] [--max_seq_length 512] [--tokens 4096] [--huge_pages] [--json FILE]
 
 Each side is a process of its own on this machine's CPU (tools/peers.py; markstep's is tools.bench_step), one after the other in
 rounds that alternate in direction. A side that is not installed is left out. The model is a Llama with random weights: 6 layers,
@@ -100,8 +100,7 @@ def step_instructions(directory: Path, settings: dict) -> int:
 def rates(measured: dict) -> dict[str, float]:
     """Tokens, target tokens and positions a second, of what either program measured."""
     if "seconds" in measured:
-        return {name: float(np.mean(measured[name]) / np.median(measured["seconds"]))
-                for name in ("tokens", "target_tokens", "positions")}
+        return {name: measured[name] / float(np.median(measured["seconds"])) for name in ("tokens", "target_tokens", "positions")}
     names = {"tokens": "tokens", "target_tokens": "target_tokens", "positions": "padded_tokens"}
     return {name: measured[f"{theirs}_per_second"] for name, theirs in names.items()}
 
@@ -138,7 +137,7 @@ def versions() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench_peers", description=__doc__.splitlines()[0], allow_abbrev=False)
-    for name, default, text in (("rounds", 3, "of all sides"), ("steps", 4, "warm ones of a process"),
+    for name, default, text in (("rounds", 3, "of all sides"), ("steps", 5, "warm ones of a process"),
                                 ("max_seq_length", 512, "tokens of a row"), ("tokens", 4096, "of a step, padding included")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default {default}")
     parser.add_argument("--huge_pages", action="store_true", help="markstep's peers get large allocations in huge pages too")
@@ -147,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows, rest = divmod(chosen.tokens, max(chosen.max_seq_length, 1))
     if min(chosen.rounds, chosen.steps, rows) < 1 or chosen.max_seq_length < SHORTEST or rest:
         parser.error(f"--rounds, --steps: at least 1 was expected; --max_seq_length: at least {SHORTEST}; --tokens: a multiple of it")
-    settings = {"row_length": chosen.max_seq_length, "rows": rows, "steps": chosen.steps, "warmup": 2}
+    settings = {"row_length": chosen.max_seq_length, "rows": rows, "steps": chosen.steps, "warmup": 3}
     sides = [side for side in SIDES if not missing(side)]
     for side in set(SIDES) - set(sides):
         print(f"{SIDES[side]}: left out, {', '.join(missing(side))} not installed")

@@ -1,10 +1,11 @@
 """Throughput of the real training step, measured: time, tokens, FLOP/s, and where the time goes.
 
-    python -m tools.bench_step [--steps 20] [--warmup 3] [--json NEW] [--compare OLD] FLAGS
+    python -m tools.bench_step [--steps 20] [--warmup 3] [--json NEW] [--compare OLD] [--profile DIR] FLAGS
 
 FLAGS are those of trainer/main.py, whose loop runs; on a CPU, --world_size ranks in this process. After the warmup `steps`
 steps run as in training. Then as many run with a wait for the device in each, which tells the host's tracing from the device's
-work: added up they exceed a step of the first part where the two overlap there.
+work: added up they exceed a step of the first part where the two overlap there. --profile records two more steps, which are in no
+figure, in DIR/step.trace.json.gz (tools/profile_trace.py), for https://ui.perfetto.dev or chrome://tracing.
 
 FLOPs are those of the products of forward and backward (tools/flops.py), of all micro-batches and ranks. MFU (model FLOPs
 utilisation, https://arxiv.org/abs/2204.02311) leaves out what is only recomputed for --gradient_checkpointing, and what the
@@ -21,15 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-GEMM, ROUNDS = 2048, 6
+GEMM, ROUNDS, RECORDED = 2048, 6, 2
 
 
 class Clock:
-    """Rank 0's times of each optimizer step: the moments before and after every mark_step."""
+    """Rank 0's times of each optimizer step: the moments before and after every mark_step.
 
-    def __init__(self, runtime, micro_graphs: int, waits_from: int):
+    The device is waited for in the steps `waits`; those from waits.stop on are recorded by `trace`, if any."""
+
+    def __init__(self, runtime, micro_graphs: int, waits: range, trace=None):
         self.traced, self.worked, self.ended = [], [], []
-        self._graphs, self._waits_from, self._runtime = micro_graphs, waits_from, runtime
+        self._graphs, self._waits, self._recorder = micro_graphs, waits, trace
         self._mark_step, self._calls = runtime.mark_step, -1        # the first one ends the building of the model
         self._since, self._trace, self._work = 0.0, 0.0, 0.0
         runtime.mark_step = self.mark_step
@@ -38,8 +41,10 @@ class Clock:
         import torch_xla.core.xla_model as xla_model
         begun = time.perf_counter()
         self._trace += begun - self._since
+        if self._recorder:
+            self._recorder.phase("mark_step")
         self._mark_step(*place)
-        if len(self.ended) >= self._waits_from:
+        if len(self.ended) in self._waits:
             xla_model.wait_device_ops()
         self._since = time.perf_counter()
         self._work += self._since - begun
@@ -51,6 +56,13 @@ class Clock:
             self.worked.append(self._work)
             self.ended.append(self._since)
             self._trace = self._work = 0.0
+            if self._recorder and len(self.ended) == self._waits.stop:
+                self._recorder.start()
+            elif self._recorder and len(self.ended) == self._waits.stop + RECORDED:
+                xla_model.wait_device_ops()
+                self._recorder.stop()
+        if self._recorder:
+            self._recorder.phase("host tracing")
 
 
 def gemm_peak(dtype: str) -> float:
@@ -73,8 +85,8 @@ def gemm_peak(dtype: str) -> float:
     return 2 * GEMM**3 / best
 
 
-def measure(config, world_size: int, steps: int, warmup: int) -> dict:
-    """Run the loop, and return what was measured, times in seconds."""
+def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dict:
+    """Run the loop, and return what was measured, times in seconds. `trace`: a StepTrace, which records steps behind them."""
     from model.llama import Llama
     from model.lora import add_lora
     from parallel.mesh import Mesh
@@ -88,7 +100,7 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
     accumulation, seen = config.gradient_accumulation_steps, {}        # `seen`: by rank 0
     graphs = accumulation + 1 if config.graph_per_micro_batch else 1
     with tempfile.TemporaryDirectory() as output:
-        total = warmup + 2 * steps
+        total = warmup + 2 * steps + (RECORDED if trace else 0)
         config = replace(config, output_dir=output, max_steps=total, save_steps=total + 1, do_eval=False, logging_steps=1)
         job = prepare(config, world_size)
 
@@ -96,13 +108,14 @@ def measure(config, world_size: int, steps: int, warmup: int) -> dict:
             if runtime.rank == 0:
                 seen["peak"] = gemm_peak("bfloat16" if config.bf16 else "float32")
                 seen["compiled"] = runtime.compilations()
-                seen["clock"] = Clock(runtime, graphs, warmup + steps)
+                seen["clock"] = Clock(runtime, graphs, range(warmup + steps, warmup + 2 * steps), trace)
             runtime.barrier()
             run(runtime, job)
 
         launch(program, world_size)
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    clock, peak, free, waited = seen["clock"], seen["peak"], slice(warmup, warmup + steps), slice(warmup + steps, None)
+    clock, peak = seen["clock"], seen["peak"]
+    free, waited = slice(warmup, warmup + steps), slice(warmup + steps, warmup + 2 * steps)
     seconds = np.diff(clock.ended)[warmup - 1:warmup + steps - 1]
     stage, model = (Llama(job.model_config, mesh.tp, sequence_parallel=config.divides_sequence, pipeline=each)
                     for each in (Pipeline(mesh.pp, mesh.model), Pipeline()))
@@ -148,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them; default 3")
     parser.add_argument("--json", type=Path, help="where the figures go, for a later --compare")
     parser.add_argument("--compare", type=Path, help="figures of another run, of the same flags and machine")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="record two more steps as a Chrome trace in DIR")
     chosen, flags = parser.parse_known_args(arguments)
     from model.files import read_json
     from parallel.runtime import prepare_environment
@@ -159,11 +173,17 @@ def main(arguments: list[str] | None = None) -> int:
         old = read_json(chosen.compare) if chosen.compare else None
         world_size = config.world_size or 1
         prepare_environment(world_size, config.stochastic_rounding)
-        found = measure(config, world_size, chosen.steps, chosen.warmup)
+        trace = None
+        if chosen.profile:
+            from tools.profile_trace import StepTrace
+            trace = StepTrace(chosen.profile)
+        found = measure(config, world_size, chosen.steps, chosen.warmup, trace)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     report(found, old)
+    if trace:
+        print(f"{trace.file}: open it in https://ui.perfetto.dev or chrome://tracing")
     if chosen.json:
         chosen.json.write_text(json.dumps(found | {"flags": flags}, indent=1), encoding="utf-8")
     return 0

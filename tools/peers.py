@@ -3,8 +3,8 @@
     python -m tools.peers plain|trl|trl_padded DIRECTORY
 
 DIRECTORY is what tools.bench_peers.make left: config.json, a tokenizer, data.jsonl, settings.json. The tokens are markstep's own,
-made by data.tokens. Prints one line of JSON: for each step after the warmup its seconds, tokens that are no padding, those of them
-that train, and positions, padding included.
+made by data.tokens. Prints one line of JSON: the seconds of each step after the warmup, and of a step as it is on the average of the
+data set tokens that are no padding, those of them that train, and positions, padding included.
 """
 import json
 import os
@@ -60,11 +60,10 @@ def plain(directory: Path) -> dict:
     rows, device = settings["rows"], torch_xla.device()
     model = get_peft_model(*adapted(directory)).train().to(device)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-4)
-    ended, found, started = [], [], None
+    ended, started = [], None
     for step in range(settings["warmup"] + settings["steps"]):
         chosen = np.arange(step * rows, (step + 1) * rows) % len(ids)
-        batch = [torch.from_numpy(each[chosen]) for each in (ids, labels)]
-        inputs, targets = (each.to(device) for each in batch)
+        inputs, targets = (torch.from_numpy(each[chosen]).to(device) for each in (ids, labels))
         loss = model(input_ids=inputs, labels=targets, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -76,10 +75,9 @@ def plain(directory: Path) -> dict:
             started.item()
         started = loss.detach()
         ended.append(time.perf_counter())
-        found.append((ids[chosen].size, int((batch[1] != IGNORED).sum()), ids[chosen].size))
         if step == settings["warmup"] - 1:
             compiled = metric_data("CompileTime")[0]
-    return figures(ended, found, settings["warmup"]) | {
+    return figures(ended[settings["warmup"] - 1:], rows, ids, labels) | {
         "instructions": instructions, "loss": started.item(), "recompilations": metric_data("CompileTime")[0] - compiled}
 
 
@@ -99,7 +97,7 @@ def trl(directory: Path, padded: bool) -> dict:
     """trl's SFTTrainer and peft on the CPU: packed by `bfd`, a row a micro-batch, or an example a row, padded to the longest allowed.
 
     trl packs without contamination by position ids alone, which transformers makes a mask of where a batch is one row: the
-    micro-batches of a step are flattened into one, and as one row each they cost least attention."""
+    micro-batches are flattened into one row, and attention costs least where they have one. A step is enough for warming up."""
     os.environ.update(USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1")      # else accelerate takes the XLA device
     import datasets
     from transformers import AutoTokenizer, TrainerCallback
@@ -109,7 +107,7 @@ def trl(directory: Path, padded: bool) -> dict:
     labels = np.where(tokens.trained, tokens.input_ids, IGNORED)
     dataset = datasets.Dataset.from_dict({"input_ids": [tokens.input_ids[begin:end].tolist() for begin, end in pieces],
                                           "labels": [labels[begin:end].tolist() for begin, end in pieces]})
-    rows, length, counted, ended = settings["rows"], settings["row_length"], [], []
+    rows, length, ended = settings["rows"], settings["row_length"], []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -119,42 +117,37 @@ def trl(directory: Path, padded: bool) -> dict:
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": rows, "packing": True, "packing_strategy": "bfd"}
     model, lora = adapted(directory)
     trainer = SFTTrainer(
-        model, SFTConfig(str(directory / "trl"), max_length=length, max_steps=settings["warmup"] + settings["steps"],
+        model, SFTConfig(str(directory / "trl"), max_length=length, max_steps=1 + settings["steps"],
                          learning_rate=2e-4, use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
                          logging_steps=1000, report_to=[], disable_tqdm=True, **layout),
         train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(directory), peft_config=lora, callbacks=[Clock()])
-    collate = trainer.data_collator
-
-    def counting(examples):
-        batch = collate(examples)
-        size, mask = batch["input_ids"].numel(), batch.get("attention_mask")
-        counted.append((size if mask is None else int(mask.sum()), int((batch["labels"] != IGNORED).sum()), size))
-        return batch
-
     several = [] if padded else [row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1]
-    isolated = is_isolated(trainer.model, collate(several[:1])) if several else None
-    trainer.data_collator = counting
+    isolated = is_isolated(trainer.model, trainer.data_collator(several[:1])) if several else None
     trainer.train()
-    micro = trainer.args.gradient_accumulation_steps
-    found = [tuple(np.sum(counted[step * micro:(step + 1) * micro], 0).tolist()) for step in range(len(ended))]
-    return figures(ended, found, settings["warmup"]) | {"isolated": isolated}
+    packed = trainer.train_dataset
+    return figures(ended, rows, packed["input_ids"], packed["labels"], rows * length if padded else None) | {"isolated": isolated}
 
 
 def is_isolated(model, batch: dict) -> bool:
-    """Whether the last example of a packed row stays as it is when the tokens before it change."""
+    """Whether the last example of a packed row stays as it is when the tokens before it change.
+
+    As trl calls the model, without a cache: with one, transformers makes no mask of the position ids."""
     import torch
     begin = int((batch["position_ids"][0] == 0).nonzero()[-1])
     changed = batch["input_ids"].clone()
     changed[:, :begin] = changed[:, :begin].roll(1, 1)
     with torch.no_grad():
-        before, after = (model(**batch | {"input_ids": ids, "use_cache": False}).logits[:, begin:] for ids in (batch["input_ids"], changed))
+        before, after = (model(**batch | {"input_ids": ids, "use_cache": False}).logits[:, begin:]
+                         for ids in (batch["input_ids"], changed))
     return bool(torch.equal(before, after))
 
 
-def figures(ended: list[float], found: list[tuple[int, int, int]], warmup: int) -> dict:
-    """Of the steps after the warmup, from the moments at which all steps ended and (tokens, those that train, positions)."""
-    tokens, targets, positions = (list(column) for column in zip(*found[warmup:], strict=True))
-    return {"seconds": np.diff(ended)[warmup - 1:].tolist(), "tokens": tokens, "target_tokens": targets, "positions": positions}
+def figures(ended: list[float], rows: int, ids, labels, positions: int | None = None) -> dict:
+    """ended: the moments at which the last step of the warmup and those behind it ended; ids and labels: all rows of the data set,
+    of which a step has so many. Without `positions`, they have no padding."""
+    tokens = rows * float(np.mean([len(row) for row in ids]))
+    targets = rows * float(np.mean([np.count_nonzero(np.asarray(row) != IGNORED) for row in labels]))
+    return {"seconds": np.diff(ended).tolist(), "tokens": tokens, "target_tokens": targets, "positions": positions or tokens}
 
 
 SIDES = {"plain": plain, "trl": lambda directory: trl(directory, False), "trl_padded": lambda directory: trl(directory, True)}
