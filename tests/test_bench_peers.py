@@ -14,7 +14,8 @@ SETTINGS = {"row_length": 64, "rows": 2, "steps": 2, "warmup": 2}
 
 
 def markstep(tokens, positions, mfu):
-    return {"tokens_per_second": tokens, "target_tokens_per_second": tokens / 2, "padded_tokens_per_second": positions, "mfu": mfu}
+    return {"tokens_per_second": tokens, "target_tokens_per_second": tokens / 2, "padded_tokens_per_second": positions,
+            "mfu": mfu}
 
 
 def peer(tokens, positions, *seconds):
@@ -55,7 +56,7 @@ def test_two_sides_on_the_same_tokens(tmp_path):
 
 
 def test_bad_input_is_refused(tmp_path, capsys):
-    for flags in (["--tokens", "1000"], ["--rounds", "0"], ["--max_seq_length", "0"]):
+    for flags in (["--tokens", "1000"], ["--rounds", "0"], ["--max_seq_length", "0"], ["--json", str(tmp_path / "none" / "file")]):
         with pytest.raises(SystemExit):
             main(flags)
         assert "was expected" in capsys.readouterr().err

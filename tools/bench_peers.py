@@ -92,8 +92,8 @@ def step_instructions(directory: Path, settings: dict) -> int:
     """HLO instructions of markstep's step, by tools.bench_compile."""
     figures, model = directory / "graph.json", directory / "config.json"
     flags = map(str, flags_of(directory, settings)[3:])         # its --model takes the place of --model_id
-    subprocess.run([sys.executable, "-m", "tools.bench_compile", "--model", model, "--json", figures, *flags], cwd=ROOT, check=True,
-                   capture_output=True)
+    subprocess.run([sys.executable, "-m", "tools.bench_compile", "--model", model, "--json", figures, *flags], cwd=ROOT,
+                   check=True, capture_output=True)
     return json.loads(figures.read_text(encoding="utf-8"))["graphs"]["step"]["instructions"]
 
 
@@ -112,7 +112,7 @@ def spread(values) -> str:
 
 def table(rounds: list[dict[str, dict]]) -> list[str]:
     """A line a side of what each round measured: rates are medians over the rounds, ratios are taken within a round."""
-    said = ["| | tokens/s | target tokens/s | markstep is faster by | of the GEMM peak |", "|---|---|---|---|---|"]
+    said = ["| | tokens/s | target tokens/s | markstep to it | of the GEMM peak |", "|---|---|---|---|---|"]
     ours = [rates(each["markstep"]) for each in rounds]
     share = [each["markstep"]["mfu"] / rate["positions"] for each, rate in zip(rounds, ours, strict=True)]
     for side in rounds[0]:
@@ -145,13 +145,17 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     rows, rest = divmod(chosen.tokens, max(chosen.max_seq_length, 1))
     if min(chosen.rounds, chosen.steps, rows) < 1 or chosen.max_seq_length < SHORTEST or rest:
-        parser.error(f"--rounds, --steps: at least 1 was expected; --max_seq_length: at least {SHORTEST}; --tokens: a multiple of it")
+        parser.error(f"--rounds, --steps: at least 1 was expected; --max_seq_length: at least {SHORTEST}; --tokens: a multiple "
+                     "of it")
+    if chosen.json and not chosen.json.absolute().parent.is_dir():
+        parser.error(f"--json {chosen.json}: a file in a directory that exists was expected")
     settings = {"row_length": chosen.max_seq_length, "rows": rows, "steps": chosen.steps, "warmup": 3}
     sides = [side for side in SIDES if not missing(side)]
-    for side in set(SIDES) - set(sides):
-        print(f"{SIDES[side]}: left out, {', '.join(missing(side))} not installed")
-    print(f"{versions()}\n{rows} rows of {chosen.max_seq_length} a step, {chosen.steps} warm steps a process, {chosen.rounds} rounds, "
-          f"peers {'with' if chosen.huge_pages else 'without'} huge pages", flush=True)
+    for side in SIDES:
+        if side not in sides:
+            print(f"{SIDES[side]}: left out, {', '.join(missing(side))} not installed")
+    print(f"{versions()}\n{rows} rows of {chosen.max_seq_length} a step, {chosen.steps} warm steps a process, {chosen.rounds} "
+          f"rounds, peers {'with' if chosen.huge_pages else 'without'} huge pages", flush=True)
     found = []
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)

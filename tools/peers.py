@@ -3,8 +3,8 @@
     python -m tools.peers plain|trl|trl_padded DIRECTORY
 
 DIRECTORY is what tools.bench_peers.make left: config.json, a tokenizer, data.jsonl, settings.json. The tokens are markstep's own,
-made by data.tokens. Prints one line of JSON: the seconds of each step after the warmup, and of a step as it is on the average of the
-data set tokens that are no padding, those of them that train, and positions, padding included.
+made by data.tokens. Prints one line of JSON: the seconds of each step after the warmup, and of a step, on the average of the data
+set, tokens that are no padding, those of them that train, and positions, padding included.
 """
 import json
 import os
@@ -94,7 +94,7 @@ def pending_instructions() -> int:
 
 
 def trl(directory: Path, padded: bool) -> dict:
-    """trl's SFTTrainer and peft on the CPU: packed by `bfd`, a row a micro-batch, or an example a row, padded to the longest allowed.
+    """trl's SFTTrainer and peft on the CPU: packed by `bfd`, a row a micro-batch; or an example a row, all padded.
 
     trl packs without contamination by position ids alone, which transformers makes a mask of where a batch is one row: the
     micro-batches are flattened into one row, and attention costs least where they have one. A step is enough for warming up."""
@@ -143,8 +143,8 @@ def is_isolated(model, batch: dict) -> bool:
 
 
 def figures(ended: list[float], rows: int, ids, labels, positions: int | None = None) -> dict:
-    """ended: the moments at which the last step of the warmup and those behind it ended; ids and labels: all rows of the data set,
-    of which a step has so many. Without `positions`, they have no padding."""
+    """ended: the moments at which the last step of the warmup and those behind it ended. ids and labels: of all rows of the data
+    set; a step has `rows` of them. Without `positions`, they have no padding."""
     tokens = rows * float(np.mean([len(row) for row in ids]))
     targets = rows * float(np.mean([np.count_nonzero(np.asarray(row) != IGNORED) for row in labels]))
     return {"seconds": np.diff(ended).tolist(), "tokens": tokens, "target_tokens": targets, "positions": positions or tokens}
