@@ -56,7 +56,8 @@ def test_two_sides_on_the_same_tokens(tmp_path):
 
 
 def test_bad_input_is_refused(tmp_path, capsys):
-    for flags in (["--tokens", "1000"], ["--rounds", "0"], ["--max_seq_length", "0"], ["--json", str(tmp_path / "none" / "file")]):
+    for flags in (["--tokens", "1000"], ["--rounds", "0"], ["--max_seq_length", "0"],
+                  ["--json", str(tmp_path / "none" / "file")]):
         with pytest.raises(SystemExit):
             main(flags)
         assert "was expected" in capsys.readouterr().err
