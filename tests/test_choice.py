@@ -60,6 +60,7 @@ def test_a_version_that_will_do_is_used(neuron, monkeypatch, tmp_path):
 
 
 def test_replicas_are_neighbours_within_the_tensor_parallel_group():
-    strided = Mesh(2, 8, Group([[0, 2, 4, 6], [1, 3, 5, 7]], 1), Group([[0, 1], [2, 3], [4, 5], [6, 7]], 0))
+    tp = Group([[0, 2, 4, 6], [1, 3, 5, 7]], 1)
+    strided = Mesh(2, 8, tp, Group([[0, 1], [2, 3], [4, 5], [6, 7]], 0), Group([[rank] for rank in range(8)], 0), tp)
     assert strided.replicas(2) == Group([[0, 2], [4, 6], [1, 3], [5, 7]], 1)
     assert Mesh.create(5, 8, 4).replicas(2) == Group([[0, 1], [2, 3], [4, 5], [6, 7]], 1)
