@@ -92,12 +92,12 @@ def join(runtime) -> ModuleType:
     from parallel import nxd
     torch.distributed.init_process_group("xla", store=STORES[0], rank=runtime.rank, world_size=runtime.world_size)
 
-    def create_mesh(rank, world_size, tensor_parallel_size):
+    def create_mesh(rank, world_size, tensor_parallel_size, pipeline_parallel_size=1):
         runtime.barrier()
         with LOCK:
             if parallel_state.model_parallel_is_initialized():
                 parallel_state.destroy_model_parallel()
-            mesh = nxd.create_mesh(rank, world_size, tensor_parallel_size)
+            mesh = nxd.create_mesh(rank, world_size, tensor_parallel_size, pipeline_parallel_size)
         runtime.barrier()
         return mesh
 

@@ -181,7 +181,8 @@ def unused(runtime):
         found.append((losses.cpu().tolist(), logits.cpu().tolist(), "ignore_index" in inspect.signature(function).parameters))
     torch.distributed.get_world_size = lambda *_: 32
     groups = parallel_state.initialize_model_parallel(4, mesh_only=True)
-    mesh = Mesh(0, 32, Group(groups.tp_groups, 0), Group(groups.dp_groups, 0))
+    tp = Group(groups.tp_groups, 0)
+    mesh = Mesh(0, 32, tp, Group(groups.dp_groups, 0), Group([[rank] for rank in range(32)], 0), tp)
     return *found, (groups.tp_groups, mesh.replicas(2).replica_groups, parallel_state.arrange_kv_groups(8, 4, 2))
 
 
@@ -206,7 +207,7 @@ def whole_runs(runtime, commands):
     from trainer.config import parse
     from trainer.job import prepare
     nxd = join(runtime)
-    trainer.loop.parallel_layers = lambda _: MINE.layers
+    trainer.loop.parallel_layers = lambda *_: MINE.layers
     for flags in commands:
         MINE.layers = nxd if Path(flags[-1]).name == "nxd" else native
         job = prepare(parse(flags), runtime.world_size)
