@@ -68,9 +68,8 @@ def slurm(script="slurm.sbatch", **environment):
                              "NODES": "3"} | environment
 
 
-def recipe(name="llama3_8b_lora.flags"):
-    lines = (LAUNCH / name).read_text().splitlines()
-    return [word for line in lines if not line.startswith("#") for word in line.split()]
+def recipe(path=ROOT / "trainer" / "presets" / "dolly-llama3-8b.txt"):
+    return [word for line in path.read_text().splitlines() for word in line.partition("#")[0].split()]
 
 
 def test_trn1_precompiles_and_trains(launch):
@@ -232,7 +231,7 @@ def test_shellcheck():
 
 
 def test_recipes_are_flags_of_the_trainer():
-    job, ladder = parse(recipe()), parse(recipe("ladder.flags"))
+    job, ladder = parse(recipe()), parse(recipe(LAUNCH / "ladder.flags"))
     assert job.tensor_parallel_size == 8 and job.bf16 and job.recompute == "full" and job.num_train_epochs == 3
     assert ladder.max_steps == 10 and ladder.model_id is None and not ladder.bf16
 

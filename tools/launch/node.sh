@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . tools/launch/neuron_env.sh
 
 phase=$1 cores=${NPROC_PER_NODE:-32} nodes=${SLURM_STEP_NUM_NODES:-1}
-mapfile -t recipe < <(sed 's/#.*//' "${RECIPE:-tools/launch/llama3_8b_lora.flags}" | xargs -rn 1)
+mapfile -t recipe < <(sed 's/#.*//' "${RECIPE:-trainer/presets/dolly-llama3-8b.txt}" | xargs -rn 1)
 flags=("${recipe[@]}" "${@:2}")
 python -m tools.preflight --phase "$phase" --nproc_per_node "$cores" --nnodes "$nodes" "${flags[@]}"
 
