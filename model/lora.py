@@ -69,13 +69,18 @@ class LoraLinear(nn.Module):
             hashes = ((feature * 0x35EBCA6B) ^ (zlib.crc32(name.encode()) & MASK)) & MASK
             self.register_buffer("feature_seeds", hashes, persistent=False)
 
+    @property
+    def drops(self) -> bool:
+        """Whether features of the update's input are zeroed now."""
+        return self.training and self.dropout > 0
+
     @staticmethod
     def before(x: torch.Tensor, layers: list["LoraLinear"]) -> list[torch.Tensor]:
         """A dropout(x) of each of the layers, [positions of x, batch, r]: of column-parallel ones, what crosses beside x.
 
         One product where no layer drops: r is too small for a fast one.
         """
-        if len(layers) == 1 or layers[0].training and layers[0].dropout:
+        if len(layers) == 1 or layers[0].drops:
             return [F.linear(layer._drop(x), layer.lora_A.weight) for layer in layers]
         factors = [layer.lora_A.weight for layer in layers]
         return list(F.linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
@@ -99,7 +104,7 @@ class LoraLinear(nn.Module):
         return low @ (self.lora_B.weight.t() * self.scaling)
 
     def _drop(self, x):
-        if not self.dropout or not self.training:
+        if not self.drops:
             return x
         seeds = self.seeds.values
         if self.sequence_parallel_enabled and not self.by_row:      # x has this rank's positions only
