@@ -38,13 +38,14 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
 
 
 def rotary_cos_sin(position_ids: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the angles, fp32 [sequence, batch, 1, head_dim], both halves alike (Hugging Face's layout).
+    """cos of the angles, and sin with the sign that it has for each half, fp32 [sequence, batch, 1, head_dim].
 
-    position_ids [sequence, batch]; frequencies [head_dim / 2].
+    position_ids [sequence, batch]; frequencies [head_dim / 2]. A pair is a dimension and the one half a head behind it (Hugging
+    Face's layout).
     """
-    angles = position_ids.unsqueeze(-1).float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
-    return angles.cos(), angles.sin()
+    angles = position_ids[..., None, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 class _Rotary(torch.autograd.Function):
@@ -60,8 +61,8 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x, cos, sin):
-    wide, half = x.float(), x.shape[-1] // 2
-    return (wide * cos + torch.cat([-wide[..., half:], wide[..., :half]], -1) * sin).to(x.dtype)
+    wide = x.float()
+    return (wide * cos + wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin).to(x.dtype)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -90,16 +91,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: l
     """Scaled dot-product attention with grouped queries; softmax in fp32.
 
     query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of segment_masks. Returns
-    [sequence, batch, heads * head_dim]. Block by block of queries, with the keys up to its end: blocks above the diagonal are not
-    computed, and no tensor holds the scores of all queries. With `recompute` the backward computes a block's scores again: one
-    block's are held at a time. The query heads that share a KV head form one product: nothing is repeated.
+    [sequence * batch, heads * head_dim]. Block by block of queries, with the keys up to its end: blocks above the diagonal are
+    not computed, and no tensor holds the scores of all queries. With `recompute` the backward computes scores again, and holds
+    one block's at a time. The query heads that share a KV head form one product: nothing is repeated.
     """
     sequence, batch, heads, head_dim = query.shape
     # [batch * kv_heads, sequence, head_dim], of queries [batch * kv_heads, shared, sequence, head_dim]
     query = query.unflatten(2, (key.shape[2], -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
     key, value = (each.permute(1, 2, 0, 3).flatten(0, 1) for each in (key, value))
     mixed = _Attention.apply(query, key, value, recompute, *masks).view(batch, -1, *query.shape[1:])
-    return mixed.permute(3, 0, 1, 2, 4).reshape(sequence, batch, heads * head_dim)
+    return mixed.permute(3, 0, 1, 2, 4).reshape(sequence * batch, heads * head_dim)
 
 
 class _Attention(torch.autograd.Function):
@@ -141,16 +142,18 @@ class _Attention(torch.autograd.Function):
             block, outer = block.flatten(1, 2), outer.flatten(1, 2).float()
             inner = (outer * mixed[:, :, part].flatten(1, 2).float()).sum(-1, keepdim=True) / total
             outer = (outer / total).to(value.dtype)
+            # Sums as [head_dim, keys]: the products [keys, head_dim], of two transposed operands, take XLA:CPU twice the time.
             if wants[2]:
-                sums[1] = _add_to_first(torch.bmm(exponentials.transpose(1, 2), outer), sums[1])
+                sums[1] = _add_to_first(torch.bmm(outer.transpose(1, 2), exponentials), sums[1])
             if wants[0] or wants[1]:
                 scores = (torch.bmm(outer, value[:, keys].transpose(1, 2)).float() - inner) * (exponentials.float() * scale)
                 scores = scores.to(value.dtype)
             if wants[0]:
                 of_query.append(torch.bmm(scores, key[:, keys]).view(*query.shape[:2], -1, query.shape[-1]))
             if wants[1]:
-                sums[0] = _add_to_first(torch.bmm(scores.transpose(1, 2), block), sums[0])
-        return torch.cat(of_query, 2) if wants[0] else None, *sums, None, *(None for _ in masks)
+                sums[0] = _add_to_first(torch.bmm(block.transpose(1, 2), scores), sums[0])
+        of_key, of_value = (total if total is None else total.transpose(1, 2) for total in sums)
+        return torch.cat(of_query, 2) if wants[0] else None, of_key, of_value, None, *(None for _ in masks)
 
 
 def _blocks(query, masks):
@@ -163,8 +166,8 @@ def _blocks(query, masks):
 
 
 def _add_to_first(more, sums):
-    """`more` [..., keys, head_dim] with the sums of fewer keys, or None, added to its first."""
-    return more if sums is None else F.pad(sums, (0, 0, 0, more.shape[1] - sums.shape[1])) + more
+    """`more` [..., head_dim, keys] with the sums of fewer keys, or None, added to its first."""
+    return more if sums is None else F.pad(sums, (0, more.shape[2] - sums.shape[2])) + more
 
 
 def _exponentials(query, key, mask):

@@ -24,7 +24,7 @@ def why_not_flash(examples: int, sequence: int, head_dim: int, dtype: torch.dtyp
 def flash_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Causal attention over whole rows, scaled by 1 / sqrt(head_dim).
 
-    query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]. Returns [sequence, batch, heads *
+    query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]. Returns [sequence * batch, heads *
     head_dim]. Each KV head is repeated for the query heads that share it: the kernel is launched once a query head, and its
     backward refuses other shapes. Dropout is off and no scores are kept, so there is nothing to compute again but the kernel.
     """
@@ -33,4 +33,4 @@ def flash_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     key, value = (each.unsqueeze(3).expand(-1, -1, -1, heads // each.shape[2], -1).flatten(2, 3) for each in (key, value))
     # [batch, heads, head_dim, sequence] of each -> [batch, heads, sequence, head_dim]
     mixed = nki_flash_attn_func(*(each.permute(1, 2, 3, 0) for each in (query, key, value)))
-    return mixed.permute(2, 0, 1, 3).reshape(sequence, batch, heads * head_dim)
+    return mixed.permute(2, 0, 1, 3).reshape(sequence * batch, heads * head_dim)

@@ -177,18 +177,18 @@ class Generator:
     def _logits(self, ids, positions, masks, remember, last, place):
         """`remember(cache, new)` keeps keys or values [sequence, batch, heads, head_dim], and returns those to attend to."""
         model = self._model
-        x = model.model.embed_tokens(ids.t())
+        x = model.model.embed_tokens(ids.t()).flatten(0, 1)
         cos, sin = rotary_cos_sin(positions.t(), model.rotary_frequencies)
         for layer, (keys, values) in zip(model.model.layers, self._cache, strict=True):
             attention = layer.self_attn
-            query, key, value = (each.unflatten(-1, (-1, attention.head_dim)) for each in column_parallel(
+            query, key, value = (each.view(*cos.shape[:2], -1, attention.head_dim) for each in column_parallel(
                 layer.input_layernorm(x), [attention.q_proj, attention.k_proj, attention.v_proj]))
             key, value = remember(keys, apply_rotary(key, cos, sin)), remember(values, value)
             x = x + attention.o_proj(attend(apply_rotary(query, cos, sin), key, value, masks))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         if last is not None:            # of a prompt only the last token's logits are asked for
-            x = x.gather(0, last.view(1, -1, 1).expand(1, *x.shape[1:]))
-        logits = all_gather(model.lm_head(model.model.norm(x)), self._group, -1).squeeze(0).float()
+            x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
+        logits = all_gather(model.lm_head(model.model.norm(x)), self._group, -1).float()
         self._runtime.mark_step(place)
         return logits.cpu() if self._runtime.executes else torch.zeros(logits.shape)
 

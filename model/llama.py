@@ -90,7 +90,7 @@ class LlamaConfig:
 
 
 class LlamaRMSNorm(ParallelLayer):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight of x [tokens, size], statistics in fp32."""
 
     def __init__(self, size: int, eps: float, dtype, device, sequence_parallel_enabled: bool = False,
                  tensor_model_parallel_group: Group | None = None):
@@ -99,9 +99,27 @@ class LlamaRMSNorm(ParallelLayer):
         self.add_parameter("weight", (size,), None, dtype, device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
         wide = x.float()
-        wide = wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + self.eps)
-        return (wide * self.weight.float()).to(x.dtype)
+        scale = torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad, normed, of_x, of_weight = grad.float(), x.float() * scale, None, None
+        if ctx.needs_input_grad[0]:
+            along = grad * weight.float()
+            of_x = ((along - normed * ((along * normed).sum(-1, keepdim=True) / x.shape[-1])) * scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (grad * normed).sum(0).to(weight.dtype)
+        return of_x, of_weight, None
 
 
 class LlamaAttention(nn.Module):
@@ -120,7 +138,7 @@ class LlamaAttention(nn.Module):
                                                **layout)
 
     def forward(self, x, cos, sin, masks):
-        query, key, value = (each.unflatten(-1, (-1, self.head_dim))
+        query, key, value = (each.view(*cos.shape[:2], -1, self.head_dim)
                              for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj]))
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         if masks is None:
@@ -239,10 +257,10 @@ class Llama(nn.Module):
                                 seeds if seeds is None else rows_of(seeds, 1, micro_batches, microbatch))
 
         x = sum_over_stages(self.model.embed_tokens(input_ids.t()), pipeline.group)
-        x = self.model.norm(pipeline.run(stage, x, micro_batches, self.stage_index))
+        x = self.model.norm(pipeline.run(stage, x, micro_batches, self.stage_index).flatten(0, 1))
         self.token_seeds.values = seeds
         [logits] = column_parallel(x, [self.lm_head], lambda tensor: pipeline.from_last_stage(tensor, self.stage_index))
-        return logits.transpose(0, 1)
+        return logits.unflatten(0, input_ids.t().shape).transpose(0, 1)
 
     def _layers(self, x, cos, sin, masks, seeds):
         """This stage's layers; `seeds` are those of the rows that x has."""
@@ -253,7 +271,8 @@ class Llama(nn.Module):
         recompute = self.recompute_layers and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
             x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
+        shape, x = x.shape, x.flatten(0, 1)
         for layer in self.model.layers:
             before, given = x, (x, layer, cos, sin, masks)
             x = checkpoint(run, *given, preserve_rng_state=False) if recompute else run(*given)
-        return self.pipeline.pass_by_spare(before, x, self.config.num_hidden_layers, self.stage_index)
+        return self.pipeline.pass_by_spare(before, x, self.config.num_hidden_layers, self.stage_index).view(shape)

@@ -76,7 +76,7 @@ class LoraLinear(nn.Module):
 
     @staticmethod
     def before(x: torch.Tensor, layers: list["LoraLinear"]) -> list[torch.Tensor]:
-        """A dropout(x) of each of the layers, [positions of x, batch, r]: of column-parallel ones, what crosses beside x.
+        """A dropout(x) of each of the layers, [tokens of x, r]: of column-parallel ones, what crosses beside x.
 
         One product where no layer drops: r is too small for a fast one.
         """
@@ -91,17 +91,17 @@ class LoraLinear(nn.Module):
 
     def product(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
         """Of a column-parallel layer, y of x and `low`, both of all positions."""
-        return self.base_layer.product(x) + self._up(low)
+        return self._add_up(self.base_layer.product(x), low)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.by_row:
             y, low = self.base_layer(x, *self.before(x, [self]))
-            return y + self._up(low)
+            return self._add_up(y, low)
         return column_parallel(x, [self])[0]
 
-    def _up(self, low):
+    def _add_up(self, y, low):
         # Scaled where it is small, and transposed before: the product that gives its gradient is [r, out], which is fast.
-        return low @ (self.lora_B.weight.t() * self.scaling)
+        return torch.addmm(y, low, self.lora_B.weight.t() * self.scaling)
 
     def _drop(self, x):
         if not self.drops:
@@ -109,17 +109,17 @@ class LoraLinear(nn.Module):
         seeds = self.seeds.values
         if self.sequence_parallel_enabled and not self.by_row:      # x has this rank's positions only
             size = self.tensor_parallel_group.size()
-            seeds = seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index).squeeze(0)
-        keep = keep_mask(seeds, self.feature_seeds, self.dropout)
+            seeds = seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index)
+        keep = keep_mask(seeds.flatten(), self.feature_seeds, self.dropout)
         return x * keep.to(x.dtype) / (1 - self.dropout)
 
 
 def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:
-    """bool [sequence, batch, features]: False with `probability`; a hash of 31-bit seeds, int32 [sequence, batch] and [features].
+    """bool [..., features]: False with `probability`; a hash of 31-bit seeds, int32 [...] of tokens and [features].
 
     No generator: the mask of a feature and position is the same whichever rank has them, in a recomputation, and after a resume.
     """
-    return _mix(token_seeds.unsqueeze(2) ^ feature_seeds.view(1, 1, -1)) >= int(probability * 2**31)
+    return _mix(token_seeds.unsqueeze(-1) ^ feature_seeds) >= int(probability * 2**31)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

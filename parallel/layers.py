@@ -1,9 +1,10 @@
 """Linear and embedding layers sharded over the tensor parallel group, with or without sequence parallelism.
 
 Names and signatures are neuronx-distributed's (parallel_layers/layers.py), as far as markstep uses them; weights have PyTorch's
-layout, [out, in]. Activations are [sequence, batch, features]. Every layer says in `shards` how its parameters are cut out of the
-whole: loading, saving, merging, the reduction of gradients and their norm read that and know no layer by name. A layer knows its
-rank as data (a tensor of shape [1]), never as a constant.
+layout, [out, in]. Activations are [tokens, features], the first tokens of all rows before the second ones: a part of the sequence
+is one piece of them, and no product has to be reshaped. Every layer says in `shards` how its parameters are cut out of the whole:
+loading, saving, merging, the reduction of gradients and their norm read that and know no layer by name. A layer knows its rank as
+data (a tensor of shape [1]), never as a constant.
 
 Between a row-parallel layer and the next column-parallel one every rank has all positions, or under sequence parallelism
 (https://arxiv.org/abs/2205.05198) its [sequence / size]: the first ends with a reduce-scatter in place of an all-reduce, and the
@@ -130,8 +131,8 @@ class ParallelLayer(nn.Module):
 class ColumnParallelLinear(ParallelLayer):
     """y = x W^T + b with the rows of W [output_size, input_size] divided over the group.
 
-    x [sequence, batch, input_size] is replicated, or under sequence parallelism the rank's [sequence / size, batch, input_size];
-    y is this rank's [sequence, batch, output_size * replicas / size]. With `replicas`, so many neighbours hold the same
+    x [tokens, input_size] is replicated, or under sequence parallelism the rank's [tokens / size, input_size]; y is this rank's
+    [tokens, output_size * replicas / size]. With `replicas`, so many neighbours hold the same
     rows (the heads of keys and values, where there are more ranks than heads).
     """
 
@@ -179,8 +180,8 @@ def column_parallel(x: torch.Tensor, layers: list[nn.Module],
 class RowParallelLinear(ParallelLayer):
     """y = x W^T + b with the columns of W [output_size, input_size] divided over the group.
 
-    x is this rank's [sequence, batch, input_size / size] (input_is_parallel); y is the sum over the group, [sequence, batch,
-    output_size], or under sequence parallelism the rank's [sequence / size, batch, output_size] of it.
+    x is this rank's [tokens, input_size / size] (input_is_parallel); y is the sum over the group, [tokens, output_size], or under
+    sequence parallelism the rank's [tokens / size, output_size] of it.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = True, input_is_parallel: bool = False,
@@ -197,14 +198,14 @@ class RowParallelLinear(ParallelLayer):
             self.bias = None
 
     def forward(self, x: torch.Tensor, *along: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """y; or where tensors `along` [sequence, batch, n] are summed in the same message, y and their sums."""
+        """y; or where tensors `along` [tokens, n] are summed in the same message, y and their sums."""
         y, *sums = leave([F.linear(x, self.weight), *along], self)
         y = y if self.bias is None else y + self.bias
         return [y, *sums] if along else y
 
 
 def leave(tensors: list[torch.Tensor], layer: ParallelLayer) -> list[torch.Tensor]:
-    """The sums over the group of tensors [sequence, batch, n]: of all positions, or under sequence parallelism of the rank's."""
+    """The sums over the group of tensors [tokens, n]: of all tokens, or under sequence parallelism of the rank's."""
     collective = (reduce_scatter_to_sequence_parallel_region if layer.sequence_parallel_enabled
                   else reduce_from_tensor_model_parallel_region)
     return side_by_side(collective, tensors, layer.tensor_parallel_group)

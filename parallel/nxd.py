@@ -2,7 +2,7 @@
 
 Each class is one of ours: it has our parameters, their shards and rank_index, so LoRA, the reduction of gradients, clipping,
 ZeRO-1 and checkpoints know no difference. For a forward pass it lends its parameters to a layer of neuronx-distributed that has
-none of its own, with arguments that avoid what was found wrong in 0.18 (tests/test_nxd.py shows each):
+none of its own, as [tokens, 1, features], with arguments that avoid what was found wrong in 0.18 (tests/test_nxd.py shows each):
 
 - Without sequence parallelism the gradient of a column-parallel layer's bf16 input is reduced in a copy, and the copy dropped,
   unless `reduce_dtype` is the layer's dtype.
@@ -75,9 +75,9 @@ class _Lending:
         """x W^T by neuronx-distributed's autograd function, in which the ranks do not meet."""
         layer = self.lent
         return layer._forward_impl(
-            input=x, weight=layer.weight, bias=None, async_grad_allreduce=False, sequence_parallel_enabled=False,
+            input=x.unsqueeze(1), weight=layer.weight, bias=None, async_grad_allreduce=False, sequence_parallel_enabled=False,
             sequence_dimension=0, autograd_func_class=layer.autograd_func_class, process_group=layer.tensor_parallel_group,
-            reduce_dtype=layer.reduce_dtype)
+            reduce_dtype=layer.reduce_dtype).squeeze(1)
 
 
 class ColumnParallelLinear(_Lending, layers.ColumnParallelLinear):
@@ -101,7 +101,7 @@ class ColumnParallelLinear(_Lending, layers.ColumnParallelLinear):
         return y if self.bias is None else y + self.bias
 
     def forward(self, x):
-        return self.lent(x)
+        return self.lent(x.unsqueeze(1)).squeeze(1)
 
 
 class RowParallelLinear(_Lending, layers.RowParallelLinear):
@@ -117,7 +117,7 @@ class RowParallelLinear(_Lending, layers.RowParallelLinear):
 
     def forward(self, x, *along):
         if not along:
-            return self.lent(x)
+            return self.lent(x.unsqueeze(1)).squeeze(1)
         y, *sums = side_by_side(lambda tensor, _: self.lent._rpl_maybe_reduce_output(tensor), [self.multiply(x), *along],
                                 self.tensor_parallel_group)
         return [y if self.bias is None else y + self.bias, *sums]

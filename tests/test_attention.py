@@ -27,7 +27,7 @@ def blockwise(runtime, block):
         for tensor in three:
             tensor.requires_grad_()
         output = model.attention.attend(*three, model.attention.segment_masks(SEGMENTS.to(runtime.device)), recompute)
-        (output * weight.flatten(2)).sum().backward()
+        (output * weight.flatten(0, 1).flatten(1)).sum().backward()
         runtime.mark_step()
         found[recompute] = [output.detach().cpu(), *(tensor.grad.cpu() for tensor in three)]
     return found
@@ -41,8 +41,8 @@ def test_blocks_change_nothing(block):
     mask = (SEGMENTS.unsqueeze(2) == SEGMENTS.unsqueeze(1)) & torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).tril()
     repeated = [tensor.repeat_interleave(HEADS // KV_HEADS, 2).permute(1, 2, 0, 3) for tensor in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(query.permute(1, 2, 0, 3), *repeated, attn_mask=mask[:, None])
-    expected = expected.permute(2, 0, 1, 3).flatten(2)
-    (expected * weight.flatten(2)).sum().backward()
+    expected = expected.permute(2, 0, 1, 3).flatten(0, 1).flatten(1)
+    (expected * weight.flatten(0, 1).flatten(1)).sum().backward()
     (found,) = on_ranks(blockwise, 1, block=block)
     for tensors in found.values():
         for ours, theirs in zip(tensors, (expected.detach(), query.grad, key.grad, value.grad), strict=True):

@@ -133,7 +133,7 @@ def test_peak_is_near_what_xla_allocates(reports, number, case):
 
 def test_recomputation_is_seen_to_save_memory(reports):
     kept, recomputed = (reports[f"memory {case}"]["graphs"]["step"]["peak_bytes"] for case in ("lora", "recomputed"))
-    assert recomputed < 0.7 * kept
+    assert recomputed < 0.8 * kept
 
 
 BY_HAND = """HloModule m

@@ -47,7 +47,7 @@ def outputs(function, *tensors):
     for tensor in three:
         tensor.requires_grad_()
     output = function(*three)
-    (output * weight.flatten(2)).sum().backward()
+    (output * weight.flatten(0, 1).flatten(1)).sum().backward()
     return [output.detach(), *(tensor.grad for tensor in three)]
 
 
@@ -56,7 +56,7 @@ def dense(query, key, value):
     key, value = (each.repeat_interleave(query.shape[2] // key.shape[2], 2) for each in (key, value))
     three = (each.permute(1, 2, 0, 3).double() for each in (query, key, value))
     output = torch.nn.functional.scaled_dot_product_attention(*three, is_causal=True)
-    return output.permute(2, 0, 1, 3).flatten(2)
+    return output.permute(2, 0, 1, 3).flatten(0, 1).flatten(1)
 
 
 def test_the_call_is_causal_attention_with_shared_heads(kernel):
@@ -72,7 +72,7 @@ def test_what_trains_does_not_see_padding(kernel):
     masks = segment_masks(segments)
     expected = outputs(lambda query, key, value: attend(query, key, value, masks), *three, weight)
     found = outputs(flash_attend, *three, weight)
-    found[0], expected[0] = (each * segments.t()[:, :, None] for each in (found[0], expected[0]))
+    found[0], expected[0] = (each * segments.t().reshape(-1, 1) for each in (found[0], expected[0]))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

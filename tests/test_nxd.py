@@ -125,7 +125,8 @@ def defects(runtime):
     found["shards"] = layers["ours"].shards["weight"].slices
     inputs = {}
     for name, layer in layers.items():
-        inputs[name] = torch.ones(1, 1, 4, dtype=torch.bfloat16).to(runtime.device).requires_grad_()
+        shape = (1, 1, 4) if name == "stock" else (1, 4)
+        inputs[name] = torch.ones(shape, dtype=torch.bfloat16).to(runtime.device).requires_grad_()
         layer(inputs[name]).sum().backward()
     runtime.mark_step()
     found["dx"] = {name: x.grad.flatten().cpu() for name, x in inputs.items()} | {"dense": whole.sum(0), "mine": mine.sum(0)}
@@ -141,7 +142,7 @@ def defects(runtime):
     ids = torch.zeros(2, 2, dtype=torch.int64).to(runtime.device)
     embeddings["ours"] = nxd.ParallelEmbedding(8, 4, device="cpu", tensor_model_parallel_group=mesh.tp).to(runtime.device)
     found["embedding"] = {name: graph([layer(ids)]) for name, layer in embeddings.items()}
-    x = torch.ones(1, 1, 4, dtype=torch.bfloat16).to(runtime.device)
+    x = torch.ones(1, 4, dtype=torch.bfloat16).to(runtime.device)
     three = [filled(nxd.ColumnParallelLinear(4, 8, sequence_parallel_enabled=True, **ours)) for _ in "qkv"]
     found["together"] = [graph(outputs())[1].count(" all-gather(") for outputs in (lambda: [layer(x) for layer in three],
                                                                                    lambda: column_parallel(x, three))]
