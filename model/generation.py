@@ -3,6 +3,9 @@
 Shapes are static. A batch of prompts is padded to a bucket's length, and there is one graph for the prefill of each bucket and
 one for all decoding steps: where a row is in its sequence is data, and what the host chooses from the logits is no part of a
 graph. Every rank gathers the logits of the whole vocabulary and chooses by the same rule and seeds, so all choose the same token.
+
+Through the stages of a pipeline a batch goes whole, and one stage after the other has its turn, which is data. The others compute
+meanwhile too, but remember nothing.
 """
 import math
 from collections.abc import Callable
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 
 from model.attention import apply_rotary, attend, rotary_cos_sin, segment_masks
 from model.llama import Llama
-from parallel.collectives import all_gather
+from parallel.collectives import all_gather, all_reduce, permute
 from parallel.layers import column_parallel
 from parallel.mesh import Group
 from parallel.runtime import Runtime
@@ -92,7 +95,8 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, positions: int) -> in
 
 
 class Generator:
-    """A model with a cache for `batch_size` sequences of up to `capacity` tokens; all ranks of `group` have one each.
+    """A model with a cache for `batch_size` sequences of up to `capacity` tokens; all ranks of `group`, and of all stages, have
+    one each.
 
     Nothing of training is needed or changed: it may be made of a model that is being trained.
     """
@@ -155,8 +159,7 @@ class Generator:
         masks = segment_masks(torch.ones_like(ids))
 
         def remember(cache, new):
-            cache.copy_(F.pad(new, (0, 0, 0, 0, 0, 0, 0, self.capacity - bucket)))
-            return new
+            return new, F.pad(new, (0, 0, 0, 0, 0, 0, 0, self.capacity - bucket))
 
         return self._logits(ids, positions, masks, remember, last, f"prefill of {bucket}")
 
@@ -170,27 +173,41 @@ class Generator:
         here = (slots == place).t()[:, :, None, None]                      # [capacity, batch, 1, 1]
 
         def remember(cache, new):
-            return cache.copy_(torch.where(here, new, cache))
+            return [torch.where(here, new, cache)] * 2
 
         return self._logits(ids, place, [(slots <= place).unsqueeze(1)], remember, None, "decode")
 
     def _logits(self, ids, positions, masks, remember, last, place):
-        """`remember(cache, new)` keeps keys or values [sequence, batch, heads, head_dim], and returns those to attend to."""
-        model = self._model
-        x = model.model.embed_tokens(ids.t()).flatten(0, 1)
-        cos, sin = rotary_cos_sin(positions.t(), model.rotary_frequencies)
-        for layer, (keys, values) in zip(model.model.layers, self._cache, strict=True):
-            attention = layer.self_attn
-            query, key, value = (each.view(*cos.shape[:2], -1, attention.head_dim) for each in column_parallel(
-                layer.input_layernorm(x), [attention.q_proj, attention.k_proj, attention.v_proj]))
-            key, value = remember(keys, apply_rotary(key, cos, sin)), remember(values, value)
-            x = x + attention.o_proj(attend(apply_rotary(query, cos, sin), key, value, masks))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        """`remember(cache, new)`: the keys or values to attend to [sequence, batch, heads, head_dim], and those to be kept."""
+        model, pipeline = self._model, self._model.pipeline
+        rotary = rotary_cos_sin(positions.t(), model.rotary_frequencies)
+        x = all_reduce(model.model.embed_tokens(ids.t()), pipeline.group).flatten(0, 1)
+        for stage in range(pipeline.group.size()):
+            x = permute(x, pipeline.group, 1) if stage else x
+            x = self._layers(x, *rotary, masks, remember, model.stage_index == stage if pipeline.group.size() > 1 else None)
         if last is not None:            # of a prompt only the last token's logits are asked for
             x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
-        logits = all_gather(model.lm_head(model.model.norm(x)), self._group, -1).float()
+        [logits] = column_parallel(model.model.norm(x), [model.lm_head],
+                                   lambda tensor: pipeline.from_last_stage(tensor, model.stage_index))
+        logits = all_gather(logits, pipeline.vocabulary or self._group, -1).float()
         self._runtime.mark_step(place)
         return logits.cpu() if self._runtime.executes else torch.zeros(logits.shape)
+
+    def _layers(self, x, cos, sin, masks, remember, turn):
+        """This stage's layers, which remember where `turn`, boolean [1] as data, is true, or None."""
+        model = self._model
+        for layer, caches in zip(model.model.layers, self._cache, strict=True):
+            before, attention = x, layer.self_attn
+            query, key, value = (each.view(*cos.shape[:2], -1, attention.head_dim) for each in column_parallel(
+                layer.input_layernorm(x), [attention.q_proj, attention.k_proj, attention.v_proj]))
+            seen = []
+            for cache, new in zip(caches, (apply_rotary(key, cos, sin), value), strict=True):
+                attended, kept = remember(cache, new)
+                cache.copy_(kept if turn is None else torch.where(turn, kept, cache))
+                seen.append(attended)
+            x = x + attention.o_proj(attend(apply_rotary(query, cos, sin), *seen, masks))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return model.pipeline.pass_by_spare(before, x, model.config.num_hidden_layers, model.stage_index)
 
 
 @contextmanager

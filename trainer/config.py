@@ -149,9 +149,6 @@ class Config:
             raise ValueError("--depth_scaled_init is of random weights: pass --random_weights too")
         if self.global_batch_size and self.gradient_accumulation_steps > 1:
             raise ValueError("--gradient_accumulation_steps follows from --global_batch_size: choose one of them")
-        if self.eval_samples and self.pipeline_parallel_size > 1:
-            raise ValueError("--eval_samples asks a model that is not divided into stages: leave it out, and ask a checkpoint "
-                             "(tools.generate), or --pipeline_parallel_size 1")
         if self.adapter_name_or_path and not self.lora_r:
             raise ValueError("--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one")
 
