@@ -5,9 +5,12 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from parallel.watch import children
 from tests.on_ranks import ROOT
 from tests.test_training import ENVIRONMENT, SHORT, column, read, start
+from trainer.checkpoint import list_checkpoints
 
 
 def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
@@ -24,23 +27,29 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
 
 
 def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
-    """On a CPU one process hosts all ranks, so it is the one to kill."""
-    flags = ["--tensor_parallel_size", "2", *SHORT, "--max_steps", "10", "--save_steps", "2", "--save_total_limit", "1",
-             "--lora_dropout", "0.1"]
-    broken, whole = tmp_path / "broken", tmp_path / "whole"
-    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                            "--max_restarts=1", "trainer/main.py", *flags, "--resume", "latest", "--output_dir", str(broken)],
+    """On a CPU one process hosts all ranks, two stages x dp 2, so it is the one to kill. Half the ranks go on, too."""
+    flags = [*SHORT, "--pipeline_parallel_size", "2", "--per_device_train_batch_size", "2", "--global_batch_size", "8",
+             "--max_steps", "10", "--save_steps", "2", "--lora_dropout", "0.1"]
+    broken, whole, fewer = tmp_path / "broken", tmp_path / "whole", tmp_path / "fewer"
+    job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4",
+                            "--max_restarts=1", "trainer/main.py", *flags, "--save_total_limit", "1", "--resume", "latest",
+                            "--output_dir", str(broken)],
                            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (broken / "metrics.jsonl").exists() or len(read(broken)) < 4:
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.02)
     [host] = children(job.pid)
     os.kill(host, signal.SIGKILL)
+    time.sleep(0.2)
+    newest, path = list_checkpoints(broken)[-1]
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said
     assert "SIGKILL" in said or "-9" in said, said
-    start("--world_size", 2, *flags, "--output_dir", whole)
-    assert column(broken, "compilations")[-1] == 1
+    assert newest in (2, 4) and said.count("\nresume: ") == 1 and f"\nresume: {path}, after step {newest} of 10\n" in said, said
+    start("--world_size", 4, *flags, "--output_dir", whole)
+    assert column(broken, "compilations")[-1] == 2
     for name in ("step", "loss", "grad_norm"):
         assert column(broken, name) == column(whole, name)
-
+    start("--world_size", 2, *flags, "--resume", whole / "checkpoint-6", "--output_dir", fewer)
+    for name in ("step", "loss", "grad_norm", "target_tokens"):
+        torch.testing.assert_close(column(fewer, name), column(whole, name)[6:], rtol=1e-4, atol=0)

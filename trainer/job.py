@@ -114,6 +114,8 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     if resume and resume.step >= steps:
         raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
                          "raise --max_steps or --num_train_epochs")
+    if resume:
+        summary += f"\nresume: {resume.path}, after step {resume.step} of {steps}"
     if extracts_graphs():
         summary += "\nNEURON_EXTRACT_GRAPHS_ONLY=1: graphs are collected, nothing is computed or written to --output_dir"
     else:
