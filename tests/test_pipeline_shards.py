@@ -96,12 +96,12 @@ def test_inspect_checkpoint_names_the_shard_of_a_stage(trained, capsys):
     checkpoint = trained / "lora" / "checkpoint-4"
     assert inspect([str(checkpoint)]) == 0
     assert "4: 2 tensor x 1 data parallel x 2 pipeline stages" in capsys.readouterr().out
-    file = checkpoint / "rank-00003.safetensors"        # the second stage has the last of three layers
+    file = checkpoint / "rank-00003.safetensors"
     content = file.read_bytes()
-    flip(file)
+    flip(file, 8 + int.from_bytes(content[:8], "little"))       # in its first tensor
     assert inspect([str(checkpoint)]) == 1
-    text = capsys.readouterr().out
-    assert f"{file} is damaged: the bytes of exp_avg_sq/model.layers.2." in text and text.count(" is damaged: ") == 1
+    text, name = capsys.readouterr().out, "parameter/model.layers.2.self_attn.q_proj.lora_B.weight"
+    assert f"{file} is damaged: the bytes of {name} are not" in text and text.count(" is damaged: ") == 1
     for problem, damage in ((f"has {len(content) - 1} bytes of {len(content)}", lambda: file.write_bytes(content[:-1])),
                             ("is missing", file.unlink)):
         damage()
