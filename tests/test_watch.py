@@ -9,7 +9,7 @@ import torch
 
 from parallel.watch import children
 from tests.on_ranks import ROOT
-from tests.test_training import ENVIRONMENT, SHORT, column, read, start
+from tests.test_training import ENVIRONMENT, SHORT, column, start
 from trainer.checkpoint import list_checkpoints
 
 
@@ -32,10 +32,9 @@ def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
              "--max_steps", "10", "--save_steps", "2", "--lora_dropout", "0.1"]
     broken, whole, fewer = tmp_path / "broken", tmp_path / "whole", tmp_path / "fewer"
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4",
-                            "--max_restarts=1", "trainer/main.py", *flags, "--save_total_limit", "1", "--resume", "latest",
-                            "--output_dir", str(broken)],
+                            "--max_restarts=1", "trainer/main.py", *flags, "--resume", "latest", "--output_dir", str(broken)],
                            cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (broken / "metrics.jsonl").exists() or len(read(broken)) < 4:
+    while len(list_checkpoints(broken)) < 2:
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.02)
     [host] = children(job.pid)
@@ -45,7 +44,8 @@ def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said
     assert "SIGKILL" in said or "-9" in said, said
-    assert newest in (2, 4) and said.count("\nresume: ") == 1 and f"\nresume: {path}, after step {newest} of 10\n" in said, said
+    assert 4 <= newest < 10 and said.count("\nresume: ") == 1, said
+    assert f"\nresume: {path}, after step {newest} of 10\n" in said, said
     start("--world_size", 4, *flags, "--output_dir", whole)
     assert column(broken, "compilations")[-1] == 2
     for name in ("step", "loss", "grad_norm"):
