@@ -22,7 +22,7 @@ from parallel import layers as native
 from parallel.collectives import sum_over_stages
 from parallel.layers import ParallelLayer, column_parallel
 from parallel.mesh import ALONE, Group
-from parallel.pipeline import ONE_STAGE, Pipeline, rows_of
+from parallel.pipeline import ONE_STAGE, Pipeline
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -245,25 +245,30 @@ class Llama(nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
         """Logits of this rank's part of the vocabulary, [batch, sequence, its part], from three [batch, sequence].
 
-        A batch that the pipeline's micro-batches do not divide (of an evaluation, say) is cut into fewer.
+        Of one stage; several pass their batches on in ticks (model/ticks.py).
         """
-        pipeline, seeds = self.pipeline, self.token_seeds.values
-        micro_batches = math.gcd(pipeline.num_microbatches, len(input_ids))
+        return self.head(self.stage(self.embed(input_ids), *self.places(position_ids, segment_ids)), len(input_ids))
 
-        def stage(x, microbatch):
-            positions, segments = (rows_of(ids, 0, micro_batches, microbatch) for ids in (position_ids, segment_ids))
-            masks = None if self.flash_attention else segment_masks(segments)
-            return self._layers(x, *rotary_cos_sin(positions.t(), self.rotary_frequencies), masks,
-                                seeds if seeds is None else rows_of(seeds, 1, micro_batches, microbatch))
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[batch, sequence] -> [tokens, features]."""
+        return sum_over_stages(self.model.embed_tokens(input_ids.t()).flatten(0, 1), self.pipeline.group)
 
-        x = sum_over_stages(self.model.embed_tokens(input_ids.t()), pipeline.group)
-        x = self.model.norm(pipeline.run(stage, x, micro_batches, self.stage_index).flatten(0, 1))
-        self.token_seeds.values = seeds
-        [logits] = column_parallel(x, [self.lm_head], lambda tensor: pipeline.from_last_stage(tensor, self.stage_index))
-        return logits.unflatten(0, input_ids.t().shape).transpose(0, 1)
+    def head(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """Logits of this rank's part of the vocabulary, [batch, sequence, its part], from the last stage's x."""
+        [logits] = column_parallel(self.model.norm(x), [self.lm_head],
+                                   lambda tensor: self.pipeline.from_last_stage(tensor, self.stage_index))
+        return logits.unflatten(0, (-1, batch)).transpose(0, 1)
 
-    def _layers(self, x, cos, sin, masks, seeds):
-        """This stage's layers; `seeds` are those of the rows that x has."""
+    def places(self, position_ids: torch.Tensor,
+               segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
+        """What attention has to know of rows [batch, sequence]: cos, sin and masks (model/attention.py)."""
+        return *rotary_cos_sin(position_ids.t(), self.rotary_frequencies), (
+            None if self.flash_attention else segment_masks(segment_ids))
+
+    def stage(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: list[torch.Tensor] | None) -> torch.Tensor:
+        """This stage's layers: x [tokens, features] -> the same shape."""
+        seeds = self.token_seeds.values
+
         def run(x, layer, cos, sin, masks):
             self.token_seeds.values = seeds         # here, because a recomputation has to find them too
             return layer(x, cos, sin, masks)
@@ -271,8 +276,7 @@ class Llama(nn.Module):
         recompute = self.recompute_layers and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
             x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
-        shape, x = x.shape, x.flatten(0, 1)
         for layer in self.model.layers:
             before, given = x, (x, layer, cos, sin, masks)
             x = checkpoint(run, *given, preserve_rng_state=False) if recompute else run(*given)
-        return self.pipeline.pass_by_spare(before, x, self.config.num_hidden_layers, self.stage_index).view(shape)
+        return self.pipeline.pass_by_spare(before, x, self.config.num_hidden_layers, self.stage_index)

@@ -70,7 +70,6 @@ def _same(tensor, group):
 
 
 _gather_sequence, _scatter_sequence = partial(all_gather, dim=0), partial(reduce_scatter, dim=0)
-_to_next, _to_previous = partial(permute, shift=1), partial(permute, shift=-1)
 
 
 def copy_to_tensor_model_parallel_region(tensor: torch.Tensor, group: Group) -> torch.Tensor:
@@ -96,11 +95,6 @@ def reduce_scatter_to_sequence_parallel_region(tensor: torch.Tensor, group: Grou
 def sum_over_stages(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum over the group, of which each rank has its own use: in the backward the gradients are summed, too."""
     return _exchange(tensor, group, all_reduce, all_reduce)
-
-
-def send_to_next_stage(tensor: torch.Tensor, group: Group) -> torch.Tensor:
-    """The previous rank's tensor, the last's at the first; in the backward the gradient goes the other way."""
-    return _exchange(tensor, group, _to_next, _to_previous)
 
 
 def side_by_side(collective: Callable[[torch.Tensor, Group], torch.Tensor], tensors: list[torch.Tensor],

@@ -1,27 +1,32 @@
-"""Pipeline parallelism: the layers divided over stages, as one graph that all ranks trace.
+"""Pipeline parallelism: the layers divided over stages, in ticks that are the same graph on all ranks.
 
 A batch goes through the stages in M micro-batches, in M + P - 1 ticks (GPipe's schedule, https://arxiv.org/abs/1811.06965). In
 tick t stage s works on micro-batch t - s, and between two ticks every stage sends what it has computed to the next one, by one
-collective permute. The stage is data: which micro-batch a rank looks at, and whether it takes the embedded batch or what was
-sent to it, are chosen by a tensor. In the ticks before its first micro-batch and after its last a stage computes all the same, on
-what is at hand: numbers that are finite, and that reach no output, so that their gradients are exactly 0. Of its time a stage
-spends the part (P - 1) / (M + P - 1) so, the bubble; the backward, which autograd makes of the forward, has the same. Until then
-the activations of all ticks are kept, or under full recomputation the inputs of their layers.
+collective permute. When all have gone forward, the ticks come in reverse order, and gradients go the other way. Stage and tick
+are data: which micro-batch a rank looks at, and whether it takes embedded rows or what was sent to it, are chosen by tensors. So
+there is one graph of a forward tick and one of a backward tick, whose size does not depend on M (model/ticks.py). A graph
+of all ticks grows with M, and what lives at once in it is the compiler's choice: of Llama-3 70B, more than a core has.
+
+In the ticks before its first micro-batch and after its last a stage computes all the same, on what is at hand: numbers that are
+finite, and that reach no loss, so that their gradients are exactly 0. Of its time a stage spends the part (P - 1) / (M + P - 1)
+so, the bubble. Between its two ticks live what the backward needs of the forward (under full recomputation the inputs of the
+layers and the stage's output), of all M + P - 1 of them at the turning point; logits and losses live within a backward tick.
 
 The stages have equally many slots for layers, ceil(layers / P). Where the counts differ, the last slot of some stages is spare:
 its layer is computed and x passes it by.
 
 Embedding and head do not sit at the ends. In one graph for all ranks every stage would have to hold and to compute both, for
 nothing on all stages but one. So their vocabulary is divided over the stages too (the group `vocabulary`): nothing is computed
-twice, all ranks need the same memory, and tied weights are one tensor. It costs, of all micro-batches together, an all-reduce of
-[positions of the rank, rows, features] over the stages behind the embedding, one in front of the head, and their duals.
+twice, all ranks need the same memory, and tied weights are one tensor. In a tick all stages embed the micro-batch that stage 0
+begins, and have the logits of the one that the last stage has finished. It costs, of each tick, an all-reduce of [tokens,
+features] over the stages behind the embedding, one in front of the head, and their duals.
 """
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
 
-from parallel.collectives import send_to_next_stage, sum_over_stages
+from parallel.collectives import permute, sum_over_stages
 from parallel.mesh import ALONE, Group
 
 
@@ -58,22 +63,34 @@ class Pipeline:
         more = layers % self.group.size()
         return torch.where(stage_index < more, y, x) if more else y
 
-    def run(self, stage: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, num_microbatches: int,
-            stage_index: torch.Tensor) -> torch.Tensor:
-        """What the last stage makes of x [positions, rows, features], of the same shape; other stages get other finite numbers.
+    def pieces(self, rows: int) -> int:
+        """Into how many micro-batches `rows` rows are cut; fewer than num_microbatches where those do not divide them (of an
+        evaluation, say)."""
+        return math.gcd(self.num_microbatches, rows)
 
-        `stage(x, microbatch)` is what each does with the rows [positions, rows / num_microbatches, features] of the micro-batch
-        whose number is `microbatch`, integer [1], as data. `stage_index` [1] is this rank's place among the stages.
-        """
-        stages = self.group.size()
-        micro_batches = x.split(x.shape[1] // num_microbatches, 1) if num_microbatches > 1 else [x]
-        outputs: list[torch.Tensor] = []
-        for tick in range(num_microbatches + stages - 1):
-            given = micro_batches[min(tick, num_microbatches - 1)]
-            if outputs and stages > 1:
-                given = torch.where(stage_index == 0, given, send_to_next_stage(outputs[-1], self.group))
-            outputs.append(stage(given, (tick - stage_index).clamp(0, num_microbatches - 1)))
-        return torch.cat(outputs[stages - 1:], 1) if num_microbatches > 1 else outputs[-1]
+    def ticks(self, rows: int) -> int:
+        """How many ticks so many rows take; 1 where there is nothing to pass on."""
+        return self.pieces(rows) + self.group.size() - 1
+
+    def rows_of(self, batch: dict[str, torch.Tensor], number: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The rows of the micro-batch whose number, integer [1], is data; the first or last one where there is none of it."""
+        count = self.pieces(len(batch["input_ids"]))
+        if count == 1:
+            return batch
+        number = number.clamp(0, count - 1)
+        return {name: tensor.unflatten(0, (count, -1)).index_select(0, number).squeeze(0) for name, tensor in batch.items()}
+
+    def finished_rows(self, batch: dict[str, torch.Tensor], tick: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The rows of the micro-batch that the last stage finishes in this tick; padding without targets where there is none."""
+        number = tick - (self.group.size() - 1)
+        rows, there = self.rows_of(batch, number), number >= 0
+        return rows | {name: torch.where(there, rows[name], nothing) for name, nothing in (("labels", -100), ("segment_ids", 0))}
+
+    def take(self, embedded: torch.Tensor, sent: torch.Tensor, stage_index: torch.Tensor) -> torch.Tensor:
+        """What this stage works on: embedded rows in the first, what the stage before has `sent` in the others. Of one shape."""
+        if self.group.size() == 1:
+            return embedded
+        return torch.where(stage_index == 0, embedded, permute(sent, self.group, 1))
 
     def from_last_stage(self, tensor: torch.Tensor, stage_index: torch.Tensor) -> torch.Tensor:
         """The last stage's tensor, on all stages."""
@@ -84,10 +101,3 @@ class Pipeline:
 
 
 ONE_STAGE = Pipeline()
-
-
-def rows_of(tensor: torch.Tensor, dim: int, num_microbatches: int, microbatch: torch.Tensor) -> torch.Tensor:
-    """The rows, along `dim`, of the micro-batch whose number is data: `microbatch`, integer [1]."""
-    if num_microbatches == 1:
-        return tensor
-    return tensor.unflatten(dim, (num_microbatches, -1)).index_select(dim, microbatch).squeeze(dim)

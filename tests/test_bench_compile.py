@@ -27,6 +27,8 @@ CASES = {
     "divided optimizer": "--tensor_parallel_size 2 --lora_r 0 --zero_1",
     "three layers": "--tensor_parallel_size 2",
     "stages": "--tensor_parallel_size 2 --pipeline_parallel_size 2 --per_device_train_batch_size 4 --num_microbatches 2",
+    "more ticks": "--tensor_parallel_size 2 --pipeline_parallel_size 2 --per_device_train_batch_size 8 --num_microbatches 4",
+    "stages in one graph": "--pipeline_parallel_size 2 --per_device_train_batch_size 3 --mark_step step",
     "full stages recomputed": "--pipeline_parallel_size 2 --per_device_train_batch_size 3 --lora_r 0 --gradient_checkpointing",
     "accumulation in one graph": SPMD + " --mark_step step",
     "accumulation": SPMD + " --compile",
@@ -80,6 +82,24 @@ def reports(tmp_path_factory):
 def test_products_are_those_of_the_formula(reports):
     """The same to the last FLOP, where 2 % would do."""
     assert {case: reports[case]["step_flops"] for case in CASES} == {case: reports[case]["formula_flops"] for case in CASES}
+
+
+def test_ticks_share_graphs(reports):
+    """Graphs of ticks do not grow with their number; what they keep, by hand, where layers are recomputed."""
+    few, more = (reports[case] for case in ("stages", "more ticks"))
+    assert [graph["runs_per_step"] for each in (few, more) for graph in each["graphs"].values()] == [3, 3, 1, 5, 5, 1]
+    for name in ("forward", "backward"):
+        one, other = (each["graphs"][name] for each in (few, more))
+        for what in ("dot_flops", "collectives", "output_bytes", "peak_bytes"):
+            assert one[what] == other[what], (name, what)
+        changed = {kind for kind, count in one["operations"].items() if other["operations"].get(kind) != count}
+        assert changed <= {"constant", "parameter"}         # 1, the number of the last of two micro-batches, is a constant
+    assert more["kept_bytes"] / 5 == few["kept_bytes"] / 3 == few["graphs"]["forward"]["output_bytes"]
+    # The input of the one layer of a stage and its output; of the embedding, ids and whether they are this rank's.
+    assert reports["full stages recomputed"]["kept_bytes"] == 4 * TOKENS * (2 * 64 * 4 + 8 + 4)
+    state = sum(few["state_bytes"].values())
+    assert few["most_bytes"] == state + few["kept_bytes"] + few["graphs"]["backward"]["peak_bytes"]
+    assert set(reports["stages in one graph"]["graphs"]) == {"step"}
 
 
 def test_products_of_a_full_training_by_hand(reports):

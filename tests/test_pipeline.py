@@ -17,9 +17,9 @@ SEQUENCE, VOCABULARY, ROWS = 12, 64, 20
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASES = {"untied": ([*LINEAR, "lm_head"], {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
          "tied": (LINEAR, {"num_hidden_layers": 4, "tied": True})}
-# World size -> (pp, tp, micro-batches, base, how), so that each of the features meets each number of stages.
+# World size -> (pp, tp, micro-batches, base, how), so that each of the features meets each number of stages; `step`: one graph.
 CASES = {
-    4: [(4, 1, 1, "tied", "selective"), (2, 2, 4, "tied", "sequence_parallel full")],
+    4: [(4, 1, 1, "tied", "selective"), (2, 2, 4, "tied", "sequence_parallel full"), (2, 1, 2, "untied", "full step")],
     8: [(4, 1, 4, "tied", "zero_1"), (2, 2, 5, "untied", "sequence_parallel zero_1")]}
 
 
@@ -41,19 +41,23 @@ def batch_of(dp_rank):
 
 
 def pipelined(runtime, cases, bases):
-    """[loss sum, gradient norm, gradients with their shards, of the parameters that are not spare] of each case; compilations."""
+    """[loss sum, loss of an evaluation, gradient norm, gradients with their shards, of the parameters that are not spare] of each
+    case, by the ticks of trainer/loop.py; compilations."""
     from pathlib import Path
+    from types import SimpleNamespace
 
     from model.adapters import PeftAdapter
     from model.llama import Llama, LlamaConfig
     from model.lora import add_lora
+    from model.ticks import finish, forward_tick, schedule
     from model.weights import SafetensorsFiles, fill
     from parallel.buckets import Buckets
     from parallel.collectives import all_reduce
     from parallel.gradients import global_norm
     from parallel.layers import named_shards
     from parallel.loss import parallel_cross_entropy
-    found = []
+    from trainer.loop import batch_totals, evaluate
+    found, zeros = [], torch.zeros(3).to(runtime.device)
     for pp, tp, micro_batches, base, how in cases:
         mesh = Mesh.create(runtime.rank, runtime.world_size, tp, pp)
         checkpointing = next((each for each in ("full", "selective") if each in how), "none")
@@ -65,18 +69,37 @@ def pipelined(runtime, cases, bases):
         model.requires_grad_(True)      # LoRA and all weights at once: more than a run trains, in one graph
         buckets = Buckets(list(named_shards(model)), mesh, "zero_1" in how, 4 * 1000)
         batch = {name: tensor.to(runtime.device) for name, tensor in batch_of(mesh.dp.rank()).items()}
-        logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-        losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
-        losses.sum().backward()
-        total = all_reduce(losses.detach().sum().reshape(1), mesh.dp)
-        gradients = buckets.reduce(buckets.take_gradients(None))
+        ticks, idle = schedule(model, ROWS, SEQUENCE, runtime.device)
+        totals, passages, sent, divided = zeros, [], idle, "step" not in how
+        sums = [torch.zeros(shape).to(runtime.device) for shape in buckets.shapes] if divided else None
+        for tick in ticks:
+            passages.append(forward_tick(model, batch, tick, sent))
+            sent = passages[-1].output
+            if divided:
+                runtime.mark_step()
+        sent = idle
+        for tick in reversed(ticks):
+            passage = passages.pop()
+            logits, rows = finish(model, batch, tick, passage.output)
+            losses = parallel_cross_entropy(logits, rows["labels"], model.rank_index, mesh.model)
+            losses.sum().backward()
+            sent = passage.backward(sent)
+            sums = buckets.take_gradients(sums)
+            totals = totals + batch_totals(losses, rows)
+            del passage, logits, rows, losses
+            if divided:
+                runtime.mark_step()
+        del sent
+        totals = all_reduce(totals, mesh.dp)
+        gradients = buckets.reduce(sums)
         norm = global_norm(buckets, gradients)
-        del logits, losses
         runtime.mark_step()
         on_host = [gradient.cpu() for gradient in gradients]
         pieces = {name: (*buckets.own_piece(name, on_host), shard) for name, shard in buckets.shards.items()}
         assert all(not piece.any() for piece, _, shard in pieces.values() if shard.spare)
-        found.append((total.item(), norm.item(), {name: each for name, each in pieces.items() if not each[2].spare}))
+        held_out = SimpleNamespace(evaluation_batches=lambda: [batch_of(mesh.dp.rank())] * 2)       # noqa: B023  (called here)
+        found.append((totals.tolist(), evaluate(runtime, model, held_out, mesh, zeros), norm.item(),
+                      {name: each for name, each in pieces.items() if not each[2].spare}))
     return found, runtime.compilations()
 
 
@@ -110,14 +133,18 @@ def make_bases(directory):
 
 
 def check(results, world_size, cases, adapted):
-    """That all ranks have compiled one graph a case, and together hold the dense gradients."""
+    """That all ranks have compiled a graph of each kind of a case, and together hold the dense gradients."""
+    graphs = sum(2 if "step" in how else 4 for *_, how in cases)        # (forward, backward,) update, evaluation
     for number, (pp, tp, micro_batches, base, how) in enumerate(cases):
         dp, at = world_size // pp // tp, f"pp {pp}, tp {tp}, {micro_batches} micro-batches, {base}, {how}: "
         loss, norm, expected = dense(adapted[base], dp)
-        held = set()
+        held, batches = set(), [batch_of(rank) for rank in range(dp)]
+        targets, tokens = (sum(int(each[name].gt(-100 if name == "labels" else 0).sum()) for each in batches)
+                           for name in ("labels", "segment_ids"))
         for found, compilations in results:
-            assert compilations == len(cases)
-            total, found_norm, gradients = found[number]
+            assert compilations == graphs
+            (total, *counted), (mean, twice), found_norm, gradients = found[number]
+            assert counted == [targets, tokens] and twice == 2 * targets and abs(mean - loss / targets) < 1e-5 * mean
             assert abs(total - loss) < 1e-5 * loss and abs(found_norm - norm) < 1e-5 * norm, (at, total, loss, found_norm, norm)
             held |= set(gradients)
             for name, (gradient, first, shard) in gradients.items():
@@ -170,14 +197,18 @@ def test_runs_are_saved_and_go_on_with_other_stages(tmp_path):
     def command(mode, run, output, *more):
         pp, tp, rows, flags = RUNS[run]
         return ["--model_id", str(tmp_path / "base"), "--max_seq_length", "64", "--learning_rate", "1e-3", "--max_steps", "4",
-                "--save_steps", "2", "--pipeline_parallel_size", str(pp), "--tensor_parallel_size", str(tp), *flags.split(),
-                "--per_device_train_batch_size", str(rows), *MODES[mode].split(), "--output_dir", str(tmp_path / output), *more]
+                "--save_steps", "2", "--on_recompile", "error", "--pipeline_parallel_size", str(pp), "--tensor_parallel_size",
+                str(tp), *flags.split(), "--per_device_train_batch_size", str(rows), *MODES[mode].split(), "--output_dir",
+                str(tmp_path / output), *more]
 
     commands = [command(mode, run, f"{mode}-{run}") for mode in MODES for run in ("one", "stages")]
     for mode in MODES:
         run, origin = ("divided", "one") if mode == "lora" else ("one", "stages")
         commands.append(command(mode, run, f"{mode}-on", "--resume", f"{tmp_path}/{mode}-{origin}/checkpoint-2"))
     on_ranks(several_runs, 4, commands=commands)
+    # In one process: step and evaluation; forward, backward, update and evaluation; without evaluation.
+    compiled = [set(column(tmp_path / f"{mode}-{run}", "compilations")) for mode in MODES for run in ("one", "stages")]
+    assert compiled == [{2}, {6}, {7}, {10}]
     for mode in MODES:
         curves = [torch.tensor([column(tmp_path / f"{mode}-{run}", name) for name in ("loss", "grad_norm")])
                   for run in ("one", "stages", "on")]

@@ -36,8 +36,8 @@ def planted(cause):
 
 
 def line_of(path, text):
-    """`path:number` of the one line of the file that has the text."""
-    [number] = [number for number, line in enumerate((ROOT / path).read_text().splitlines(), 1) if text in line]
+    """`path:number` of the first line of the file that has the text."""
+    number, *_ = [number for number, line in enumerate((ROOT / path).read_text().splitlines(), 1) if text in line]
     return f"{path}:{number}"
 
 
@@ -85,7 +85,7 @@ def test_what_changed_is_named_and_its_line(tmp_path):
 
     change = f"an input is s64[1,32] where it was s64[1,64] (made at {lines['shape']}, used at model/"
     assert shape.startswith(new_graph(4, change))
-    use = line_of("model/llama.py", "*rotary_cos_sin(positions")
+    use = line_of("model/llama.py", "*rotary_cos_sin(position_ids")
     assert dtype == new_graph(4, f"an input is s32[1,64] where it was s64[1,64] (made at {lines['dtype']}, used at {use})")
 
 

@@ -115,17 +115,21 @@ def measure(config, model_config, mesh: Mesh, keep_proto: bool, compiles: bool) 
     """(the report, the graphs as HloModuleProtos where they are kept)."""
     from parallel.pipeline import Pipeline
     from tools.flops import micro_batch_flops
+    from tools.roofline import kept_bytes, most_bytes
     from tools.tracing import trace
     model = build(config, model_config, mesh)
     micro = config.gradient_accumulation_steps
-    names = ["micro_batch", "update"] if config.graph_per_micro_batch else ["step"]
+    often = {"step": 1}
+    if config.graph_per_micro_batch:
+        passes = {"forward": config.ticks, "backward": config.ticks} if config.ticks > 1 else {"micro_batch": 1}
+        often = {name: micro * count for name, count in passes.items()} | {"update": 1}
     found = trace(config, model_config, mesh.world_size, keep_proto, compiles)
-    if len(found) != len(names):
-        raise RuntimeError(f"two steps have {len(found)} graphs, and {len(names)} were expected: something in the step of "
+    if len(found) != len(often):
+        raise RuntimeError(f"two steps have {len(found)} graphs, and {len(often)} were expected: something in the step of "
                            "trainer/loop.py that changes is a constant of its graph")
     graphs, counted = {}, 0
-    for name, traced in zip(names, found, strict=True):
-        graph, runs = Graph(traced.text), micro if name == "micro_batch" else 1
+    for (name, runs), traced in zip(often.items(), found, strict=True):
+        graph = Graph(traced.text)
         counted += runs * graph.dot_flops
         graphs[name] = {
             "runs_per_step": runs, "trace_seconds": traced.trace_seconds, "lowering_seconds": traced.lowering_seconds,
@@ -138,9 +142,10 @@ def measure(config, model_config, mesh: Mesh, keep_proto: bool, compiles: bool) 
     held = [sum(number < model_config.num_hidden_layers for number in slots) for slots in stages]
     report = {"tensor_parallel_size": mesh.tp.size(), "pipeline_parallel_size": mesh.pp.size(),
               "data_parallel_size": mesh.dp.size(), "stage_layers": held, "slots": len(stages[0]),
-              "num_microbatches": config.microbatches, "ticks": config.microbatches + mesh.pp.size() - 1, "graphs": graphs,
+              "num_microbatches": config.microbatches, "ticks": config.ticks, "graphs": graphs,
               "step_flops": counted, "formula_flops": micro * micro_batch_flops(model, config),
               "state_bytes": vars(state_of(model, config, mesh))}
+    report |= {"kept_bytes": kept_bytes(report), "most_bytes": most_bytes(report)}
     return report, [traced.proto for traced in found]
 
 
@@ -160,10 +165,14 @@ def describe(report: dict) -> str:
     if len(stages) > 1:
         said.append(f"{len(stages)} stages of {report['slots']} layers ({sum(stages)} in all), {report['num_microbatches']} "
                     f"micro-batches in {report['ticks']} ticks: {(len(stages) - 1) / report['ticks']:.1%} of them idle")
+    if report["kept_bytes"]:
+        said.append(f"forward ticks keep {_size(report['kept_bytes'] // report['ticks'])} each for the backward, "
+                    f"{_size(report['kept_bytes'])} in all")
     each = "of each stage " if len(stages) > 1 else ""
     said += [f"products of a step: {report['step_flops']:.6g} FLOPs a core in the graph, {formula:.6g} by the formula "
              f"({report['step_flops'] / formula - 1:+.3%})",
-             f"a core {each}holds: " + ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in state.items())]
+             f"a core {each}holds: " + ", ".join(f"{name.replace('_', ' ')} {_size(size)}" for name, size in state.items())
+             + f"; at most {_size(report['most_bytes'])} live at once"]
     return "\n".join(said)
 
 

@@ -98,7 +98,6 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     config = config.for_ranks(mesh.dp.size())
     accumulation, seen = config.gradient_accumulation_steps, {}        # `seen`: by rank 0
-    graphs = accumulation + 1 if config.graph_per_micro_batch else 1
     with tempfile.TemporaryDirectory() as output:
         total = warmup + 2 * steps + (RECORDED if trace else 0)
         config = replace(config, output_dir=output, max_steps=total, save_steps=total + 1, do_eval=False, logging_steps=1)
@@ -108,7 +107,7 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
             if runtime.rank == 0:
                 seen["peak"] = gemm_peak("bfloat16" if config.bf16 else "float32")
                 seen["compiled"] = runtime.compilations()
-                seen["clock"] = Clock(runtime, graphs, range(warmup + steps, warmup + 2 * steps), trace)
+                seen["clock"] = Clock(runtime, config.mark_steps, range(warmup + steps, warmup + 2 * steps), trace)
             runtime.barrier()
             run(runtime, job)
 

@@ -15,8 +15,9 @@ no FLOPs within a block.
 
 Recomputation adds, if `selective`, S for each block that has a backward; if `full`, every layer's forward, but for what only the
 layer's output needs: the second factor of down_proj, and of a lone rank down_proj (of several they meet behind it).
-Of a pipeline, the layers are those of a stage, its spare slot included, and they work in M + P - 1 ticks on rows / M each, idle
-or not; from the second tick on something below is trained, if anything is. The head sees all rows.
+Of a pipeline, the layers are those of a stage, its spare slot included; they and the head work in M + P - 1 ticks on rows / M
+each, idle or not, and the gradient of what they are given is always computed; where a step is one graph, of the first tick only
+if the embedding is trained.
 
 Norms, rotary embedding, softmax, the embedding (gather and scatter) and the update have no products.
 """
@@ -30,17 +31,15 @@ from trainer.config import Config
 
 def micro_batch_flops(model: Llama, config: Config) -> int:
     """Of forward and backward; `model` (the rank's, on any device) says which parameters are trained."""
-    count, stages = _Count(config), config.pipeline_parallel_size
+    count = _Count(config)
     count.rows = config.per_device_train_batch_size // config.microbatches
-    flows = embedding = model.model.embed_tokens.weight.requires_grad
-    for tick in range(config.microbatches + stages - 1):
-        flows = flows if tick and stages > 1 else embedding
+    for tick in range(config.ticks):
+        flows = config.ticks > 1 and (tick > 0 or config.graph_per_micro_batch) or model.model.embed_tokens.weight.requires_grad
         for layer in model.model.layers:
             flows = count.layer(layer, flows)
             if config.recompute == "full":
                 count.layer(layer, False, recomputed=True)
-    count.rows = config.per_device_train_batch_size
-    count.columns([model.lm_head], flows)
+        count.columns([model.lm_head], flows)
     return count.total
 
 

@@ -118,8 +118,7 @@ def trace(config: Config, model_config: LlamaConfig, world_size: int, keep_proto
     """The graphs of two steps of rank 0, each once, in the order in which they come up. The world must have been prepared
     (parallel.runtime.prepare_environment, for `devices`), and `config` must ask for random weights."""
     from trainer.loop import run
-    per_step = config.gradient_accumulation_steps + 1 if config.graph_per_micro_batch else 1
-    mark_steps = 1 + 2 * per_step       # the first ends the building, which leaves no graph
+    mark_steps = 1 + 2 * config.mark_steps      # the first ends the building, which leaves no graph
     found: list[Traced] = []
 
     def program(runtime):

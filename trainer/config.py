@@ -92,7 +92,7 @@ class Config:
     adam_epsilon: float = _flag(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _flag(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
     mark_step: Literal["micro_batch", "step"] = _flag(
-        "micro_batch", "Where graphs end: a micro-batch has one of its own and the update another, or a whole step is one graph.")
+        "micro_batch", "Where graphs end: a micro-batch (of stages, a tick) has one, the update another; or a step is one graph.")
     on_recompile: Literal["warn", "error", "ignore"] = _flag(
         "warn", "When a step, micro-batch or evaluation has another graph than before: say what changed, or end the run.")
     seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
@@ -164,9 +164,20 @@ class Config:
         return replace(self, gradient_accumulation_steps=self.global_batch_size // rows, global_batch_size=None)
 
     @property
+    def ticks(self) -> int:
+        """In how many ticks a micro-batch goes through the stages; 1 where there is nothing to pass on."""
+        return self.microbatches + self.pipeline_parallel_size - 1
+
+    @property
     def graph_per_micro_batch(self) -> bool:
-        """Whether the micro-batches of a step share a graph, and the update has another; else a step is one graph."""
-        return self.gradient_accumulation_steps > 1 and self.mark_step == "micro_batch"
+        """Whether the micro-batches of a step, or their ticks, share graphs, and the update has another; else a step is one."""
+        return (self.gradient_accumulation_steps > 1 or self.ticks > 1) and self.mark_step == "micro_batch"
+
+    @property
+    def mark_steps(self) -> int:
+        """How many graphs a training step executes."""
+        each = 2 * self.ticks if self.ticks > 1 else 1
+        return self.gradient_accumulation_steps * each + 1 if self.graph_per_micro_batch else 1
 
     @property
     def divides_sequence(self) -> bool:

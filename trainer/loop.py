@@ -9,6 +9,7 @@ import torch
 from data.loader import BEGINNING, Loader, Prefetcher
 from model.llama import Llama
 from model.lora import add_lora
+from model.ticks import finish, forward_tick, schedule
 from model.weights import fill, open_weights
 from parallel.buckets import Buckets
 from parallel.choice import parallel_layers
@@ -61,6 +62,7 @@ def run(runtime: Runtime, job: Job) -> None:
     saver = Saver(runtime, mesh, job, optimizer)
     stopping = Stopping(runtime, job)
     zeros = torch.zeros(3).to(device)
+    ticks, idle = schedule(model, config.per_device_train_batch_size, config.max_seq_length, device)        # of pipeline stages
     sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if config.graph_per_micro_batch else None
     runtime.mark_step("build")
     if job.resume:
@@ -80,16 +82,37 @@ def run(runtime: Runtime, job: Job) -> None:
 
         # Forward and backward. Gradients of the *sum* of the losses add up, in fp32.
         for batch in batches.step(step, last):
-            if job.lora and job.lora.lora_dropout:
-                dropout_seeds.set(batch["row_seeds"], config.max_seq_length)
-            logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-            losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
-            losses.sum().backward()
-            sums = buckets.take_gradients(sums)
-            totals = totals + batch_totals(losses, batch)
-            del logits, losses              # what lives at a mark_step is an output of its graph, and takes memory
-            if config.graph_per_micro_batch:
-                runtime.mark_step("micro_batch")    # one graph for all of them; else they share the graph of the update
+            if not ticks:
+                if job.lora and job.lora.lora_dropout:
+                    dropout_seeds.set(batch["row_seeds"], config.max_seq_length)
+                logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
+                losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
+                losses.sum().backward()
+                sums = buckets.take_gradients(sums)
+                totals = totals + batch_totals(losses, batch)
+                del logits, losses              # what lives at a mark_step is an output of its graph, and takes memory
+                if config.graph_per_micro_batch:
+                    runtime.mark_step("micro_batch")    # one graph for all of them; else they share the graph of the update
+            else:       # pipeline stages: all ticks forward, then all backward, from the last to the first
+                passages, sent = [], idle
+                for tick in ticks:
+                    passages.append(forward_tick(model, batch, tick, sent))
+                    sent = passages[-1].output
+                    if config.graph_per_micro_batch:
+                        runtime.mark_step("forward")    # one graph for all of them, and one for all below
+                sent = idle
+                for tick in reversed(ticks):
+                    passage = passages.pop()
+                    logits, rows = finish(model, batch, tick, passage.output)
+                    losses = parallel_cross_entropy(logits, rows["labels"], model.rank_index, mesh.model)
+                    losses.sum().backward()
+                    sent = passage.backward(sent)
+                    sums = buckets.take_gradients(sums)
+                    totals = totals + batch_totals(losses, rows)
+                    del passage, logits, rows, losses
+                    if config.graph_per_micro_batch:
+                        runtime.mark_step("backward")
+                del sent
 
         # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the step's tokens.
         totals = all_reduce(totals, mesh.dp)
@@ -132,14 +155,21 @@ def run(runtime: Runtime, job: Job) -> None:
 def evaluate(runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh, zeros: torch.Tensor) -> tuple[float, int]:
     """(loss per target token, target tokens) over all rows of the loader, all data parallel ranks. The host waits at the end."""
     model.eval()
-    totals = zeros
+    totals, start = zeros, None
     for batch in loader.evaluation_batches():
         batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-        logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-        losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
-        totals = totals + all_reduce(batch_totals(losses, batch), mesh.dp)
-        del logits, losses
-        runtime.mark_step("evaluation")
+        start = start or schedule(model, *batch["input_ids"].shape, runtime.device)
+        ticks, sent = start
+        for tick in ticks or [None]:
+            if ticks:
+                sent = forward_tick(model, batch, tick, sent).output
+                logits, rows = finish(model, batch, tick, sent)
+            else:
+                logits, rows = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"]), batch
+            losses = parallel_cross_entropy(logits, rows["labels"], model.rank_index, mesh.model)
+            totals = totals + all_reduce(batch_totals(losses, rows), mesh.dp)
+            del logits, rows, losses
+            runtime.mark_step("evaluation")
     loss_sum, target_tokens, _ = runtime.read(totals)
     return loss_sum / max(target_tokens, 1.0), int(target_tokens)
 
