@@ -45,6 +45,43 @@ def test_a_step_by_hand():
     assert (each.held_bytes, each.most_bytes, each.fits) == (4 * 10**8, 8 * 10**8, "yes")
 
 
+def test_stages_by_hand():
+    """TP2 x PP2 x DP2 on two nodes of four cores, a stage on each: what goes from stage to stage goes over the network."""
+    tick = {"runs_per_step": 4, "dot_flops": 10**12, "input_bytes": 10**8, "output_bytes": 10**7, "peak_bytes": 10**8,
+            "collectives": {"collective-permute over pp": {"count": 1, "bytes": 10**8}}}
+    sums = {"all-reduce over tp x pp": {"count": 2, "bytes": 10**8}, "all-reduce over dp": {"count": 1, "bytes": 10**8}}
+    graphs = {"forward": tick, "backward": tick, "update": REPORT["graphs"]["update"] | {"collectives": sums}}
+    report = REPORT | {"data_parallel_size": 2, "pipeline_parallel_size": 2, "ticks": 4, "graphs": graphs}
+    each = estimate(report, ROUND, 12, 100, True)
+    for end, assumed in enumerate((FAST, SLOW)):
+        sent = 4 * 0.1 / assumed.network + assumed.network_latency      # by all four ranks of a node
+        among = max(0.15 / assumed.link, 2 * 0.15 / assumed.network) + 2 * assumed.network_latency
+        beside = 0.1 / assumed.link + assumed.link_latency
+        assert each.parts["network"][end] == pytest.approx(8 * sent + among + beside)
+        assert each.parts["compute"][end] == pytest.approx(8 / assumed.products)
+    assert each.bubble == 1 / 4 and each.flops == 3 / 4 * 8e12
+    # Four ticks keep 10 MB each.
+    assert each.most_bytes == max(4 * 10**8 + 4 * 10**7 + 10**8, 8 * 10**8)
+
+
+def test_traces_of_stages_are_drawn_on(monkeypatch):
+    """Of 2 and 4 layers a stage and three micro-batches, beside one of all 6 layers a stage and five micro-batches."""
+    model = replace(read_model("tiny"), num_hidden_layers=11)
+    config = Config(lora_r=0, tensor_parallel_size=2, pipeline_parallel_size=2, max_seq_length=128, world_size=4,
+                    per_device_train_batch_size=5, gradient_accumulation_steps=2)
+    drawn, = shallow.reports([config], model)
+    monkeypatch.setattr(shallow, "DEPTHS", (6,))
+    monkeypatch.setattr(shallow, "TRACED_TICKS", 5)
+    whole, = shallow.reports([config], model)
+    assert [graph["runs_per_step"] for graph in drawn["graphs"].values()] == [12, 12, 1]
+    for name, graph in whole["graphs"].items():
+        other = drawn["graphs"][name]
+        for key in ("runs_per_step", "dot_flops", "output_bytes", "collectives"):
+            assert other[key] == graph[key], (name, key)
+        for key in ("input_bytes", "peak_bytes"):       # the batch; and x passes the spare slot by
+            assert other[key] == pytest.approx(graph[key], rel=0.05), (name, key)
+
+
 @pytest.mark.parametrize("memory, fits", [(8 * 10**8, "yes"), (7 * 10**8, "perhaps"), (4 * 10**8, "no")])
 def test_fits(memory, fits):
     assert estimate(REPORT, replace(ROUND, memory_bytes=memory), 1, 1, True).fits == fits
@@ -97,12 +134,13 @@ def test_published_rows_are_in_the_range(name):
 def counted(configs, model):
     """Reports without a trace: of peaks that grow with the micro-batch."""
     for config in configs:
-        mesh = plan.Mesh.create(0, config.world_size, config.tensor_parallel_size)
+        mesh = plan.mesh_of(config)
         rank = build(config, model, mesh)
         graph = {"dot_flops": micro_batch_flops(rank, config), "input_bytes": 10**9, "output_bytes": 10**9, "collectives": {},
-                 "peak_bytes": config.per_device_train_batch_size * 9 * 10**9,
+                 "peak_bytes": config.per_device_train_batch_size // config.microbatches * 9 * 10**9,
                  "runs_per_step": config.gradient_accumulation_steps}
-        yield {"tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(), "graphs": {"micro_batch": graph},
+        yield {"tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(), "ticks": config.ticks,
+               "pipeline_parallel_size": mesh.pp.size(), "graphs": {"micro_batch": graph},
                "state_bytes": vars(plan.state_of(rank, config, mesh))}
 
 
@@ -112,12 +150,16 @@ def test_sweep(monkeypatch, tmp_path, capsys):
                       "--bf16", "--picture", str(tmp_path / "plan.png"), "--json", str(tmp_path / "plan.json")]) == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((tmp_path / "plan.json").read_text())["estimates"]
-    rows = [each["world_size"] // each["tensor_parallel_size"] * each["per_device_train_batch_size"]
-            * each["gradient_accumulation_steps"] for each in found]
+    rows = [each["world_size"] // each["tensor_parallel_size"] // each["pipeline_parallel_size"]
+            * each["per_device_train_batch_size"] * each["gradient_accumulation_steps"] for each in found]
     assert set(rows) == {64}
-    assert {each["tensor_parallel_size"] for each in found} == {1, 2, 4, 8}         # 8 heads
+    # 8 heads, two layers, and 2 to 16 rows for each data parallel rank, of which at most 8 are on their way.
+    assert {(each["tensor_parallel_size"], each["pipeline_parallel_size"], each["num_microbatches"]) for each in found} == {
+        (1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 4), (2, 2, 8), (4, 2, 8), (8, 2, 8)}
+    assert {each["bubble"] for each in found} == {0, 1 / 5, 1 / 9}
     # 18 GB besides what is held are not sure to fit, so no micro-batch of 4 was tried.
-    assert {(each["per_device_train_batch_size"], each["fits"]) for each in found} == {(1, "yes"), (2, "perhaps")}
+    assert {(each["per_device_train_batch_size"] // each["num_microbatches"], each["fits"]) for each in found} == {
+        (1, "yes"), (2, "perhaps")}
     assert [each["fits"] for each in found] == sorted((each["fits"] for each in found), reverse=True)
     times = [sum(each["seconds"]) for each in found if each["fits"] == "yes"]
     assert times == sorted(times)

@@ -8,13 +8,15 @@ The step is that of trainer/loop.py, traced without a machine (tools/shallow.py,
 Figures of the machines and the shares of them that a step is assumed to get stand in tools/machines.py with their sources, the
 formula in tools/roofline.py. `--sweep` holds the rows of a step and takes every tensor parallel size, gradient checkpointing and
 micro-batch of at most 4 rows (a larger one only where the smaller is sure to fit), with ZeRO-1 wherever ranks are data parallel:
-in this model it costs no time and saves memory.
+in this model it costs no time and saves memory. Of pipeline stages it takes 1, 2, 4 and 8, with as many micro-batches on their
+way as the rows of a step allow, at most 4 a stage: of those less than a fifth of the ticks are idle, (P - 1) / (M + P - 1).
 """
 import argparse
 import json
 import os
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from parallel.mesh import Mesh
@@ -24,35 +26,46 @@ from tools.roofline import FORMULA, PARTS, Estimate, estimate
 from tools.shallow import reports
 
 LARGEST_MICRO_BATCH = 4
+STAGES = 1, 2, 4, 8
+MICRO_BATCHES_A_STAGE = 4
 SHOWN = 20
 
 
 def name_of(config) -> str:
     """A topology in a few words."""
-    tp, accumulation = config.tensor_parallel_size, config.gradient_accumulation_steps
-    said = f"TP{tp} x DP{config.world_size // tp}, {config.per_device_train_batch_size} x {accumulation} rows"
+    tp, pp, accumulation = config.tensor_parallel_size, config.pipeline_parallel_size, config.gradient_accumulation_steps
+    rows = f"{config.per_device_train_batch_size // config.microbatches} x "
+    rows += f"{config.microbatches} in {config.ticks} ticks x " if config.ticks > 1 else ""
+    said = f"TP{tp}{f' x PP{pp}' if pp > 1 else ''} x DP{config.world_size // tp // pp}, {rows}{accumulation} rows"
     said += {"none": "", "selective": ", scores recomputed", "full": ", layers recomputed"}[config.recompute]
     return said + (", ZeRO-1" if config.zero_1 else "")
 
 
 def rows_of(config) -> int:
     """Of a step, over all ranks."""
-    data = config.world_size // config.tensor_parallel_size
+    data = config.world_size // config.tensor_parallel_size // config.pipeline_parallel_size
     return data * config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def mesh_of(config) -> Mesh:
+    """Rank 0's."""
+    return Mesh.create(0, config.world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
 
 
 def checked(report: dict, config, model_config) -> dict:
     """The report, where its products are those of the flags; raises ValueError where they are not."""
     from tools.flops import micro_batch_flops
-    mesh = Mesh.create(0, config.world_size, config.tensor_parallel_size)
+    mesh = mesh_of(config)
+    sizes = {"tensor_parallel_size": mesh.tp.size(), "pipeline_parallel_size": mesh.pp.size(),
+             "data_parallel_size": mesh.dp.size(), "ticks": config.ticks}
     try:
-        found = {name: report[name] for name in ("tensor_parallel_size", "data_parallel_size")}
+        found = {name: report[name] for name in sizes}
         found["FLOPs"] = sum(graph["runs_per_step"] * graph["dot_flops"] for graph in report["graphs"].values())
         found["parameter bytes"] = report["state_bytes"]["parameters"]
     except (KeyError, TypeError, AttributeError):
         raise ValueError("the report is none of tools.bench_compile") from None
     model = build(config, model_config, mesh)
-    expected = {"tensor_parallel_size": mesh.tp.size(), "data_parallel_size": mesh.dp.size(),
+    expected = sizes | {
                 "FLOPs": config.gradient_accumulation_steps * micro_batch_flops(model, config),
                 "parameter bytes": state_of(model, config, mesh).parameters}
     for what, value in expected.items():
@@ -70,16 +83,19 @@ def estimated(report: dict, config, model_config, machine) -> Estimate:
 def topologies(config, model_config, cores_of_a_node: int) -> list:
     """All that a sweep takes, with micro-batches of one row: Configs with as many rows a step as `config`."""
     rows, found = rows_of(config), []
-    for tp in range(1, min(config.world_size, cores_of_a_node) + 1):
-        data = config.world_size // tp
-        if cores_of_a_node % tp or rows % data:
+    for tp, pp in product(range(1, min(config.world_size, cores_of_a_node) + 1), STAGES):
+        data = config.world_size // tp // pp
+        if cores_of_a_node % tp or config.world_size % (tp * pp) or rows % data:
             continue
+        most = min(rows // data, MICRO_BATCHES_A_STAGE * pp) if pp > 1 else 1
+        micro_batches = max(count for count in range(1, most + 1) if rows // data % count == 0)
         for recompute in ("none", "selective", "full"):
-            one = replace(config, tensor_parallel_size=tp, gradient_checkpointing=recompute, zero_1=data > 1,
-                          per_device_train_batch_size=1, gradient_accumulation_steps=rows // data)
+            one = replace(config, tensor_parallel_size=tp, pipeline_parallel_size=pp, num_microbatches=micro_batches,
+                          per_device_train_batch_size=micro_batches, gradient_checkpointing=recompute, zero_1=data > 1,
+                          gradient_accumulation_steps=rows // data // micro_batches)
             try:
-                build(one, model_config, Mesh.create(0, one.world_size, tp))
-            except ValueError:          # the model's heads, or its vocabulary, do not divide
+                build(one, model_config, mesh_of(one))
+            except ValueError:          # the model's heads, its vocabulary or its layers do not divide
                 continue
             found.append(one)
     if not found:
@@ -98,7 +114,7 @@ def sweep(config, model_config, machine) -> list[tuple]:
         found += estimates
         open_ = [replace(one, per_device_train_batch_size=2 * one.per_device_train_batch_size,
                          gradient_accumulation_steps=one.gradient_accumulation_steps // 2) for one, each in estimates
-                 if each.fits == "yes" and one.per_device_train_batch_size < LARGEST_MICRO_BATCH
+                 if each.fits == "yes" and one.per_device_train_batch_size // one.microbatches < LARGEST_MICRO_BATCH
                  and one.gradient_accumulation_steps % 2 == 0]
     order = ("yes", "perhaps", "no")
     return sorted(found, key=lambda pair: (order.index(pair[1].fits), sum(pair[1].seconds)))
@@ -118,6 +134,8 @@ def describe(each: Estimate, price: float | None) -> str:
             f"{between(one / each.roofline_seconds for one in each.seconds)} times that, and its products "
             f"{between(100 * one for one in each.peak_share)} % of the peak",
             f"{between(each.tokens_per_second_per_node)} tokens/s a node, {between(each.rows_per_second)} rows/s in all"]
+    if each.bubble:
+        said.append(f"of the ticks of a stage {each.bubble:.1%} are idle (the bubble), and are paid for above")
     if price:
         said.append(f"{between(each.cost(price))} USD for a million tokens, at {price:.2f} USD an hour and node")
     return "\n".join(said)
@@ -137,8 +155,10 @@ def table(found: list[tuple], price: float | None) -> str:
 
 def as_record(config, each: Estimate, price: float | None) -> dict:
     """For --json."""
-    flags = ("world_size", "tensor_parallel_size", "per_device_train_batch_size", "gradient_accumulation_steps", "zero_1")
-    return {**{flag: getattr(config, flag) for flag in flags}, "gradient_checkpointing": config.recompute, **vars(each),
+    flags = ("world_size", "tensor_parallel_size", "pipeline_parallel_size", "per_device_train_batch_size",
+             "gradient_accumulation_steps", "zero_1")
+    return {**{flag: getattr(config, flag) for flag in flags}, "gradient_checkpointing": config.recompute,
+            "num_microbatches": config.microbatches, **vars(each),
             "fits": each.fits, "seconds": each.seconds, "binds": each.binds, "peak_share": each.peak_share,
             "tokens_per_second_per_node": each.tokens_per_second_per_node, "rows_per_second": each.rows_per_second,
             "usd_per_million_tokens": each.cost(price) if price else None}
@@ -176,8 +196,6 @@ def main(arguments: list[str] | None = None) -> int:
         for flag, reason in REFUSED.items():
             if getattr(config, flag):
                 raise ValueError(f"--{flag} is not taken here: {reason}")
-        if config.pipeline_parallel_size > 1:
-            raise ValueError("--pipeline_parallel_size: plans are made of one stage; tools.bench_compile reports several")
         if chosen.nodes < 1:
             raise ValueError(f"--nodes {chosen.nodes}: at least 1 was expected")
         if chosen.price is not None and not 0 < chosen.price < 1e6:
@@ -189,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
                              f"{chosen.nodes * machine.cores} cores; leave the flag out")
         config = replace(config, world_size=chosen.nodes * machine.cores)
         model_config = read_model(chosen.model)
-        build(config, model_config, Mesh.create(0, config.world_size, config.tensor_parallel_size))
+        build(config, model_config, mesh_of(config))
         check_outputs(None, chosen.json)
         if chosen.picture and not Path(chosen.picture).absolute().parent.is_dir():
             raise ValueError(f"--picture {chosen.picture} cannot be written: a file in a directory that exists was expected")

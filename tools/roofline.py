@@ -6,7 +6,10 @@ The formula is FORMULA; F, B and the messages are of one graph and one core:
 - B: each input read once, each output written once, and what else lives at the peak written and read once. A compiler that keeps
   more on the chip moves less; one that reads a weight twice, more.
 - wire: of a message of b bytes among n ranks a core sends b (n - 1) / n, of an all-reduce twice that (a ring's, which no
-  algorithm undercuts). Where a group has ranks on several nodes, all groups that have ranks on a node share its network.
+  algorithm undercuts), and from one pipeline stage to the next b. Where a group has ranks on several nodes, all groups that have
+  ranks on a node share its network.
+- runs: the graphs of pipeline ticks run M + P - 1 times a micro-batch of accumulation, so (P - 1) / (M + P - 1) of their time is
+  the bubble; the stages wait for each other in every tick, and no tick's message is hidden behind another's products.
 
 The fast end of a range takes the better of each assumed share (tools/machines.py), the slow end the worse; no message is hidden
 behind products at either. Left out: the host, which traces the next step meanwhile, and whatever waits for it; loading of data;
@@ -17,11 +20,11 @@ from dataclasses import dataclass
 from tools.machines import FAST, IDEAL, SLOW, Assumed, Machine
 
 FORMULA = """\
-step    = sum over graphs of runs x (busy + network)
+step    = sum over graphs of runs x (busy + network); of M micro-batches through P stages, both ticks run M + P - 1 times
 busy    = max(F / (peak FLOP/s x products), B / (memory bandwidth x memory))
 network = sum over messages of wire / (link bandwidth x link) + link latency; over several nodes of
           max(wire / (link bandwidth x link), groups x wire / (network bandwidth x network)) + network latency"""
-WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
+WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}       # x (n - 1) / n; of a permute, b
 PARTS = ("compute", "memory", "network")
 
 
@@ -31,7 +34,8 @@ class Estimate:
 
     `parts`: seconds in which each of PARTS is what a core waits for; they add up to `seconds`. `held_bytes`: what stays in a
     core's memory between graphs. `most_bytes`: with the most that bench_compile says can live besides. `roofline_seconds`: with
-    shares of 1, no latency, and messages hidden where that can be.
+    shares of 1, no latency, and messages hidden where that can be. `flops`: of the ticks that are not idle; `bubble`: the share
+    of the others.
     """
 
     rows: int
@@ -43,7 +47,8 @@ class Estimate:
     parts: dict[str, tuple[float, float]]
     roofline_seconds: float
     peak_flops: float
-    flops: int
+    flops: float
+    bubble: float = 0.0
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -81,7 +86,8 @@ class Estimate:
 
 def estimate(report: dict, machine: Machine, rows: int, length: int, bf16: bool) -> Estimate:
     """Of a report whose world fills its nodes, and whose step has `rows` rows of `length` tokens over all ranks."""
-    world = report["tensor_parallel_size"] * report["data_parallel_size"]
+    stages, ticks = report.get("pipeline_parallel_size", 1), report.get("ticks", 1)
+    world = report["tensor_parallel_size"] * report["data_parallel_size"] * stages
     if world % machine.cores:
         raise ValueError(f"the report is of {world} ranks, which do not fill nodes of {machine.cores} cores")
     peak = machine.bf16_flops if bf16 else machine.fp32_flops
@@ -89,17 +95,37 @@ def estimate(report: dict, machine: Machine, rows: int, length: int, bf16: bool)
     ideal = 0.0
     for graph in report["graphs"].values():
         ideal += graph["runs_per_step"] * max(_graph(graph, report, machine, peak, IDEAL))
-    held = _held(report)
-    most = max(max(held, graph["input_bytes"]) + graph["peak_bytes"] for graph in report["graphs"].values())
-    flops = sum(graph["runs_per_step"] * graph["dot_flops"] for graph in report["graphs"].values())
+    held, most = held_bytes(report), most_bytes(report)
+    bubble = (stages - 1) / ticks
+    flops = (1 - bubble) * sum(graph["runs_per_step"] * graph["dot_flops"] for graph in report["graphs"].values())
     return Estimate(rows, rows * length, world // machine.cores, held, most, machine.memory_bytes,
-                    {part: (fast[part], slow[part]) for part in PARTS}, ideal, peak, flops)
+                    {part: (fast[part], slow[part]) for part in PARTS}, ideal, peak, flops, bubble)
 
 
-def _held(report: dict) -> int:
-    """Gradients stay between graphs where several micro-batches add to them."""
+def held_bytes(report: dict) -> int:
+    """What a core holds all the time. Gradients stay between graphs where several of them add to them."""
     state = report["state_bytes"]
     return sum(size for name, size in state.items() if name != "gradients" or len(report["graphs"]) > 1)
+
+
+def most_bytes(report: dict) -> int:
+    """The most that lives at once: what is held, what is kept of pipeline ticks, and the graph that needs most besides.
+
+    All that a forward tick returns is kept until its backward tick. At the turning point that is there of all ticks of a batch.
+    """
+    held, graphs, kept = held_bytes(report), report["graphs"], kept_bytes(report)
+    one = kept // report["ticks"] if kept else 0
+    most = []
+    for name, graph in graphs.items():
+        given = graph["input_bytes"] - (one if name == "backward" else 0)
+        others = {"forward": kept - one, "backward": kept}.get(name, 0)     # the last forward tick's own are among its results
+        most.append(max(held, given) + others + graph["peak_bytes"])
+    return max(most)
+
+
+def kept_bytes(report: dict) -> int:
+    """What all forward ticks of a batch keep for the backward ticks."""
+    return report["ticks"] * report["graphs"]["forward"]["output_bytes"] if "forward" in report["graphs"] else 0
 
 
 def _parts(report: dict, machine: Machine, peak: float, assumed: Assumed) -> dict[str, float]:
@@ -122,11 +148,13 @@ def _messages(what: str, each: dict[str, int], report: dict, machine: Machine, a
     """Seconds of the messages of one kind ("all-reduce over dp")."""
     opcode, group = what.split(" over ")
     tp, dp, cores = report["tensor_parallel_size"], report["data_parallel_size"], machine.cores
-    # Ranks of a group, and how many of them are on one node: tensor parallel ranks are neighbours. Replicas of a slice are some
-    # of the tensor parallel ranks; the report does not say how many.
-    size, inside = {"tp": (tp, min(tp, cores)), "replicas": (tp, min(tp, cores)),
-                    "dp": (dp, max(1, cores // tp)), "world": (tp * dp, cores)}[group]
-    wire = WIRE[opcode] * each["bytes"] * (size - 1) / size
+    pp = report.get("pipeline_parallel_size", 1)
+    # Ranks of a group, and how many of them are on one node: tensor parallel ranks are neighbours, then come the data parallel
+    # ones of a stage. Replicas of a slice are some of the tensor parallel ranks; the report does not say how many.
+    beside, stages = min(tp, cores), max(1, cores // (tp * dp))
+    size, inside = {"tp": (tp, beside), "replicas": (tp, beside), "dp": (dp, min(dp, max(1, cores // tp))), "pp": (pp, stages),
+                    "tp x pp": (tp * pp, beside * stages), "world": (tp * dp * pp, cores)}[group]
+    wire = each["bytes"] * (1 if opcode == "collective-permute" else WIRE[opcode] * (size - 1) / size)
     seconds = wire / (machine.link_bandwidth * assumed.link)
     if size <= inside:
         return seconds + each["count"] * assumed.link_latency * (size > 1)

@@ -5,7 +5,8 @@ traced with DEPTHS layers and drawn on. FLOPs, bytes of messages, inputs and out
 a trace of all layers of Llama-2 7B). Messages over dp are those of buckets, which are filled, so a few too many may
 be counted. More data parallel ranks than the traced world has change replica groups alone, and under ZeRO-1 the size of the
 optimizer's state, which is put in its place, and of what partial gradients (of norms, of replicated heads and factors) send over
-tp, which is left too large. Micro-batches beyond two run the graph of the first ones.
+tp, which is left too large. Micro-batches beyond two run the graph of the first ones. Of several pipeline stages each is traced
+with DEPTHS layers, and at most TRACED_TICKS micro-batches go through: the graphs of ticks do not depend on their number.
 """
 import json
 import os
@@ -20,6 +21,7 @@ from tools.bench_compile import build, state_of
 
 DEPTHS = (2, 4)
 TRACED_RANKS = 64       # more cost time and memory, and say nothing else
+TRACED_TICKS = 3
 _PROGRAM = """
 import json, sys
 from contextlib import redirect_stdout
@@ -46,22 +48,23 @@ def reports(configs: list, model_config) -> list[dict]:
         for world, numbers in worlds.items():
             cases, traced = [], [_traced(configs[number]) for number in numbers]
             for number, config in zip(numbers, traced, strict=True):
-                for depth in _depths(model_config):
-                    model = Path(directory) / str(depth)
+                for depth in _depths(model_config, config):
+                    layers = depth * config.pipeline_parallel_size
+                    model = Path(directory) / str(layers)
                     model.mkdir(exist_ok=True)
-                    _write(replace(model_config, num_hidden_layers=depth), model / "config.json")
+                    _write(replace(model_config, num_hidden_layers=layers), model / "config.json")
                     cases.append(["--model", str(model), "--json", f"{directory}/{number}-{depth}.json", *_flags(config)])
             _run(cases, world)
             for number, config in zip(numbers, traced, strict=True):
-                depths = _depths(model_config)
+                depths = _depths(model_config, config)
                 shallow = [json.loads((Path(directory) / f"{number}-{depth}.json").read_text()) for depth in depths]
-                deep = extended(shallow, depths, model_config.num_hidden_layers)
+                deep = extended(shallow, depths, _slots(model_config, config))
                 found[number] = scaled(deep, config, configs[number], model_config)
     return [found[number] for number in range(len(configs))]
 
 
 def extended(shallow: list[dict], depths: tuple[int, ...], layers: int) -> dict:
-    """The report of `layers` layers, on the line through two of fewer; of one report, itself."""
+    """The report of `layers` layers a stage, on the line through two of fewer; of one report, itself."""
     if len(shallow) == 1:
         return shallow[0]
     times = (layers - depths[0]) / (depths[1] - depths[0])
@@ -82,30 +85,39 @@ def extended(shallow: list[dict], depths: tuple[int, ...], layers: int) -> dict:
 
 def scaled(report: dict, traced, config, model_config) -> dict:
     """The report of the traced Config, as that of `config`: of more data parallel ranks and micro-batches."""
-    meshes = [Mesh.create(0, each.world_size, each.tensor_parallel_size) for each in (traced, config)]
+    meshes = [Mesh.create(0, each.world_size, each.tensor_parallel_size, each.pipeline_parallel_size)
+              for each in (traced, config)]
     states = [state_of(build(config, model_config, mesh), config, mesh) for mesh in meshes]
     smaller = sum(state.master_weights + state.moments for state in states[:1]) - states[1].master_weights - states[1].moments
     graphs = {name: dict(graph) for name, graph in report["graphs"].items()}
     for name, graph in graphs.items():
-        if name == "micro_batch":
-            graph["runs_per_step"] = config.gradient_accumulation_steps
+        if name in ("micro_batch", "forward", "backward"):
+            graph["runs_per_step"] = config.gradient_accumulation_steps * (1 if name == "micro_batch" else config.ticks)
         else:
             graph["input_bytes"] -= smaller
             graph["output_bytes"] -= smaller
-    return {"tensor_parallel_size": config.tensor_parallel_size, "data_parallel_size": meshes[1].dp.size(), "graphs": graphs,
-            "state_bytes": vars(states[1])}
+    return {"tensor_parallel_size": config.tensor_parallel_size, "pipeline_parallel_size": config.pipeline_parallel_size,
+            "data_parallel_size": meshes[1].dp.size(), "ticks": config.ticks, "graphs": graphs, "state_bytes": vars(states[1])}
 
 
 def _traced(config):
-    tp = config.tensor_parallel_size
-    data = min(config.world_size // tp, max(2, TRACED_RANKS // tp))
-    return replace(config, world_size=tp * data,
-                   gradient_accumulation_steps=2 if config.graph_per_micro_batch else config.gradient_accumulation_steps)
+    model = config.tensor_parallel_size * config.pipeline_parallel_size
+    traced = replace(config, world_size=model * min(config.world_size // model, max(2, TRACED_RANKS // model)))
+    if config.graph_per_micro_batch and config.ticks > 1:
+        count = min(config.microbatches, TRACED_TICKS)
+        rows = config.per_device_train_batch_size // config.microbatches * count
+        return replace(traced, gradient_accumulation_steps=1, num_microbatches=count, per_device_train_batch_size=rows)
+    return replace(traced, gradient_accumulation_steps=2) if config.graph_per_micro_batch else traced
 
 
-def _depths(model_config) -> tuple[int, ...]:
-    layers = model_config.num_hidden_layers
-    return DEPTHS if layers > DEPTHS[-1] else (layers,)
+def _slots(model_config, config) -> int:
+    """The layers of a stage, the spare ones included."""
+    return -(-model_config.num_hidden_layers // config.pipeline_parallel_size)
+
+
+def _depths(model_config, config) -> tuple[int, ...]:
+    slots = _slots(model_config, config)
+    return DEPTHS if slots > DEPTHS[-1] else (slots,)
 
 
 def _write(model_config, path: Path) -> None:
