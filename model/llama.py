@@ -224,8 +224,10 @@ class Llama(nn.Module):
         self.lm_head = layers.ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False,
                                                    parameter_group=pipeline.vocabulary, **layout)
         for number, layer in self.model.layers.named_children():
-            for module in layer.modules():
+            beside = pipeline.beside(int(number), config.num_hidden_layers)
+            for name, module in layer.named_modules():
                 module.spare = int(number) >= config.num_hidden_layers
+                module.beside = [f"model.layers.{other}.{name}" for other in beside]
         self.model.norm.spare = self.lm_head.reads_spare = not pipeline.is_last
         self.register_buffer("stage_index", torch.tensor([pipeline.group.rank()]), persistent=False)
         frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)

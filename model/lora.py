@@ -133,23 +133,28 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
     """Put LoRA on the target modules and freeze everything else, in place.
 
-    Raises ValueError for a target that names no parallel linear layer, with those that exist. Returns the seeds that dropout
-    reads: `set` them before a forward pass in training.
+    Where a module of one pipeline stage is a target, those in its place on the others have a spare LoRA. Raises ValueError for a
+    target that names no parallel linear layer, with those that exist. Returns the seeds that dropout reads: `set` them before a
+    forward pass in training.
     """
     linear = {name: module for name, module in model.named_modules()
               if isinstance(module, ColumnParallelLinear | RowParallelLinear)}
+    names = {name: [name, *module.beside] for name, module in linear.items()}
     for target in config.target_modules:
-        if not any(_matches(name, target) for name in linear):
+        if not any(_matches(other, target) for others in names.values() for other in others):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ValueError(f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}")
     seeds = model.token_seeds = TokenSeeds()
     model.requires_grad_(False)
     for name, module in linear.items():
-        if any(_matches(name, target) for target in config.target_modules):
+        if any(_matches(other, target) for other in names[name] for target in config.target_modules):
             if name == "lm_head" and model.config.tie_word_embeddings:
                 raise ValueError("--lora_target_modules: lm_head shares its weight with the embedding in this model "
                                  "(tie_word_embeddings), so it cannot have an update of its own")
-            model.set_submodule(name, LoraLinear(module, config, name, seeds))
+            added = LoraLinear(module, config, name, seeds)
+            if not any(_matches(name, target) for target in config.target_modules):
+                added.lora_A.spare = added.lora_B.spare = True      # both are 0, and so is the gradient of each
+            model.set_submodule(name, added)
     return seeds
 
 

@@ -10,7 +10,7 @@ Between a row-parallel layer and the next column-parallel one every rank has all
 (https://arxiv.org/abs/2205.05198) its [sequence / size]: the first ends with a reduce-scatter in place of an all-reduce, and the
 second begins with an all-gather.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,9 +97,11 @@ class ParallelLayer(nn.Module):
 
     `parameter_group`: over which parameters are divided, where that is not the tensor parallel group alone (a vocabulary that is
     divided over pipeline stages, too). `spare`: of its shards; `reads_spare`: its input, until another stage's has arrived.
+    `beside`: what the layers in its place on other stages are called, which have to be of its kind.
     """
 
     spare = reads_spare = False
+    beside: Sequence[str] = ()
 
     def __init__(self, group: Group | None, sequence_parallel_enabled: bool = False, parameter_group: Group | None = None):
         super().__init__()

@@ -22,7 +22,7 @@ begins, and have the logits of the one that the last stage has finished. It cost
 features] over the stages behind the embedding, one in front of the head, and their duals.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,6 +57,12 @@ class Pipeline:
         first = stage * count + min(stage, more)
         held = list(range(first, first + count + (stage < more)))
         return [*held, layers + stage] if more and stage >= more else held
+
+    def beside(self, number: int, layers: int) -> list[int]:
+        """The numbers of the layers that other stages have in the slot of this stage's layer `number`."""
+        slot, ranks = self.slots(layers).index(number), self.group.replica_groups
+        others = [replace(self, group=Group(ranks, stage)) for stage in range(self.group.size()) if stage != self.group.rank()]
+        return [other.slots(layers)[slot] for other in others]
 
     def pass_by_spare(self, x: torch.Tensor, y: torch.Tensor, layers: int, stage_index: torch.Tensor) -> torch.Tensor:
         """y of the last slot's layer, or x where that slot is spare."""
