@@ -58,7 +58,8 @@ def forward_tick(model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tenso
         rows = pipeline.rows_of(batch, tick - model.stage_index)
         return model.places(rows["position_ids"], rows["segment_ids"])
 
-    with _Kept(places) as kept, _Products():
+    kept = _Kept(places)
+    with kept, _Products():
         embedded = model.embed(pipeline.rows_of(batch, tick)["input_ids"])
         given = pipeline.take(embedded.detach(), sent.detach(), model.stage_index).requires_grad_(learns)
         made = model.stage(given, *kept.made)
@@ -105,10 +106,6 @@ class _Kept(saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
         self.made, self._make = make(), make
         self._kept = {_identity(tensor): number for number, tensor in enumerate(self._tensors())}
-
-    def __enter__(self):
-        super().__enter__()
-        return self
 
     def __exit__(self, *error):
         super().__exit__(*error)
