@@ -6,6 +6,7 @@ are r wide, in the message that the base layer sends anyway: no collective is ad
 positions that the rank has, as a norm's weight is.
 """
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,27 +140,26 @@ def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
     """
     linear = {name: module for name, module in model.named_modules()
               if isinstance(module, ColumnParallelLinear | RowParallelLinear)}
-    names = {name: [name, *module.beside] for name, module in linear.items()}
     for target in config.target_modules:
-        if not any(_matches(other, target) for others in names.values() for other in others):
+        if not any(_matches(each, [target]) for name, module in linear.items() for each in (name, *module.beside)):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ValueError(f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}")
     seeds = model.token_seeds = TokenSeeds()
     model.requires_grad_(False)
     for name, module in linear.items():
-        if any(_matches(other, target) for other in names[name] for target in config.target_modules):
+        if any(_matches(each, config.target_modules) for each in (name, *module.beside)):
             if name == "lm_head" and model.config.tie_word_embeddings:
                 raise ValueError("--lora_target_modules: lm_head shares its weight with the embedding in this model "
                                  "(tie_word_embeddings), so it cannot have an update of its own")
             added = LoraLinear(module, config, name, seeds)
-            if not any(_matches(name, target) for target in config.target_modules):
+            if not _matches(name, config.target_modules):
                 added.lora_A.spare = added.lora_B.spare = True      # both are 0, and so is the gradient of each
             model.set_submodule(name, added)
     return seeds
 
 
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
+def _matches(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
 
 
 def hf_name(name: str) -> str:
