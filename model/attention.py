@@ -142,7 +142,7 @@ class _Attention(torch.autograd.Function):
             block, outer = block.flatten(1, 2), outer.flatten(1, 2).float()
             inner = (outer * mixed[:, :, part].flatten(1, 2).float()).sum(-1, keepdim=True) / total
             outer = (outer / total).to(value.dtype)
-            # Sums as [head_dim, keys]: the products [keys, head_dim], of two transposed operands, take XLA:CPU twice the time.
+            # Sums as [head_dim, keys]: of the same products as [keys, head_dim], XLA:CPU takes twice the time.
             if wants[2]:
                 sums[1] = _add_to_first(torch.bmm(outer.transpose(1, 2), exponentials), sums[1])
             if wants[0] or wants[1]:

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model.attention import apply_rotary, attend, rotary_cos_sin, segment_masks
+from model.attention import attend, rotary_cos_sin, segment_masks
 from model.llama import Llama
-from parallel.collectives import all_gather, all_reduce, permute
-from parallel.layers import column_parallel
+from parallel.collectives import all_gather, permute
 from parallel.mesh import Group
 from parallel.runtime import Runtime
 
@@ -103,7 +102,7 @@ class Generator:
 
     def __init__(self, runtime: Runtime, model: Llama, group: Group, batch_size: int, capacity: int):
         self.batch_size, self.capacity = batch_size, capacity
-        self._runtime, self._model, self._group = runtime, model, group
+        self._runtime, self._model = runtime, model
         config = model.config
         shape = (capacity, batch_size, max(1, config.num_key_value_heads // group.size()), config.head_dim)
         self._cache = [[torch.zeros(shape, dtype=model.dtype).to(runtime.device) for _ in "kv"] for _ in model.model.layers]
@@ -181,15 +180,13 @@ class Generator:
         """`remember(cache, new)`: the keys or values to attend to [sequence, batch, heads, head_dim], and those to be kept."""
         model, pipeline = self._model, self._model.pipeline
         rotary = rotary_cos_sin(positions.t(), model.rotary_frequencies)
-        x = all_reduce(model.model.embed_tokens(ids.t()), pipeline.group).flatten(0, 1)
+        x = model.embed(ids)
         for stage in range(pipeline.group.size()):
             x = permute(x, pipeline.group, 1) if stage else x
             x = self._layers(x, *rotary, masks, remember, model.stage_index == stage if pipeline.group.size() > 1 else None)
         if last is not None:            # of a prompt only the last token's logits are asked for
             x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
-        [logits] = column_parallel(model.model.norm(x), [model.lm_head],
-                                   lambda tensor: pipeline.from_last_stage(tensor, model.stage_index))
-        logits = all_gather(logits, pipeline.vocabulary or self._group, -1).float()
+        logits = all_gather(model.head(x, len(ids)).squeeze(1), model.model.embed_tokens.parameter_group, -1).float()
         self._runtime.mark_step(place)
         return logits.cpu() if self._runtime.executes else torch.zeros(logits.shape)
 
@@ -198,14 +195,13 @@ class Generator:
         model = self._model
         for layer, caches in zip(model.model.layers, self._cache, strict=True):
             before, attention = x, layer.self_attn
-            query, key, value = (each.view(*cos.shape[:2], -1, attention.head_dim) for each in column_parallel(
-                layer.input_layernorm(x), [attention.q_proj, attention.k_proj, attention.v_proj]))
+            query, *both = attention.heads(layer.input_layernorm(x), cos, sin)
             seen = []
-            for cache, new in zip(caches, (apply_rotary(key, cos, sin), value), strict=True):
+            for cache, new in zip(caches, both, strict=True):
                 attended, kept = remember(cache, new)
                 cache.copy_(kept if turn is None else torch.where(turn, kept, cache))
                 seen.append(attended)
-            x = x + attention.o_proj(attend(apply_rotary(query, cos, sin), *seen, masks))
+            x = x + attention.o_proj(attend(query, *seen, masks))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return model.pipeline.pass_by_spare(before, x, model.config.num_hidden_layers, model.stage_index)
 

@@ -137,10 +137,14 @@ class LlamaAttention(nn.Module):
         self.o_proj = layers.RowParallelLinear(queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True,
                                                **layout)
 
-    def forward(self, x, cos, sin, masks):
+    def heads(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, both rotated, and values of x [tokens, features], [sequence, batch, heads, head_dim] of each."""
         query, key, value = (each.view(*cos.shape[:2], -1, self.head_dim)
                              for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj]))
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
+
+    def forward(self, x, cos, sin, masks):
+        query, key, value = self.heads(x, cos, sin)
         if masks is None:
             return self.o_proj(flash_attend(query, key, value))
         return self.o_proj(attend(query, key, value, masks, self.recompute and torch.is_grad_enabled()))

@@ -145,8 +145,8 @@ class _Products(TorchFunctionMode):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b, for whose backward x and W are kept as they are. torch_xla's own keeps a transposed copy of W, and of x one more
-    for each layer that reads it."""
+    """x W^T + b of x [tokens, features], for whose backward x and W are kept as they are. torch_xla's own keeps a transposed copy
+    of W, and of x one more for each layer that reads it."""
 
     @staticmethod
     def forward(ctx, x, weight, bias=None):
@@ -157,6 +157,5 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        return (None if weight is None else grad @ weight, None if x is None else flat.t() @ x.flatten(0, -2),
-                flat.sum(0) if len(ctx.needs_input_grad) > 2 and ctx.needs_input_grad[2] else None)
+        return (None if weight is None else grad @ weight, None if x is None else grad.t() @ x,
+                grad.sum(0) if any(ctx.needs_input_grad[2:]) else None)

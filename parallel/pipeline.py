@@ -22,7 +22,7 @@ begins, and have the logits of the one that the last stage has finished. It cost
 features] over the stages behind the embedding, one in front of the head, and their duals.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -44,25 +44,30 @@ class Pipeline:
         """Whether the rank is of the last stage."""
         return self.group.rank() == self.group.size() - 1
 
-    def slots(self, layers: int) -> list[int]:
-        """The numbers of the layers in this stage's slots; in a spare slot, one that no layer of the model has.
+    def dealt(self, layers: int) -> list[list[int]]:
+        """The numbers of the layers in each stage's slots; in a spare slot, one that no layer of the model has.
 
         The first stages have one layer more where the counts differ. Raises ValueError where there are fewer layers than stages.
         """
-        stages, stage = self.group.size(), self.group.rank()
+        stages, held, first = self.group.size(), [], 0
         if layers < stages:
             raise ValueError(f"the model's num_hidden_layers {layers} is less than --pipeline_parallel_size {stages}: a stage "
                              "would have no layer")
         count, more = divmod(layers, stages)
-        first = stage * count + min(stage, more)
-        held = list(range(first, first + count + (stage < more)))
-        return [*held, layers + stage] if more and stage >= more else held
+        for stage in range(stages):
+            last = first + count + (stage < more)
+            held.append([*range(first, last), *([layers + stage] if more and stage >= more else [])])
+            first = last
+        return held
+
+    def slots(self, layers: int) -> list[int]:
+        """Those of this stage."""
+        return self.dealt(layers)[self.group.rank()]
 
     def beside(self, number: int, layers: int) -> list[int]:
         """The numbers of the layers that other stages have in the slot of this stage's layer `number`."""
-        slot, ranks = self.slots(layers).index(number), self.group.replica_groups
-        others = [replace(self, group=Group(ranks, stage)) for stage in range(self.group.size()) if stage != self.group.rank()]
-        return [other.slots(layers)[slot] for other in others]
+        slot = self.slots(layers).index(number)
+        return [held[slot] for held in self.dealt(layers) if held[slot] != number]
 
     def pass_by_spare(self, x: torch.Tensor, y: torch.Tensor, layers: int, stage_index: torch.Tensor) -> torch.Tensor:
         """y of the last slot's layer, or x where that slot is spare."""

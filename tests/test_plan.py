@@ -15,7 +15,7 @@ ROUND = Machine(cores=4, bf16_flops=1e12, fp32_flops=1e11, memory_bytes=10**9, m
                 network_bandwidth=1e9, price=36.0)
 # TP2 x DP4 on two nodes of four cores: two groups over dp have two ranks each on a node.
 REPORT = {
-    "tensor_parallel_size": 2, "data_parallel_size": 4,
+    "tensor_parallel_size": 2, "data_parallel_size": 4, "pipeline_parallel_size": 1, "ticks": 1,
     "state_bytes": {"parameters": 10**8, "gradients": 10**8, "master_weights": 10**8, "moments": 10**8},
     "graphs": {
         "micro_batch": {"runs_per_step": 3, "dot_flops": 10**12, "input_bytes": 2 * 10**8, "output_bytes": 10**8,

@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parallel.mesh import Group, Mesh
+from parallel.mesh import Mesh
 from parallel.runtime import prepare_environment
 from tools.hlo import Graph
 
@@ -137,8 +137,7 @@ def measure(config, model_config, mesh: Mesh, keep_proto: bool, compiles: bool) 
             "operations": dict(graph.operations.most_common()), "dot_flops": graph.dot_flops,
             "collectives": collectives_of(graph, mesh), "input_bytes": graph.input_bytes, "output_bytes": graph.output_bytes,
             "peak_bytes": graph.peak_bytes()}
-    stages = [Pipeline(Group(mesh.pp.replica_groups, stage)).slots(model_config.num_hidden_layers)
-              for stage in range(mesh.pp.size())]
+    stages = Pipeline(mesh.pp).dealt(model_config.num_hidden_layers)
     held = [sum(number < model_config.num_hidden_layers for number in slots) for slots in stages]
     report = {"tensor_parallel_size": mesh.tp.size(), "pipeline_parallel_size": mesh.pp.size(),
               "data_parallel_size": mesh.dp.size(), "stage_layers": held, "slots": len(stages[0]),

@@ -86,7 +86,7 @@ class Estimate:
 
 def estimate(report: dict, machine: Machine, rows: int, length: int, bf16: bool) -> Estimate:
     """Of a report whose world fills its nodes, and whose step has `rows` rows of `length` tokens over all ranks."""
-    stages, ticks = report.get("pipeline_parallel_size", 1), report.get("ticks", 1)
+    stages, ticks = report["pipeline_parallel_size"], report["ticks"]
     world = report["tensor_parallel_size"] * report["data_parallel_size"] * stages
     if world % machine.cores:
         raise ValueError(f"the report is of {world} ranks, which do not fill nodes of {machine.cores} cores")
@@ -148,7 +148,7 @@ def _messages(what: str, each: dict[str, int], report: dict, machine: Machine, a
     """Seconds of the messages of one kind ("all-reduce over dp")."""
     opcode, group = what.split(" over ")
     tp, dp, cores = report["tensor_parallel_size"], report["data_parallel_size"], machine.cores
-    pp = report.get("pipeline_parallel_size", 1)
+    pp = report["pipeline_parallel_size"]
     # Ranks of a group, and how many of them are on one node: tensor parallel ranks are neighbours, then come the data parallel
     # ones of a stage. Replicas of a slice are some of the tensor parallel ranks; the report does not say how many.
     beside, stages = min(tp, cores), max(1, cores // (tp * dp))
