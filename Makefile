@@ -10,7 +10,7 @@ VENV := $(or $(word 1,$(USABLE)),.venv)
 PY := $(or $(word 2,$(USABLE)),.venv/bin/python)
 READY := $(VENV)/.markstep-ready
 
-.PHONY: train demo test clean
+.PHONY: train demo test golden clean
 train: $(READY)
 	@if [ -e $(OUT) ]; then echo "error: $(OUT) exists: move it away, or choose another: make train OUT=..." >&2; exit 1; fi
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 \
@@ -33,6 +33,10 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
+
+# Writes down what the golden runs compute (tests/test_golden.py): after a change that is meant to change it.
+golden: $(READY)
+	XLA_FLAGS=--xla_backend_optimization_level=0 PJRT_DEVICE=CPU $(PY) -c "from tests.test_golden import write; write()"
 
 # A venv starts with the pip of its Python, and an old one takes minutes to choose versions.
 .venv/bin/python:
