@@ -34,9 +34,9 @@ test: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
 
-# Writes down what the golden runs compute (tests/test_golden.py): after a change that is meant to change it.
+# Writes down what the golden runs compute (tests/trainer/test_golden.py): after a change that is meant to change it.
 golden: $(READY)
-	XLA_FLAGS=--xla_backend_optimization_level=0 PJRT_DEVICE=CPU $(PY) -c "from tests.test_golden import write; write()"
+	XLA_FLAGS=--xla_backend_optimization_level=0 PJRT_DEVICE=CPU $(PY) -c "from tests.trainer.test_golden import write; write()"
 
 # A venv starts with the pip of its Python, and an old one takes minutes to choose versions.
 .venv/bin/python:

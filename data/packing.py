@@ -1,4 +1,5 @@
 """Several examples in a row of fixed length, kept apart by segment ids, positions and labels."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,12 @@ from data.tokens import IGNORED, Tokens
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Best-fit decreasing: rows of indices whose lengths sum to at most `row_length`, deterministic.
 
-    The longest example first, each into the row with the least room that is enough. Rooms are kept in a bit set, so
-    that the search is one shift. Raises ValueError for a length that is no row's.
+    The longest example first, each into the row with the least room that is enough. Rooms are kept in a bit
+    set, so that the search is one shift. Raises ValueError for a length that is no row's.
     """
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0                                   # bit r: some row has room r
+    rooms = 0  # bit r: some row has room r
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = int(lengths[index])
         if not 1 <= length <= row_length:
@@ -38,11 +39,12 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What of the tokens goes into rows: piece i has the tokens start[i] to stop[i] of the source number source[i]."""
+    """What of the tokens goes into rows: piece i has the tokens start[i] to stop[i] of the source number
+    source[i]."""
 
-    source: np.ndarray          # int64 [pieces]
-    start: np.ndarray           # int64 [pieces]
-    stop: np.ndarray            # int64 [pieces]
+    source: np.ndarray  # int64 [pieces]
+    start: np.ndarray  # int64 [pieces]
+    stop: np.ndarray  # int64 [pieces]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -64,7 +66,9 @@ class Rows:
         lengths = self.pieces.lengths
         for row, group in enumerate(self.groups):
             if (total := sum(int(lengths[piece]) for piece in group)) > self.row_length:
-                raise ValueError(f"row {row} is given {total} tokens: at most {self.row_length} were expected")
+                raise ValueError(
+                    f"row {row} is given {total} tokens: at most {self.row_length} were expected"
+                )
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -77,11 +81,16 @@ class Rows:
     def row(self, index: int) -> dict[str, np.ndarray]:
         """input_ids, labels, position_ids, segment_ids: int64 [row_length].
 
-        Segments count from 1, 0 is padding; positions restart in each segment. Labels are shifted: labels[t] is what position t
-        has to predict, -100 where nothing is trained; nothing is predicted across a boundary.
+        Segments count from 1, 0 is padding; positions restart in each segment. Labels are shifted: labels[t]
+        is what position t has to predict, -100 where nothing is trained; nothing is predicted across a
+        boundary.
         """
-        row = {"input_ids": np.full(self.row_length, self.pad_token_id), "labels": np.full(self.row_length, IGNORED),
-               "position_ids": np.zeros(self.row_length, np.int64), "segment_ids": np.zeros(self.row_length, np.int64)}
+        row = {
+            "input_ids": np.full(self.row_length, self.pad_token_id),
+            "labels": np.full(self.row_length, IGNORED),
+            "position_ids": np.zeros(self.row_length, np.int64),
+            "segment_ids": np.zeros(self.row_length, np.int64),
+        }
         begin = 0
         for segment, piece in enumerate(self.groups[index], 1):
             tokens = self.tokens[self.pieces.source[piece]]
@@ -89,7 +98,7 @@ class Rows:
             ids, trained = tokens.input_ids[where], tokens.trained[where]
             end = begin + len(ids)
             row["input_ids"][begin:end] = ids
-            row["labels"][begin:end - 1] = np.where(trained, ids, IGNORED)[1:]
+            row["labels"][begin : end - 1] = np.where(trained, ids, IGNORED)[1:]
             row["position_ids"][begin:end] = np.arange(len(ids))
             row["segment_ids"][begin:end] = segment
             begin = end

@@ -1,4 +1,5 @@
 """Which examples are trained on and which are held out, and what of them fits into a row."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -6,22 +7,25 @@ import numpy as np
 from data.packing import Pieces
 from data.tokens import Tokens
 
-Chosen = list[np.ndarray]       # for each source, int64 numbers of its examples
+Chosen = list[np.ndarray]  # for each source, int64 numbers of its examples
 
 
 def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Chosen]:
-    """(training, held-out) examples, about `percentage` of them held out by `seed`, each side in the given order.
+    """(training, held-out) examples, about `percentage` of them held out by `seed`, each side in the given
+    order.
 
-    Examples that share the prompt (or the text), in whichever source, are on one side: what is evaluated was not trained on.
-    At most that many are held out, but at least the smallest group that shares a prompt; raises ValueError where there is only
-    one such group.
+    Examples that share the prompt (or the text), in whichever source, are on one side: what is evaluated was
+    not trained on. At most that many are held out, but at least the smallest group that shares a prompt;
+    raises ValueError where there is only one such group.
     """
     if not 1 <= percentage <= 99:
         raise ValueError(f"the percentage to hold out is {percentage}: 1 to 99 was expected")
     groups, sizes = np.unique(np.concatenate([source.groups for source in tokens]), return_counts=True)
     if len(groups) < 2:
-        raise ValueError("holding out a part for evaluation needs at least two examples with prompts (or texts) of their own; "
-                         f"there {'is' if len(groups) == 1 else 'are'} {len(groups)}")
+        raise ValueError(
+            "holding out a part for evaluation needs at least two examples with prompts (or texts) of their own; "
+            f"there {'is' if len(groups) == 1 else 'are'} {len(groups)}"
+        )
     left, held_out = int(sizes.sum()) * percentage // 100, []
     for group in np.random.default_rng(seed).permutation(len(groups)):
         if sizes[group] <= left:
@@ -33,14 +37,17 @@ def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Cho
 
 
 def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
-    """Each source's examples `weights` times: whole repetitions, and a choice by `seed` for the rest; in the given order.
+    """Each source's examples `weights` times: whole repetitions, and a choice by `seed` for the rest; in the
+    given order.
 
     Raises ValueError where that leaves none of a source.
     """
     weighed = []
     for number, (examples, weight) in enumerate(zip(chosen, weights, strict=True)):
         if len(examples) and not round(weight * len(examples)):
-            raise ValueError(f"--dataset_weights {weight} of the {len(examples)} examples of data set {number + 1} is none")
+            raise ValueError(
+                f"--dataset_weights {weight} of the {len(examples)} examples of data set {number + 1} is none"
+            )
         whole, rest = divmod(round(weight * len(examples)), max(1, len(examples)))
         order = np.random.default_rng([seed, number]).permutation(len(examples))[:rest]
         weighed.append(np.concatenate([*[examples] * whole, examples[np.sort(order)]]))
@@ -51,7 +58,8 @@ def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
 class Cut:
     """What cutting to the row's length did.
 
-    `examples` were longer, `tokens` were cut off, and of those in `without_target` (source, number) no target is left.
+    `examples` were longer, `tokens` were cut off, and of those in `without_target` (source, number) no target
+    is left.
     """
 
     examples: int
@@ -59,11 +67,14 @@ class Cut:
     without_target: list[tuple[int, int]]
 
 
-def cut(tokens: list[Tokens], chosen: Chosen, row_length: int, long_examples: str | None) -> tuple[Pieces, Cut]:
+def cut(
+    tokens: list[Tokens], chosen: Chosen, row_length: int, long_examples: str | None
+) -> tuple[Pieces, Cut]:
     """The chosen examples in pieces of at most `row_length` tokens, and what was cut.
 
-    An example that is longer is truncated, split into pieces (each an example of its own), or refused by ValueError; None
-    truncates, and splits plain text. A piece in which nothing would be trained is left out: its tokens count as cut.
+    An example that is longer is truncated, split into pieces (each an example of its own), or refused by
+    ValueError; None truncates, and splits plain text. A piece in which nothing would be trained is left out:
+    its tokens count as cut.
     """
     found, longer, cut_tokens, without_target = [], 0, 0, []
     for number, (source, examples) in enumerate(zip(tokens, chosen, strict=True)):
@@ -74,8 +85,10 @@ def cut(tokens: list[Tokens], chosen: Chosen, row_length: int, long_examples: st
         longer += int((end - start > row_length).sum())
         if how == "refuse" and (end - start > row_length).any():
             first = int(np.argmax(end - start > row_length))
-            raise ValueError(f"{source.where(int(examples[first]))}: {end[first] - start[first]} tokens are more than "
-                             f"--max_seq_length {row_length}: raise it, or pass --long_examples truncate or split")
+            raise ValueError(
+                f"{source.where(int(examples[first]))}: {end[first] - start[first]} tokens are more than "
+                f"--max_seq_length {row_length}: raise it, or pass --long_examples truncate or split"
+            )
         pieces_each = -(-(end - start) // row_length) if how == "split" else np.ones(len(start), np.int64)
         owner = np.repeat(np.arange(len(start)), pieces_each)
         nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces_each) - pieces_each, pieces_each)

@@ -1,8 +1,10 @@
 """Records of local files, folders and hub data sets, each with the place that an error message names.
 
-Local files are read here, and not by `datasets`, whose loaders do not say in which line a file is broken; hub ids and directories
-of `save_to_disk` go through it. Nothing is held but the file that is read (of JSON lines, CSV and Parquet, its current part).
+Local files are read here, and not by `datasets`, whose loaders do not say in which line a file is broken; hub
+ids and directories of `save_to_disk` go through it. Nothing is held but the file that is read (of JSON lines,
+CSV and Parquet, its current part).
 """
+
 import csv
 import hashlib
 import json
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)      # name, or owner/name
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # name, or owner/name
 
 
 class BadRecord(ValueError):
@@ -24,27 +26,38 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-Located = tuple[str, object]        # where a record is, and the record, or a BadRecord in its place
+Located = tuple[str, object]  # where a record is, and the record, or a BadRecord in its place
 
 
 class Source:
-    """A data set by the name that a user gives: a file, a folder of files, a directory of `save_to_disk`, or a hub id.
+    """A data set by the name that a user gives: a file, a folder of files, a directory of `save_to_disk`, or
+    a hub id.
 
-    Iterating gives (where, record), with a BadRecord in place of one that is broken, or of the rest of a file that is. Raises
-    ValueError where nothing of that name can be read. `streaming` reads a hub data set without storing it.
+    Iterating gives (where, record), with a BadRecord in place of one that is broken, or of the rest of a file
+    that is. Raises ValueError where nothing of that name can be read. `streaming` reads a hub data set
+    without storing it.
     """
 
     def __init__(self, name: str, streaming: bool = False):
         self.name, self._hub, self._files = name, None, []
         path = Path(name)
         is_hub_id = HUB_ID.fullmatch(name) and not name.lower().endswith(SUFFIXES)
-        if os.path.isdir(name) and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        if os.path.isdir(name) and (
+            (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+        ):
             self._hub = _from_disk(path)
         elif os.path.isdir(name):
-            self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
-                                 and not any(part.startswith(".") for part in file.relative_to(path).parts))
+            self._files = sorted(
+                file
+                for file in path.rglob("*")
+                if file.suffix.lower() in SUFFIXES
+                and file.is_file()
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
             if not self._files:
-                raise ValueError(f"--dataset {name}: the folder has no file that ends in {', '.join(SUFFIXES)}")
+                raise ValueError(
+                    f"--dataset {name}: the folder has no file that ends in {', '.join(SUFFIXES)}"
+                )
         elif os.path.exists(name) or not is_hub_id:
             self._files = [path]
             if not os.path.exists(name):
@@ -60,15 +73,21 @@ class Source:
                 raise ValueError(f"--dataset {file}: permission denied; a readable file was expected")
 
     def fingerprint(self) -> str:
-        """A hash that changes with the contents: of the files' bytes, or what `datasets` keeps of a hub data set."""
+        """A hash that changes with the contents: of the files' bytes, or what `datasets` keeps of a hub data
+        set."""
         digest = hashlib.sha256()
         if self._hub is not None:
-            digest.update(str(self._hub._fingerprint if hasattr(self._hub, "_fingerprint") else self._hub.info).encode())
+            digest.update(
+                str(self._hub._fingerprint if hasattr(self._hub, "_fingerprint") else self._hub.info).encode()
+            )
         for file in self._files:
             digest.update(file.suffix.lower().encode())
             with open(file, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest() if hasattr(hashlib, "file_digest")
-                              else hashlib.sha256(stream.read()).digest())
+                digest.update(
+                    hashlib.file_digest(stream, "sha256").digest()
+                    if hasattr(hashlib, "file_digest")
+                    else hashlib.sha256(stream.read()).digest()
+                )
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Located]:
@@ -79,7 +98,10 @@ class Source:
                     yield f"{self.name} row {number}", record
             except Exception as error:  # of the network, or of what the rows hold
                 where = f"{self.name} row {number + 1}"
-                yield where, BadRecord(f"{where}: {in_one_line(error)}; this row and what follows cannot be read")
+                yield (
+                    where,
+                    BadRecord(f"{where}: {in_one_line(error)}; this row and what follows cannot be read"),
+                )
         for file in self._files:
             try:
                 yield from READERS[file.suffix.lower()](file)
@@ -90,23 +112,29 @@ class Source:
 def _from_hub(name, streaming):
     from datasets import load_dataset
     from huggingface_hub.utils.logging import set_verbosity_error
-    set_verbosity_error()               # it warns of each of its attempts
+
+    set_verbosity_error()  # it warns of each of its attempts
     try:
         return load_dataset(name, split="train", streaming=streaming)
-    except Exception as error:          # the hub's errors share no base class
+    except Exception as error:  # the hub's errors share no base class
         reason = in_one_line(error) or type(error).__name__
-        raise ValueError(f"--dataset {name}: neither a file nor a reachable hub data set has that name: {reason}") from None
+        raise ValueError(
+            f"--dataset {name}: neither a file nor a reachable hub data set has that name: {reason}"
+        ) from None
 
 
 def _from_disk(path):
     from datasets import DatasetDict, load_from_disk
+
     try:
         loaded = load_from_disk(str(path))
-    except Exception as error:          # what damaged directories raise has no base class either
+    except Exception as error:  # what damaged directories raise has no base class either
         raise ValueError(f"--dataset {path}: {in_one_line(error)}") from None
     if isinstance(loaded, DatasetDict):
         if "train" not in loaded:
-            raise ValueError(f"--dataset {path} has the splits {', '.join(loaded)}: a split named train was expected")
+            raise ValueError(
+                f"--dataset {path} has the splits {', '.join(loaded)}: a split named train was expected"
+            )
         loaded = loaded["train"]
     return loaded
 
@@ -165,16 +193,29 @@ def _read_csv(file):
             if isinstance(line, BadRecord):
                 raise line
             yield line
+
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(lines(), strict=True)
     try:
         if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
-            raise BadRecord(f"{file}:1: two columns of one name ({', '.join(reader.fieldnames)}); each needs its own")
+            raise BadRecord(
+                f"{file}:1: two columns of one name ({', '.join(reader.fieldnames)}); each needs its own"
+            )
         for record in reader:
             where = f"{file}:{reader.line_num}"
             if None in record or None in record.values():
-                given = len(record) - (None in record) + len(record.get(None) or ()) - list(record.values()).count(None)
-                yield where, BadRecord(f"{where}: {given} fields; {len(reader.fieldnames)} were expected, as in the header")
+                given = (
+                    len(record)
+                    - (None in record)
+                    + len(record.get(None) or ())
+                    - list(record.values()).count(None)
+                )
+                yield (
+                    where,
+                    BadRecord(
+                        f"{where}: {given} fields; {len(reader.fieldnames)} were expected, as in the header"
+                    ),
+                )
             else:
                 yield where, record
     except csv.Error as error:
@@ -184,6 +225,7 @@ def _read_csv(file):
 def _read_parquet(file):
     import pyarrow
     import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.ParquetFile(file)
         number = 0
@@ -191,7 +233,12 @@ def _read_parquet(file):
             for record in batch.to_pylist():
                 yield f"{file} row {number}", record
                 number += 1
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:      # of values that Python cannot hold, too
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # of values that Python cannot hold, too
         raise BadRecord(f"{file}: invalid Parquet ({in_one_line(error)})") from None
 
 
@@ -200,4 +247,10 @@ def _read_text(file):
     yield str(file), {"text": _text(file)}
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_text}
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}

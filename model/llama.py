@@ -2,21 +2,18 @@
 
 One rank's part of the model; with a tensor parallel group of one it is the whole model, by the same code.
 """
-import math
-from dataclasses import dataclass, fields
-from pathlib import Path
+
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch_xla.utils.checkpoint import checkpoint
-from transformers import AutoConfig
 
-from model.attention import apply_rotary, attend, rotary_cos_sin, rotary_frequencies, segment_masks
-from model.files import in_one_line
-from model.flash import flash_attend
+from model.attention.blockwise import attend, segment_masks
+from model.attention.flash_nki import flash_attend
+from model.attention.rotary import apply_rotary, rotary_cos_sin, rotary_frequencies
+from model.config import ModelConfig
 from model.lora import TokenSeeds
 from parallel import layers as native
 from parallel.collectives import sum_over_stages
@@ -24,76 +21,19 @@ from parallel.layers import ParallelLayer, column_parallel
 from parallel.mesh import ALONE, Group
 from parallel.pipeline import ONE_STAGE, Pipeline
 
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """What the architecture needs of a Hugging Face config.json; the fields have its names."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None
-    tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    initializer_range: float
-
-    @classmethod
-    def from_pretrained(cls, directory: Path) -> "LlamaConfig":
-        """Read `directory`/config.json; raises ValueError for what is no Llama, or one whose parts are not implemented."""
-        if not (Path(directory) / "config.json").is_file():
-            raise ValueError(f"{directory} has no config.json: a Hugging Face model directory was expected")
-        try:
-            config = AutoConfig.from_pretrained(directory)
-        except Exception as error:      # transformers passes on whatever its checks of odd values raise
-            raise ValueError(f"{directory}/config.json: not the config of a known model architecture "
-                             f"({in_one_line(error)}); markstep trains LlamaForCausalLM") from None
-        if config.model_type != "llama" or (config.architectures or ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
-            raise ValueError(f"{directory}/config.json: the architecture is {config.architectures or config.model_type}; "
-                             "markstep trains LlamaForCausalLM")
-        if config.hidden_act != "silu":
-            raise ValueError(f"{directory}/config.json: hidden_act is {config.hidden_act!r}; Llama's is 'silu'")
-        if getattr(config, "quantization_config", None):
-            raise ValueError(f"{directory}/config.json: the model is quantized (quantization_config); plain weights are read")
-        scaling = config.rope_scaling
-        kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise ValueError(f"{directory}/config.json: rope_scaling of type {kind!r}; 'llama3' or none is implemented")
-        values = {field.name: getattr(config, field.name) for field in fields(cls)}
-        values["rope_scaling"] = {key: scaling.get(key) for key in LLAMA3_ROPE} if kind == "llama3" else None
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{directory}/config.json: {error}") from None
-
-    def __post_init__(self):
-        """Raise ValueError for values that no model can have."""
-        numbers = {field.name: (getattr(self, field.name), field.type) for field in fields(self) if field.type in (int, float)}
-        numbers |= {f"rope_scaling.{key}": (value, float) for key, value in (self.rope_scaling or {}).items()}
-        for name, (value, kind) in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}; {'an integer' if kind is int else 'a number'} above 0 was expected")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not divisible by num_key_value_heads "
-                             f"{self.num_key_value_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
-
 
 class LlamaRMSNorm(ParallelLayer):
     """x / sqrt(mean(x^2) + eps) * weight of x [tokens, size], statistics in fp32."""
 
-    def __init__(self, size: int, eps: float, dtype, device, sequence_parallel_enabled: bool = False,
-                 tensor_model_parallel_group: Group | None = None):
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        dtype,
+        device,
+        sequence_parallel_enabled: bool = False,
+        tensor_model_parallel_group: Group | None = None,
+    ):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
         self.eps = eps
         self.add_parameter("weight", (size,), None, dtype, device)
@@ -116,31 +56,43 @@ class _RMSNorm(torch.autograd.Function):
         grad, normed, of_x, of_weight = grad.float(), x.float() * scale, None, None
         if ctx.needs_input_grad[0]:
             along = grad * weight.float()
-            of_x = ((along - normed * ((along * normed).sum(-1, keepdim=True) / x.shape[-1])) * scale).to(x.dtype)
+            of_x = ((along - normed * ((along * normed).sum(-1, keepdim=True) / x.shape[-1])) * scale).to(
+                x.dtype
+            )
         if ctx.needs_input_grad[1]:
             of_weight = (grad * normed).sum(0).to(weight.dtype)
         return of_x, of_weight, None
 
 
 class LlamaAttention(nn.Module):
-    """Self-attention with this rank's heads. Where there are more ranks than KV heads, neighbours hold the same KV head."""
+    """Self-attention with this rank's heads. Where there are more ranks than KV heads, neighbours hold the
+    same KV head."""
 
-    def __init__(self, config: LlamaConfig, recompute: bool, layers: ModuleType, **layout):
+    def __init__(self, config: ModelConfig, recompute: bool, layers: ModuleType, **layout):
         super().__init__()
         self.head_dim, self.recompute = config.head_dim, recompute
-        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        queries, keys = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         column = {"bias": config.attention_bias, **layout}
         replicas = max(1, layout["tensor_model_parallel_group"].size() // config.num_key_value_heads)
         self.q_proj = layers.ColumnParallelLinear(config.hidden_size, queries, **column)
         self.k_proj = layers.ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
         self.v_proj = layers.ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
-        self.o_proj = layers.RowParallelLinear(queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True,
-                                               **layout)
+        self.o_proj = layers.RowParallelLinear(
+            queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True, **layout
+        )
 
-    def heads(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries and keys, both rotated, and values of x [tokens, features], [sequence, batch, heads, head_dim] of each."""
-        query, key, value = (each.view(*cos.shape[:2], -1, self.head_dim)
-                             for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj]))
+    def heads(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries and keys, both rotated, and values of x [tokens, features], [sequence, batch, heads,
+        head_dim] of each."""
+        query, key, value = (
+            each.view(*cos.shape[:2], -1, self.head_dim)
+            for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj])
+        )
         return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
     def forward(self, x, cos, sin, masks):
@@ -153,13 +105,18 @@ class LlamaAttention(nn.Module):
 class LlamaMLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, layers: ModuleType, **layout):
+    def __init__(self, config: ModelConfig, layers: ModuleType, **layout):
         super().__init__()
         column = {"bias": config.mlp_bias, **layout}
         self.gate_proj = layers.ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
         self.up_proj = layers.ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
-        self.down_proj = layers.RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias,
-                                                  input_is_parallel=True, **layout)
+        self.down_proj = layers.RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=config.mlp_bias,
+            input_is_parallel=True,
+            **layout,
+        )
 
     def forward(self, x):
         gate, up = column_parallel(x, [self.gate_proj, self.up_proj])
@@ -169,7 +126,7 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: LlamaConfig, recompute_attention: bool, layers: ModuleType, **layout):
+    def __init__(self, config: ModelConfig, recompute_attention: bool, layers: ModuleType, **layout):
         super().__init__()
         self.self_attn = LlamaAttention(config, recompute_attention, layers, **layout)
         self.mlp = LlamaMLP(config, layers, **layout)
@@ -184,49 +141,81 @@ class LlamaDecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the last norm (the name prefix `model.`)."""
 
-    def __init__(self, config: LlamaConfig, recompute_attention: bool, layers: ModuleType, pipeline: Pipeline, **layout):
+    def __init__(
+        self, config: ModelConfig, recompute_attention: bool, layers: ModuleType, pipeline: Pipeline, **layout
+    ):
         super().__init__()
-        self.embed_tokens = layers.ParallelEmbedding(config.vocab_size, config.hidden_size, parameter_group=pipeline.vocabulary,
-                                                     **layout)
-        self.layers = nn.ModuleList()           # of this stage, by their numbers in the whole model
+        self.embed_tokens = layers.ParallelEmbedding(
+            config.vocab_size, config.hidden_size, parameter_group=pipeline.vocabulary, **layout
+        )
+        self.layers = nn.ModuleList()  # of this stage, by their numbers in the whole model
         for number in pipeline.slots(config.num_hidden_layers):
-            self.layers.add_module(str(number), LlamaDecoderLayer(config, recompute_attention, layers, **layout))
+            self.layers.add_module(
+                str(number), LlamaDecoderLayer(config, recompute_attention, layers, **layout)
+            )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
 
 class Llama(nn.Module):
-    """LlamaForCausalLM, sharded over `group`; under `sequence_parallel` norms and residuals are divided over it too.
+    """LlamaForCausalLM, sharded over `group`; under `sequence_parallel` norms and residuals are divided over
+    it too.
 
-    Activations and parameters are of `dtype`. `gradient_checkpointing` is none (activations are kept for the backward), selective
-    (attention scores are computed again) or full (each decoder layer is). `layers` has the parallel layers: parallel.layers, or
-    parallel.nxd. `flash_attention` is right where model/flash.py says so. Of several stages of a `pipeline`, the rank has the
-    layers of one. Parameters are built uninitialised, by default on the meta device, and filled by model/weights.py. Raises
-    ValueError where the groups cannot divide the model.
+    Activations and parameters are of `dtype`. `gradient_checkpointing` is none (activations are kept for the
+    backward), selective (attention scores are computed again) or full (each decoder layer is). `layers` has
+    the parallel layers: parallel.layers, or parallel.nxd. `flash_attention` is right where
+    model/attention/flash_nki.py says so. Of several stages of a `pipeline`, the rank has the layers of one.
+    Parameters are built uninitialised, by default on the meta device, and filled by model/weights/sources.py.
+    Raises ValueError where the groups cannot divide the model.
     """
 
-    def __init__(self, config: LlamaConfig, group: Group = ALONE, dtype: torch.dtype = torch.float32, device="meta",
-                 gradient_checkpointing: str = "none", sequence_parallel: bool = False, layers: ModuleType = native,
-                 flash_attention: bool = False, pipeline: Pipeline = ONE_STAGE):
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: Group = ALONE,
+        dtype: torch.dtype = torch.float32,
+        device="meta",
+        gradient_checkpointing: str = "none",
+        sequence_parallel: bool = False,
+        layers: ModuleType = native,
+        flash_attention: bool = False,
+        pipeline: Pipeline = ONE_STAGE,
+    ):
         super().__init__()
         for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
             if getattr(config, field) % group.size():
-                raise ValueError(f"the model's {field} {getattr(config, field)} is not divisible by the tensor parallel size "
-                                 f"{group.size()}")
+                raise ValueError(
+                    f"the model's {field} {getattr(config, field)} is not divisible by the tensor parallel size "
+                    f"{group.size()}"
+                )
         parts = group.size() * pipeline.group.size()
         if config.vocab_size % parts:
-            raise ValueError(f"the model's vocab_size {config.vocab_size} is not divisible by {parts}, the tensor parallel size "
-                             f"{group.size()} x {pipeline.group.size()} pipeline stages, which divide it")
+            raise ValueError(
+                f"the model's vocab_size {config.vocab_size} is not divisible by {parts}, the tensor parallel size "
+                f"{group.size()} x {pipeline.group.size()} pipeline stages, which divide it"
+            )
         kv_heads = config.num_key_value_heads
         if kv_heads % group.size() and group.size() % kv_heads:
-            raise ValueError(f"the model's num_key_value_heads {kv_heads} neither divides the tensor parallel size "
-                             f"{group.size()} nor is divisible by it")
-        self.config, self.dtype, self.recompute_layers, self.pipeline = config, dtype, gradient_checkpointing == "full", pipeline
+            raise ValueError(
+                f"the model's num_key_value_heads {kv_heads} neither divides the tensor parallel size "
+                f"{group.size()} nor is divisible by it"
+            )
+        self.config, self.dtype, self.recompute_layers, self.pipeline = (
+            config,
+            dtype,
+            gradient_checkpointing == "full",
+            pipeline,
+        )
         self.flash_attention, self.token_seeds = flash_attention, TokenSeeds()
-        layout = {"dtype": dtype, "device": device, "sequence_parallel_enabled": sequence_parallel,
-                  "tensor_model_parallel_group": group}
+        layout = {
+            "dtype": dtype,
+            "device": device,
+            "sequence_parallel_enabled": sequence_parallel,
+            "tensor_model_parallel_group": group,
+        }
         self.model = LlamaModel(config, gradient_checkpointing == "selective", layers, pipeline, **layout)
-        self.lm_head = layers.ColumnParallelLinear(config.hidden_size, config.vocab_size, bias=False,
-                                                   parameter_group=pipeline.vocabulary, **layout)
+        self.lm_head = layers.ColumnParallelLinear(
+            config.hidden_size, config.vocab_size, bias=False, parameter_group=pipeline.vocabulary, **layout
+        )
         for number, layer in self.model.layers.named_children():
             beside = pipeline.beside(int(number), config.num_hidden_layers)
             for name, module in layer.named_modules():
@@ -245,15 +234,21 @@ class Llama(nn.Module):
 
     @property
     def rank_index(self) -> torch.Tensor:
-        """This rank's place among those that divide the vocabulary, as data: integer [1] on the model's device."""
+        """This rank's place among those that divide the vocabulary, as data: integer [1] on the model's
+        device."""
         return self.model.embed_tokens.rank_index
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank's part of the vocabulary, [batch, sequence, its part], from three [batch, sequence].
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of this rank's part of the vocabulary, [batch, sequence, its part], from three [batch,
+        sequence].
 
-        Of one stage; several pass their batches on in ticks (model/ticks.py).
+        Of one stage; several pass their batches on in ticks (model/stage.py).
         """
-        return self.head(self.stage(self.embed(input_ids), *self.places(position_ids, segment_ids)), len(input_ids))
+        return self.head(
+            self.stage(self.embed(input_ids), *self.places(position_ids, segment_ids)), len(input_ids)
+        )
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, sequence] -> [tokens, features]."""
@@ -261,27 +256,37 @@ class Llama(nn.Module):
 
     def head(self, x: torch.Tensor, batch: int) -> torch.Tensor:
         """Logits of this rank's part of the vocabulary, [batch, sequence, its part], from the last stage's x."""
-        [logits] = column_parallel(self.model.norm(x), [self.lm_head],
-                                   lambda tensor: self.pipeline.from_last_stage(tensor, self.stage_index))
+        [logits] = column_parallel(
+            self.model.norm(x),
+            [self.lm_head],
+            lambda tensor: self.pipeline.from_last_stage(tensor, self.stage_index),
+        )
         return logits.unflatten(0, (-1, batch)).transpose(0, 1)
 
-    def places(self, position_ids: torch.Tensor,
-               segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
-        """What attention has to know of rows [batch, sequence]: cos, sin and masks (model/attention.py)."""
+    def places(
+        self, position_ids: torch.Tensor, segment_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
+        """What attention has to know of rows [batch, sequence]: cos, sin and masks
+        (model/attention/blockwise.py)."""
         return *rotary_cos_sin(position_ids.t(), self.rotary_frequencies), (
-            None if self.flash_attention else segment_masks(segment_ids))
+            None if self.flash_attention else segment_masks(segment_ids)
+        )
 
-    def stage(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: list[torch.Tensor] | None) -> torch.Tensor:
+    def stage(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, masks: list[torch.Tensor] | None
+    ) -> torch.Tensor:
         """This stage's layers: x [tokens, features] -> the same shape."""
         seeds = self.token_seeds.values
 
         def run(x, layer, cos, sin, masks):
-            self.token_seeds.values = seeds         # here, because a recomputation has to find them too
+            self.token_seeds.values = seeds  # here, because a recomputation has to find them too
             return layer(x, cos, sin, masks)
 
         recompute = self.recompute_layers and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
-            x.requires_grad_(True)      # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
+            x.requires_grad_(
+                True
+            )  # a re-entrant checkpoint whose input needs no gradient computes none (frozen embedding)
         for layer in self.model.layers:
             before, given = x, (x, layer, cos, sin, masks)
             x = checkpoint(run, *given, preserve_rng_state=False) if recompute else run(*given)

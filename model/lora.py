@@ -1,10 +1,12 @@
 """LoRA (https://arxiv.org/abs/2106.09685) on column- and row-parallel layers.
 
-y = W x + (alpha / r) B A dropout(x), with alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732). Of the pair, the factor
-that meets the divided dimension is divided with it and the other is replicated. The ranks meet between A and B, where the tensors
-are r wide, in the message that the base layer sends anyway: no collective is added, and the replicated factor is used for the
-positions that the rank has, as a norm's weight is.
+y = W x + (alpha / r) B A dropout(x), with alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732). Of
+the pair, the factor that meets the divided dimension is divided with it and the other is replicated. The
+ranks meet between A and B, where the tensors are r wide, in the message that the base layer sends anyway: no
+collective is added, and the replicated factor is used for the positions that the rank has, as a norm's weight
+is.
 """
+
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, Shard, column_parallel
+from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, column_parallel
 from parallel.mesh import Group
+from parallel.shard import Shard
 
-MASK = 0x7FFFFFFF       # the 31 bits of an int32 that is not negative
+MASK = 0x7FFFFFFF  # the 31 bits of an int32 that is not negative
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        return self.lora_alpha / (self.r ** 0.5 if self.use_rslora else self.r)
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
 class TokenSeeds:
@@ -40,22 +43,39 @@ class TokenSeeds:
     values: torch.Tensor | None = None
 
     def set(self, row_seeds: torch.Tensor, sequence: int) -> None:
-        """Hash row and position: row_seeds [batch], 31 bits each -> `values`, int32 [sequence, batch], on the same device."""
+        """Hash row and position: row_seeds [batch], 31 bits each -> `values`, int32 [sequence, batch], on the
+        same device."""
         position = torch.arange(sequence, device=row_seeds.device, dtype=torch.int32)
-        self.values = _mix(((position * 0x1E3779B1) & MASK).unsqueeze(1) ^ _mix(row_seeds.to(torch.int32)).unsqueeze(0))
+        self.values = _mix(
+            ((position * 0x1E3779B1) & MASK).unsqueeze(1) ^ _mix(row_seeds.to(torch.int32)).unsqueeze(0)
+        )
 
 
 class LoraLinear(nn.Module):
-    """A parallel layer with a low-rank update beside it; parameters `base_layer.*`, `lora_A.weight`, `lora_B.weight`."""
+    """A parallel layer with a low-rank update beside it; parameters `base_layer.*`, `lora_A.weight`,
+    `lora_B.weight`."""
 
-    def __init__(self, base_layer: ColumnParallelLinear | RowParallelLinear, config: LoraConfig, name: str, seeds: TokenSeeds):
+    def __init__(
+        self,
+        base_layer: ColumnParallelLinear | RowParallelLinear,
+        config: LoraConfig,
+        name: str,
+        seeds: TokenSeeds,
+    ):
         super().__init__()
-        self.base_layer, self.scaling, self.dropout, self.seeds = base_layer, config.scaling, config.lora_dropout, seeds
+        self.base_layer, self.scaling, self.dropout, self.seeds = (
+            base_layer,
+            config.scaling,
+            config.lora_dropout,
+            seeds,
+        )
         self.by_row = isinstance(base_layer, RowParallelLinear)
         self.tensor_parallel_group = base_layer.tensor_parallel_group
         self.sequence_parallel_enabled = base_layer.sequence_parallel_enabled
-        self.lora_A, self.lora_B = (ParallelLayer(self.tensor_parallel_group, self.sequence_parallel_enabled, group)
-                                    for group in (self.tensor_parallel_group, base_layer.parameter_group))
+        self.lora_A, self.lora_B = (
+            ParallelLayer(self.tensor_parallel_group, self.sequence_parallel_enabled, group)
+            for group in (self.tensor_parallel_group, base_layer.parameter_group)
+        )
         self.lora_A.spare, self.lora_B.spare = base_layer.spare or base_layer.reads_spare, base_layer.spare
         how = (base_layer.weight.dtype, base_layer.weight.device)
         if self.by_row:
@@ -63,7 +83,9 @@ class LoraLinear(nn.Module):
             self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), None, *how)
         else:
             self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), None, *how)
-            self.lora_B.add_parameter("weight", (base_layer.output_size, config.r), 0, *how, base_layer.replicas)
+            self.lora_B.add_parameter(
+                "weight", (base_layer.output_size, config.r), 0, *how, base_layer.replicas
+            )
         if self.dropout:
             features = self.lora_A.shards["weight"].slices[1]
             feature = torch.arange(features.start, features.stop, dtype=torch.int32)
@@ -77,7 +99,8 @@ class LoraLinear(nn.Module):
 
     @staticmethod
     def before(x: torch.Tensor, layers: list["LoraLinear"]) -> list[torch.Tensor]:
-        """A dropout(x) of each of the layers, [tokens of x, r]: of column-parallel ones, what crosses beside x.
+        """A dropout(x) of each of the layers, [tokens of x, r]: of column-parallel ones, what crosses beside
+        x.
 
         One product where no layer drops: r is too small for a fast one.
         """
@@ -101,14 +124,15 @@ class LoraLinear(nn.Module):
         return column_parallel(x, [self])[0]
 
     def _add_up(self, y, low):
-        # Scaled where it is small, and transposed before: the product that gives its gradient is [r, out], which is fast.
+        # Scaled where it is small, and transposed before: the product that gives its gradient is [r, out],
+        # which is fast.
         return torch.addmm(y, low, self.lora_B.weight.t() * self.scaling)
 
     def _drop(self, x):
         if not self.drops:
             return x
         seeds = self.seeds.values
-        if self.sequence_parallel_enabled and not self.by_row:      # x has this rank's positions only
+        if self.sequence_parallel_enabled and not self.by_row:  # x has this rank's positions only
             size = self.tensor_parallel_group.size()
             seeds = seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index)
         keep = keep_mask(seeds.flatten(), self.feature_seeds, self.dropout)
@@ -116,16 +140,18 @@ class LoraLinear(nn.Module):
 
 
 def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:
-    """bool [..., features]: False with `probability`; a hash of 31-bit seeds, int32 [...] of tokens and [features].
+    """bool [..., features]: False with `probability`; a hash of 31-bit seeds, int32 [...] of tokens and
+    [features].
 
-    No generator: the mask of a feature and position is the same whichever rank has them, in a recomputation, and after a resume.
+    No generator: the mask of a feature and position is the same whichever rank has them, in a recomputation,
+    and after a resume.
     """
     return _mix(token_seeds.unsqueeze(-1) ^ feature_seeds) >= int(probability * 2**31)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    # The finaliser "lowbias32" (C. Wellons, https://nullprogram.com/blog/2018/07/31/) in 31 bits: torch_xla's >> is a division,
-    # and that is a shift only of numbers that are not negative. int32 products wrap.
+    # The finaliser "lowbias32" (C. Wellons, https://nullprogram.com/blog/2018/07/31/) in 31 bits: torch_xla's
+    # >> is a division, and that is a shift only of numbers that are not negative. int32 products wrap.
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x046CA68B) & MASK
     return x ^ (x >> 16)
@@ -134,26 +160,35 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
     """Put LoRA on the target modules and freeze everything else, in place.
 
-    Where a module of one pipeline stage is a target, those in its place on the others have a spare LoRA. Raises ValueError for a
-    target that names no parallel linear layer, with those that exist. Returns the seeds that dropout reads: `set` them before a
-    forward pass in training.
+    Where a module of one pipeline stage is a target, those in its place on the others have a spare LoRA.
+    Raises ValueError for a target that names no parallel linear layer, with those that exist. Returns the
+    seeds that dropout reads: `set` them before a forward pass in training.
     """
-    linear = {name: module for name, module in model.named_modules()
-              if isinstance(module, ColumnParallelLinear | RowParallelLinear)}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear)
+    }
     for target in config.target_modules:
-        if not any(_matches(each, [target]) for name, module in linear.items() for each in (name, *module.beside)):
+        if not any(
+            _matches(each, [target]) for name, module in linear.items() for each in (name, *module.beside)
+        ):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}")
+            raise ValueError(
+                f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}"
+            )
     seeds = model.token_seeds = TokenSeeds()
     model.requires_grad_(False)
     for name, module in linear.items():
         if any(_matches(each, config.target_modules) for each in (name, *module.beside)):
             if name == "lm_head" and model.config.tie_word_embeddings:
-                raise ValueError("--lora_target_modules: lm_head shares its weight with the embedding in this model "
-                                 "(tie_word_embeddings), so it cannot have an update of its own")
+                raise ValueError(
+                    "--lora_target_modules: lm_head shares its weight with the embedding in this model "
+                    "(tie_word_embeddings), so it cannot have an update of its own"
+                )
             added = LoraLinear(module, config, name, seeds)
             if not _matches(name, config.target_modules):
-                added.lora_A.spare = added.lora_B.spare = True      # both are 0, and so is the gradient of each
+                added.lora_A.spare = added.lora_B.spare = True  # both are 0, and so is the gradient of each
             model.set_submodule(name, added)
     return seeds
 
@@ -173,11 +208,14 @@ def is_lora(name: str) -> bool:
 
 def generator_of(name: str, seed: int) -> torch.Generator:
     """A generator of the name's own: what it draws depends neither on the topology nor on the order of calls."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))     # of a seed, torch's takes 32 bits
+    return torch.Generator().manual_seed(
+        zlib.crc32(f"{seed}/{name}".encode())
+    )  # of a seed, torch's takes 32 bits
 
 
 def initial_factor(name: str, shard: Shard, seed: int) -> torch.Tensor:
-    """The first value of a factor, this rank's slice, fp32: peft's kaiming_uniform_(a=sqrt(5)) for A, zeros for B.
+    """The first value of a factor, this rank's slice, fp32: peft's kaiming_uniform_(a=sqrt(5)) for A, zeros
+    for B.
 
     Drawn over the whole shape, so that every topology has the same.
     """
@@ -189,5 +227,6 @@ def initial_factor(name: str, shard: Shard, seed: int) -> torch.Tensor:
 
 
 def lora_delta(factor_a: torch.Tensor, factor_b: torch.Tensor, config: LoraConfig) -> torch.Tensor:
-    """scaling * B A in fp32, [out, in]: what merging adds to the base weight. factor_a [r, in], factor_b [out, r]."""
+    """scaling * B A in fp32, [out, in]: what merging adds to the base weight. factor_a [r, in], factor_b
+    [out, r]."""
     return (factor_b.float() @ factor_a.float()) * config.scaling

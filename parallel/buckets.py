@@ -1,10 +1,12 @@
 """Parameters of all shapes as a few long ones: what is reduced, updated and, under ZeRO-1, divided together.
 
-ZeRO-1 (https://arxiv.org/abs/1910.02054): each of the `parts` data parallel ranks keeps master weights and moments of one part of
-every parameter. A parameter's slice of n elements is a matrix [parts, ceil(n / parts)], padded with zeros, whose row p is part p;
-without ZeRO-1 there is one part. A bucket is such matrices side by side, cut where it would exceed BUCKET_BYTES, so one
-reduce-scatter along dimension 0 reduces and divides it, and the optimizer sees one tensor in place of hundreds.
+ZeRO-1 (https://arxiv.org/abs/1910.02054): each of the `parts` data parallel ranks keeps master weights and
+moments of one part of every parameter. A parameter's slice of n elements is a matrix [parts, ceil(n /
+parts)], padded with zeros, whose row p is part p; without ZeRO-1 there is one part. A bucket is such matrices
+side by side, cut where it would exceed BUCKET_BYTES, so one reduce-scatter along dimension 0 reduces and
+divides it, and the optimizer sees one tensor in place of hundreds.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from parallel.collectives import all_gather, all_reduce, reduce_scatter
-from parallel.layers import Shard
 from parallel.mesh import ALONE, Mesh
+from parallel.shard import Shard
 
-BUCKET_BYTES = 128 * 10**6      # of fp32 gradients in one collective
+BUCKET_BYTES = 128 * 10**6  # of fp32 gradients in one collective
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,23 @@ class Bucket:
 
 
 class Buckets:
-    """The buckets of the trained parameters. All lists of tensors that it takes and gives have one entry a bucket."""
+    """The buckets of the trained parameters. All lists of tensors that it takes and gives have one entry a
+    bucket."""
 
-    def __init__(self, trained: list[tuple[str, nn.Parameter, Shard]], mesh: Mesh, zero_1: bool = False,
-                 bucket_bytes: int = BUCKET_BYTES):
+    def __init__(
+        self,
+        trained: list[tuple[str, nn.Parameter, Shard]],
+        mesh: Mesh,
+        zero_1: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
+    ):
         """`trained`: of parallel.layers.named_shards."""
         self.mesh = mesh
         self.parameters = {name: parameter for name, parameter, _ in trained}
         self.shards = {name: shard for name, _, shard in trained}
         self.parts, self.part = (mesh.dp.size(), mesh.dp.rank()) if zero_1 else (1, 0)
-        self.divided = mesh.dp if zero_1 else ALONE                 # over these ranks the parts are spread
-        room = max(1, bucket_bytes // (4 * self.parts))             # columns
+        self.divided = mesh.dp if zero_1 else ALONE  # over these ranks the parts are spread
+        room = max(1, bucket_bytes // (4 * self.parts))  # columns
         grouped: dict[tuple, list[list]] = {}
         for name, shard in self.shards.items():
             buckets = grouped.setdefault((len(shard.global_shape) > 1, shard.replicas, shard.partial), [[]])
@@ -57,24 +65,28 @@ class Buckets:
                 start = stop
         self.buckets = [Bucket(tuple(pieces), *key) for key, buckets in grouped.items() for pieces in buckets]
         # Of the gradients, before they are reduced.
-        self.shapes = [(self.parts, sum(stop - start for _, start, stop in bucket.pieces)) for bucket in self.buckets]
+        self.shapes = [
+            (self.parts, sum(stop - start for _, start, stop in bucket.pieces)) for bucket in self.buckets
+        ]
 
     def columns(self, name: str) -> int:
         """Elements of a part of the parameter, padding included."""
         return -(-self.shards[name].numel // self.parts)
 
     def own(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """This rank's part [1, columns], fp32, of values (name -> this rank's slice); on their device, which is the CPU."""
-        return [bucket[self.part:self.part + 1] for bucket in self._flatten(values)]
+        """This rank's part [1, columns], fp32, of values (name -> this rank's slice); on their device, which
+        is the CPU."""
+        return [bucket[self.part : self.part + 1] for bucket in self._flatten(values)]
 
     def own_piece(self, name: str, state: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """(the elements of a parameter in a state of [1, columns], without padding; the number of the first in the slice)."""
+        """(the elements of a parameter in a state of [1, columns], without padding; the number of the first
+        in the slice)."""
         pieces = []
         for bucket, tensor in zip(self.buckets, state, strict=True):
             offset = 0
             for other, start, stop in bucket.pieces:
                 if other == name:
-                    pieces.append(tensor[0, offset:offset + stop - start])
+                    pieces.append(tensor[0, offset : offset + stop - start])
                 offset += stop - start
         columns = self.columns(name)
         first = min(self.part * columns, self.shards[name].numel)
@@ -82,7 +94,8 @@ class Buckets:
         return torch.cat(pieces)[:length], first
 
     def take_gradients(self, sums: list[torch.Tensor] | None) -> list[torch.Tensor]:
-        """The parameters' gradients, fp32 [parts, columns], or `sums` with them added in place; .grad is None afterwards."""
+        """The parameters' gradients, fp32 [parts, columns], or `sums` with them added in place; .grad is None
+        afterwards."""
         found = self._flatten({name: parameter.grad for name, parameter in self.parameters.items()})
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -95,19 +108,24 @@ class Buckets:
         """
         reduced = []
         for bucket, total in zip(self.buckets, sums, strict=True):
-            total = reduce_scatter(total, self.divided, 0) if self.parts > 1 else all_reduce(total, self.mesh.dp)
-            reduced.append(all_reduce(total, self.mesh.replicas(bucket.replicas)) if bucket.partial else total)
+            total = (
+                reduce_scatter(total, self.divided, 0) if self.parts > 1 else all_reduce(total, self.mesh.dp)
+            )
+            reduced.append(
+                all_reduce(total, self.mesh.replicas(bucket.replicas)) if bucket.partial else total
+            )
         return reduced
 
     @torch.no_grad()
     def set_parameters(self, weights: list[torch.Tensor]) -> None:
-        """Give the parameters the values of the master weights [1, columns], rounded to their dtype, from all parts."""
+        """Give the parameters the values of the master weights [1, columns], rounded to their dtype, from all
+        parts."""
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in self.parameters}
         for bucket, weight in zip(self.buckets, weights, strict=True):
             dtype = self.parameters[bucket.pieces[0][0]].dtype
             whole = all_gather(weight.to(dtype), self.divided, 0)
             offset = 0
-            for name, start, stop in bucket.pieces:     # torch_xla's split cuts every piece once for each piece
+            for name, start, stop in bucket.pieces:  # torch_xla's split cuts every piece once for each piece
                 columns[name].append(_columns(whole, offset, offset + stop - start))
                 offset += stop - start
         for name, parameter in self.parameters.items():
@@ -120,8 +138,10 @@ class Buckets:
         for name, value in values.items():
             flat, padding = value.float().flatten(), self.columns(name) * self.parts - value.numel()
             matrices[name] = (F.pad(flat, (0, padding)) if padding else flat).view(self.parts, -1)
-        return [torch.cat([_columns(matrices[name], start, stop) for name, start, stop in bucket.pieces], 1)
-                for bucket in self.buckets]
+        return [
+            torch.cat([_columns(matrices[name], start, stop) for name, start, stop in bucket.pieces], 1)
+            for bucket in self.buckets
+        ]
 
 
 def _columns(matrix, start, stop):

@@ -1,17 +1,18 @@
 """Linear and embedding layers sharded over the tensor parallel group, with or without sequence parallelism.
 
-Names and signatures are neuronx-distributed's (parallel_layers/layers.py), as far as markstep uses them; weights have PyTorch's
-layout, [out, in]. Activations are [tokens, features], the first tokens of all rows before the second ones: a part of the sequence
-is one piece of them, and no product has to be reshaped. Every layer says in `shards` how its parameters are cut out of the whole:
-loading, saving, merging, the reduction of gradients and their norm read that and know no layer by name. A layer knows its rank as
-data (a tensor of shape [1]), never as a constant.
+Names and signatures are neuronx-distributed's (parallel_layers/layers.py), as far as markstep uses them;
+weights have PyTorch's layout, [out, in]. Activations are [tokens, features], the first tokens of all rows
+before the second ones: a part of the sequence is one piece of them, and no product has to be reshaped. Every
+layer says in `shards` how its parameters are cut out of the whole: loading, saving, merging, the reduction of
+gradients and their norm read that and know no layer by name. A layer knows its rank as data (a tensor of
+shape [1]), never as a constant.
 
-Between a row-parallel layer and the next column-parallel one every rank has all positions, or under sequence parallelism
-(https://arxiv.org/abs/2205.05198) its [sequence / size]: the first ends with a reduce-scatter in place of an all-reduce, and the
-second begins with an all-gather.
+Between a row-parallel layer and the next column-parallel one every rank has all positions, or under sequence
+parallelism (https://arxiv.org/abs/2205.05198) its [sequence / size]: the first ends with a reduce-scatter in
+place of an all-reduce, and the second begins with an all-gather.
 """
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,85 +26,29 @@ from parallel.collectives import (
     side_by_side,
 )
 from parallel.mesh import ALONE, Group, Mesh
+from parallel.shard import Shard, divide
 
-create_mesh = Mesh.create      # parallel/nxd.py has one of its own
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which part of a whole parameter a rank holds.
-
-    The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds number `index`;
-    `replicas` neighbours in the tensor parallel group hold the same slice. A replicated parameter has dim None and parts 1.
-    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole. A `spare` one is only
-    there so that all ranks have the same graph (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
-    """
-
-    global_shape: tuple[int, ...]
-    dim: int | None = None
-    parts: int = 1
-    index: int = 0
-    replicas: int = 1
-    partial: bool = False
-    spare: bool = False
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        """The slice of each dimension of the whole that the rank holds."""
-        whole = [slice(0, size) for size in self.global_shape]
-        if self.dim is not None:
-            size = self.global_shape[self.dim] // self.parts
-            whole[self.dim] = slice(self.index * size, (self.index + 1) * size)
-        return tuple(whole)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the slice."""
-        return tuple(part.stop - part.start for part in self.slices)
-
-    @property
-    def numel(self) -> int:
-        """The number of elements of the slice."""
-        return torch.Size(self.shape).numel()
-
-
-def divide(size: int, parts: int, what: str) -> int:
-    """size / parts; raises ValueError naming `what` where that is no integer."""
-    if size % parts:
-        raise ValueError(f"{what} {size} is not divisible by {parts}, over which the tensor parallel ranks divide it")
-    return size // parts
-
-
-def named_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
-    """(name, parameter, shard) of each parameter, a tied one once, in the module's order.
-
-    Raises ValueError for a parameter that no parallel layer has added: how its gradient adds up over the ranks is not known.
-    """
-    seen = set()
-    for prefix, owner in module.named_modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter in seen:
-                continue
-            seen.add(parameter)
-            full_name = f"{prefix}.{name}" if prefix else name
-            if name not in getattr(owner, "shards", {}):
-                raise ValueError(f"the parameter {full_name} belongs to no parallel layer: derive {type(owner).__name__} from "
-                                 "parallel.layers.ParallelLayer and add it by add_parameter")
-            yield full_name, parameter, replace(owner.shards[name], spare=owner.spare)
+create_mesh = Mesh.create  # parallel/nxd.py has one of its own
 
 
 class ParallelLayer(nn.Module):
     """What the layers share: the group, and the shards of the parameters.
 
-    `parameter_group`: over which parameters are divided, where that is not the tensor parallel group alone (a vocabulary that is
-    divided over pipeline stages, too). `spare`: of its shards; `reads_spare`: its input, until another stage's has arrived.
-    `beside`: what the layers in its place on other stages are called, which have to be of its kind.
+    `parameter_group`: over which parameters are divided, where that is not the tensor parallel group alone (a
+    vocabulary that is divided over pipeline stages, too). `spare`: of its shards; `reads_spare`: its input,
+    until another stage's has arrived. `beside`: what the layers in its place on other stages are called,
+    which have to be of its kind.
     """
 
     spare = reads_spare = False
     beside: Sequence[str] = ()
 
-    def __init__(self, group: Group | None, sequence_parallel_enabled: bool = False, parameter_group: Group | None = None):
+    def __init__(
+        self,
+        group: Group | None,
+        sequence_parallel_enabled: bool = False,
+        parameter_group: Group | None = None,
+    ):
         super().__init__()
         self.tensor_parallel_group, self.sequence_parallel_enabled = group or ALONE, sequence_parallel_enabled
         self.parameter_group = parameter_group or self.tensor_parallel_group
@@ -113,11 +58,13 @@ class ParallelLayer(nn.Module):
         """Register `rank_index`: this rank's place in the group as data, integer [1]."""
         self.register_buffer("rank_index", torch.tensor([group.rank()]), persistent=False)
 
-    def add_parameter(self, name: str, global_shape: tuple[int, ...], dim: int | None, dtype, device, replicas: int = 1) -> None:
+    def add_parameter(
+        self, name: str, global_shape: tuple[int, ...], dim: int | None, dtype, device, replicas: int = 1
+    ) -> None:
         """Register an uninitialised parameter: the rank's slice along `dim`, or the whole where dim is None.
 
-        A slice may be held by `replicas` neighbours, each of which uses it for other heads. A whole parameter is held by all, and
-        used for all positions, or under sequence parallelism for the rank's own.
+        A slice may be held by `replicas` neighbours, each of which uses it for other heads. A whole parameter
+        is held by all, and used for all positions, or under sequence parallelism for the rank's own.
         """
         size, rank = self.parameter_group.size(), self.parameter_group.rank()
         if dim is None:
@@ -133,14 +80,23 @@ class ParallelLayer(nn.Module):
 class ColumnParallelLinear(ParallelLayer):
     """y = x W^T + b with the rows of W [output_size, input_size] divided over the group.
 
-    x [tokens, input_size] is replicated, or under sequence parallelism the rank's [tokens / size, input_size]; y is this rank's
-    [tokens, output_size * replicas / size]. With `replicas`, so many neighbours hold the same
-    rows (the heads of keys and values, where there are more ranks than heads).
+    x [tokens, input_size] is replicated, or under sequence parallelism the rank's [tokens / size,
+    input_size]; y is this rank's [tokens, output_size * replicas / size]. With `replicas`, so many neighbours
+    hold the same rows (the heads of keys and values, where there are more ranks than heads).
     """
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = True, dtype: torch.dtype = torch.float32, device=None,
-                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None, replicas: int = 1,
-                 parameter_group: Group | None = None):
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device=None,
+        sequence_parallel_enabled: bool = False,
+        tensor_model_parallel_group: Group | None = None,
+        replicas: int = 1,
+        parameter_group: Group | None = None,
+    ):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled, parameter_group)
         self.add_rank_index(self.tensor_parallel_group)
         self.input_size, self.output_size, self.replicas = input_size, output_size, replicas
@@ -151,9 +107,13 @@ class ColumnParallelLinear(ParallelLayer):
             self.bias = None
 
     def enter(self, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        """A tensor like x -> the same of all positions; in the backward its gradients are summed over the group."""
-        collective = (gather_from_sequence_parallel_region if self.sequence_parallel_enabled
-                      else copy_to_tensor_model_parallel_region)
+        """A tensor like x -> the same of all positions; in the backward its gradients are summed over the
+        group."""
+        collective = (
+            gather_from_sequence_parallel_region
+            if self.sequence_parallel_enabled
+            else copy_to_tensor_model_parallel_region
+        )
         return collective(tensor, group)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,34 +124,53 @@ class ColumnParallelLinear(ParallelLayer):
         return column_parallel(x, [self])[0]
 
 
-def column_parallel(x: torch.Tensor, layers: list[nn.Module],
-                    arrive: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> list[torch.Tensor]:
-    """The outputs of several column-parallel layers that read the same x: the ranks meet once for all of them.
+def column_parallel(
+    x: torch.Tensor,
+    layers: list[nn.Module],
+    arrive: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> list[torch.Tensor]:
+    """The outputs of several column-parallel layers that read the same x: the ranks meet once for all of
+    them.
 
-    Layers may have a method `before(x, layers)` that gives a tensor of each of them, computed of x before the ranks meet; it
-    crosses in the same message, and comes back as the second argument of `product` (LoRA's does). `arrive` is applied to what
-    crosses, first: it brings it from another pipeline stage.
+    Layers may have a method `before(x, layers)` that gives a tensor of each of them, computed of x before the
+    ranks meet; it crosses in the same message, and comes back as the second argument of `product` (LoRA's
+    does). `arrive` is applied to what crosses, first: it brings it from another pipeline stage.
     """
     beside = [layer for layer in layers if hasattr(layer, "before")]
-    whole, *rest = side_by_side(lambda tensor, group: layers[0].enter(arrive(tensor), group),
-                                [x, *(beside[0].before(x, beside) if beside else ())], layers[0].tensor_parallel_group)
+    whole, *rest = side_by_side(
+        lambda tensor, group: layers[0].enter(arrive(tensor), group),
+        [x, *(beside[0].before(x, beside) if beside else ())],
+        layers[0].tensor_parallel_group,
+    )
     taken = dict(zip(beside, rest, strict=True))
-    return [layer.product(whole, taken[layer]) if layer in taken else layer.product(whole) for layer in layers]
+    return [
+        layer.product(whole, taken[layer]) if layer in taken else layer.product(whole) for layer in layers
+    ]
 
 
 class RowParallelLinear(ParallelLayer):
     """y = x W^T + b with the columns of W [output_size, input_size] divided over the group.
 
-    x is this rank's [tokens, input_size / size] (input_is_parallel); y is the sum over the group, [tokens, output_size], or under
-    sequence parallelism the rank's [tokens / size, output_size] of it.
+    x is this rank's [tokens, input_size / size] (input_is_parallel); y is the sum over the group, [tokens,
+    output_size], or under sequence parallelism the rank's [tokens / size, output_size] of it.
     """
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = True, input_is_parallel: bool = False,
-                 dtype: torch.dtype = torch.float32, device=None, sequence_parallel_enabled: bool = False,
-                 tensor_model_parallel_group: Group | None = None):
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        input_is_parallel: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device=None,
+        sequence_parallel_enabled: bool = False,
+        tensor_model_parallel_group: Group | None = None,
+    ):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
         if not input_is_parallel:
-            raise ValueError("RowParallelLinear takes an input that is divided already: pass input_is_parallel=True")
+            raise ValueError(
+                "RowParallelLinear takes an input that is divided already: pass input_is_parallel=True"
+            )
         self.input_size, self.output_size = input_size, output_size
         self.add_parameter("weight", (output_size, input_size), 1, dtype, device)
         if bias:
@@ -207,13 +186,19 @@ class RowParallelLinear(ParallelLayer):
 
 
 def leave(tensors: list[torch.Tensor], layer: ParallelLayer) -> list[torch.Tensor]:
-    """The sums over the group of tensors [tokens, n]: of all tokens, or under sequence parallelism of the rank's."""
-    collective = (reduce_scatter_to_sequence_parallel_region if layer.sequence_parallel_enabled
-                  else reduce_from_tensor_model_parallel_region)
+    """The sums over the group of tensors [tokens, n]: of all tokens, or under sequence parallelism of the
+    rank's."""
+    collective = (
+        reduce_scatter_to_sequence_parallel_region
+        if layer.sequence_parallel_enabled
+        else reduce_from_tensor_model_parallel_region
+    )
     return side_by_side(collective, tensors, layer.tensor_parallel_group)
 
 
-def local_index(index: torch.Tensor, size: int, rank_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def local_index(
+    index: torch.Tensor, size: int, rank_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(index within this rank's `size` rows, or 0; whether the row is this rank's), both of index's shape."""
     local = index - rank_index * size
     inside = (local >= 0) & (local < size)
@@ -223,13 +208,21 @@ def local_index(index: torch.Tensor, size: int, rank_index: torch.Tensor) -> tup
 class ParallelEmbedding(ParallelLayer):
     """An embedding [num_embeddings, embedding_dim] with the vocabulary divided over the group.
 
-    ids [sequence, batch] of integers -> [sequence, batch, embedding_dim], or under sequence parallelism the rank's positions. Of
-    a vocabulary divided over a larger `parameter_group` (whose index `rank_index` is), the rest of the sum is the caller's.
+    ids [sequence, batch] of integers -> [sequence, batch, embedding_dim], or under sequence parallelism the
+    rank's positions. Of a vocabulary divided over a larger `parameter_group` (whose index `rank_index` is),
+    the rest of the sum is the caller's.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype = torch.float32, device=None,
-                 sequence_parallel_enabled: bool = False, tensor_model_parallel_group: Group | None = None,
-                 parameter_group: Group | None = None):
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device=None,
+        sequence_parallel_enabled: bool = False,
+        tensor_model_parallel_group: Group | None = None,
+        parameter_group: Group | None = None,
+    ):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled, parameter_group)
         self.add_rank_index(self.parameter_group)
         self.add_parameter("weight", (num_embeddings, embedding_dim), 0, dtype, device)

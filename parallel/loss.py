@@ -1,4 +1,5 @@
 """Cross entropy over a vocabulary that is divided over the tensor parallel group."""
+
 import torch
 
 from parallel.collectives import all_reduce, all_reduce_max
@@ -10,7 +11,9 @@ class _ParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, rank_index, group, ignore_index):
         counted = target != ignore_index
-        local, inside = local_index(torch.where(counted, target, torch.zeros_like(target)), logits.shape[-1], rank_index)
+        local, inside = local_index(
+            torch.where(counted, target, torch.zeros_like(target)), logits.shape[-1], rank_index
+        )
         logits = logits - all_reduce_max(logits.amax(-1), group).unsqueeze(-1)
         exponentials = logits.exp()
         at_target = torch.gather(logits, -1, local.unsqueeze(-1)).squeeze(-1) * inside.float()
@@ -27,13 +30,21 @@ class _ParallelCrossEntropy(torch.autograd.Function):
         return (probabilities - hit.float()) * (grad * counted.float()).unsqueeze(-1), None, None, None, None
 
 
-def parallel_cross_entropy(vocab_parallel_logits: torch.Tensor, target: torch.Tensor, rank_index: torch.Tensor,
-                           tensor_model_parallel_group: Group = ALONE, ignore_index: int = -100) -> torch.Tensor:
-    """The negative log-likelihood in nats of each target, fp32, shape of `target`; 0 where it is ignore_index.
+def parallel_cross_entropy(
+    vocab_parallel_logits: torch.Tensor,
+    target: torch.Tensor,
+    rank_index: torch.Tensor,
+    tensor_model_parallel_group: Group = ALONE,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """The negative log-likelihood in nats of each target, fp32, shape of `target`; 0 where it is
+    ignore_index.
 
-    vocab_parallel_logits [..., vocabulary / size] are this rank's columns and are not changed; target [...] holds indices of the
-    whole vocabulary; rank_index [1] is this rank's place in the group. The reduction of Megatron-LM's
-    (https://arxiv.org/abs/1909.08053, section 3): maximum, sum of exponentials and target logit cross the group, not the logits.
+    vocab_parallel_logits [..., vocabulary / size] are this rank's columns and are not changed; target [...]
+    holds indices of the whole vocabulary; rank_index [1] is this rank's place in the group. The reduction of
+    Megatron-LM's (https://arxiv.org/abs/1909.08053, section 3): maximum, sum of exponentials and target logit
+    cross the group, not the logits.
     """
-    return _ParallelCrossEntropy.apply(vocab_parallel_logits.float(), target, rank_index, tensor_model_parallel_group,
-                                       ignore_index)
+    return _ParallelCrossEntropy.apply(
+        vocab_parallel_logits.float(), target, rank_index, tensor_model_parallel_group, ignore_index
+    )

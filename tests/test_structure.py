@@ -1,11 +1,17 @@
 """The walls of the house: who may import whom, and how long the loop is."""
+
 import ast
 import re
 
-from tests.on_ranks import ROOT
+from tests.support.on_ranks import ROOT
 
-ALLOWED = {"data": {"data"}, "parallel": {"parallel"}, "model": {"model", "parallel"},
-           "trainer": {"trainer", "model", "parallel", "data"}, "tools": {"tools", "trainer", "model", "parallel", "data"}}
+ALLOWED = {
+    "data": {"data"},
+    "parallel": {"parallel"},
+    "model": {"model", "parallel"},
+    "trainer": {"trainer", "model", "parallel", "data"},
+    "tools": {"tools", "trainer", "model", "parallel", "data"},
+}
 
 
 def imports(path):
@@ -35,7 +41,7 @@ def test_only_collectives_issue_collectives():
 def test_the_loop_can_be_read():
     text = (ROOT / "trainer" / "loop.py").read_text()
     assert len(text.splitlines()) < 250
-    step = text[text.index("for step in range"):]
+    step = text[text.index("for step in range") :]
     parts = [".backward()", "buckets.reduce(", "clip_gradients(", "optimizer.step(", "runtime.mark_step("]
     places = [step.index(part) for part in parts[:-1]]
     assert places == sorted(places) and step.index(parts[-1], places[-1])

@@ -2,10 +2,11 @@
 
     python -m tools.bench_generate [--model DIR] [--batch_size 1] [--rounds 5]
 
-20 prompts of 16 to 120 random tokens, `--max_new_tokens` each, none ended early; fp32, one rank. Both sides get the same batches
-(transformers' padded on the left); sides alternate, after a round for warming up. Without --model: 6 layers, hidden 512,
-vocabulary 8,192, random weights.
+20 prompts of 16 to 120 random tokens, `--max_new_tokens` each, none ended early; fp32, one rank. Both sides
+get the same batches (transformers' padded on the left); sides alternate, after a round for warming up.
+Without --model: 6 layers, hidden 512, vocabulary 8,192, random weights.
 """
+
 import argparse
 import sys
 import tempfile
@@ -15,20 +16,30 @@ from pathlib import Path
 from parallel.runtime import launch, prepare_environment
 
 PROMPTS = 20
-DEFAULT = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
-           "num_key_value_heads": 4, "max_position_embeddings": 2048}
+DEFAULT = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+}
 
 
 def by_transformers(model, prompts: list[list[int]], batch_size: int, new: int) -> list[list[int]]:
     """The answers of transformers' generate."""
     import torch
+
     answers = []
     for first in range(0, len(prompts), batch_size):
-        batch = prompts[first:first + batch_size]
+        batch = prompts[first : first + batch_size]
         length = max(map(len, batch))
         ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in batch])
         mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         answers += output[:, length:].tolist()
     return answers
 
@@ -39,18 +50,29 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
     import torch
     from transformers import AutoModelForCausalLM
 
+    from model.config import ModelConfig
     from model.generation import Generator, capacity_for
-    from model.llama import Llama, LlamaConfig
-    from model.weights import SafetensorsFiles, fill
-    config = LlamaConfig.from_pretrained(directory)
+    from model.llama import Llama
+    from model.weights.loading import fill
+    from model.weights.sources import SafetensorsFiles
+
+    config = ModelConfig.from_pretrained(directory)
     numbers = np.random.default_rng(0)
-    prompts = [numbers.integers(3, config.vocab_size, length).tolist() for length in numbers.integers(16, 121, PROMPTS)]
+    prompts = [
+        numbers.integers(3, config.vocab_size, length).tolist()
+        for length in numbers.integers(16, 121, PROMPTS)
+    ]
     reference, model = AutoModelForCausalLM.from_pretrained(directory).eval(), Llama(config)
     fill(model, SafetensorsFiles(directory), runtime.device, 0)
     runtime.mark_step()
     before = runtime.compilations()
-    generator = Generator(runtime, model, model.model.embed_tokens.tensor_parallel_group, batch_size,
-                          capacity_for(max(map(len, prompts)), new, config.max_position_embeddings))
+    generator = Generator(
+        runtime,
+        model,
+        model.model.embed_tokens.tensor_parallel_group,
+        batch_size,
+        capacity_for(max(map(len, prompts)), new, config.max_position_embeddings),
+    )
     ours, theirs = [], []
     for number in range(rounds + 1):
         begun = time.perf_counter()
@@ -64,13 +86,19 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
     ratios = np.divide(ours, theirs)
     print(f"markstep      {np.median(ours):8.1f} tokens/s, {runtime.compilations() - before} graphs")
     print(f"transformers  {np.median(theirs):8.1f} tokens/s, {torch.get_num_threads()} threads")
-    print(f"ratio {np.median(ratios):.2f} ({ratios.min():.2f} - {ratios.max():.2f}); {equal} of {PROMPTS} answers equal")
+    print(
+        f"ratio {np.median(ratios):.2f} ({ratios.min():.2f} - {ratios.max():.2f}); {equal} of {PROMPTS} answers equal"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_generate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench_generate", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--model", help="a directory of a merged model, or of any other Llama")
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts that are answered at once; default 1")
+    parser.add_argument(
+        "--batch_size", type=int, default=1, help="prompts that are answered at once; default 1"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="of each answer; default 64")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured; default 5")
     chosen = parser.parse_args(arguments)
@@ -82,15 +110,23 @@ def main(arguments: list[str] | None = None) -> int:
             directory = Path(chosen.model or temporary)
             if not chosen.model:
                 import transformers
+
                 transformers.set_seed(0)
-                transformers.LlamaForCausalLM(transformers.LlamaConfig(**DEFAULT)).save_pretrained(directory)
-            from model.llama import LlamaConfig
-            from model.weights import SafetensorsFiles, check_weights
-            check_weights(LlamaConfig.from_pretrained(directory), SafetensorsFiles(directory))
+                transformers.LlamaForCausalLM(transformers.ModelConfig(**DEFAULT)).save_pretrained(directory)
+            from model.config import ModelConfig
+            from model.weights.loading import check_weights
+            from model.weights.sources import SafetensorsFiles
+
+            check_weights(ModelConfig.from_pretrained(directory), SafetensorsFiles(directory))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        launch(lambda runtime: measure(runtime, directory, chosen.batch_size, chosen.max_new_tokens, chosen.rounds), 1)
+        launch(
+            lambda runtime: measure(
+                runtime, directory, chosen.batch_size, chosen.max_new_tokens, chosen.rounds
+            ),
+            1,
+        )
     return 0
 
 

@@ -2,10 +2,12 @@
 
     python -m tools.bench_pack [--examples 15000] [--row_length 2048] [--rounds 5] [--seed 0]
 
-Each side gets the same examples in memory, cut to the row's length beforehand. Ours gives the numbers of each row's examples; trl
-packs a datasets.Dataset with the columns input_ids and labels, as its SFTTrainer does, and moves the tokens. Where it says "and
-rows", what a step is fed is built too, one row at a time: by data.packing.Rows, or by trl's padding-free collator.
+Each side gets the same examples in memory, cut to the row's length beforehand. Ours gives the numbers of each
+row's examples; trl packs a datasets.Dataset with the columns input_ids and labels, as its SFTTrainer does,
+and moves the tokens. Where it says "and rows", what a step is fed is built too, one row at a time: by
+data.packing.Rows, or by trl's padding-free collator.
 """
+
 import argparse
 import os
 import sys
@@ -23,15 +25,25 @@ MEDIAN, MEAN, SHORTEST, LONGEST = 110, 205, 12, 5000
 
 
 def draw(examples: int, row_length: int, seed: int) -> Tokens:
-    """Examples of random tokens, their lengths log-normal and cut to the row; the second half of each is trained on."""
+    """Examples of random tokens, their lengths log-normal and cut to the row; the second half of each is
+    trained on."""
     rng = np.random.default_rng(seed)
     lengths = rng.lognormal(np.log(MEDIAN), np.sqrt(2 * np.log(MEAN / MEDIAN)), examples)
     lengths = lengths.round().clip(SHORTEST, LONGEST).astype(np.int64)
-    print(f"{examples} examples: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, longest {lengths.max()} tokens")
+    print(
+        f"{examples} examples: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, longest {lengths.max()} tokens"
+    )
     lengths = np.minimum(lengths, row_length)
     offsets = np.append(0, lengths.cumsum())
     trained = np.arange(offsets[-1]) >= np.repeat(offsets[:-1] + lengths // 2, lengths)
-    return Tokens(rng.integers(1, 8192, offsets[-1], np.int32), trained, offsets, np.zeros(examples, np.uint64), Path(), {})
+    return Tokens(
+        rng.integers(1, 8192, offsets[-1], np.int32),
+        trained,
+        offsets,
+        np.zeros(examples, np.uint64),
+        Path(),
+        {},
+    )
 
 
 def our_sides(tokens: Tokens, row_length: int) -> dict[str, tuple]:
@@ -47,34 +59,60 @@ def our_sides(tokens: Tokens, row_length: int) -> dict[str, tuple]:
 
     def kept(groups: list[list[int]]) -> int:
         return int(pieces.lengths[np.concatenate(groups)].sum())
+
     return {"ours": (partial(packing, False), kept), "ours and rows": (partial(packing, True), kept)}
 
 
 def trl_sides(tokens: Tokens, row_length: int) -> dict[str, tuple]:
-    """The same of trl: by its default, which packs each 1000 examples by themselves, and all at once; raises ImportError."""
-    os.environ.update(USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1")      # trl imports accelerate: no device for that
+    """The same of trl: by its default, which packs each 1000 examples by themselves, and all at once; raises
+    ImportError."""
+    os.environ.update(
+        USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+    )  # trl imports accelerate: no device for that
     import datasets
     import pyarrow
     import torch
     from trl import pack_dataset
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-    torch.set_num_threads(1)            # with more, trl is slower: its tensors are small
-    print("versions: " + ", ".join(f"{name} {version(name)}" for name in ("trl", "datasets", "pyarrow", "torch", "numpy")))
-    columns = {"input_ids": tokens.input_ids, "labels": np.where(tokens.trained, tokens.input_ids, IGNORED).astype(np.int64)}
-    dataset = datasets.Dataset(pyarrow.table({name: pyarrow.ListArray.from_arrays(tokens.offsets.astype(np.int32), values)
-                                              for name, values in columns.items()}))
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=row_length)
+
+    torch.set_num_threads(1)  # with more, trl is slower: its tensors are small
+    print(
+        "versions: "
+        + ", ".join(f"{name} {version(name)}" for name in ("trl", "datasets", "pyarrow", "torch", "numpy"))
+    )
+    columns = {
+        "input_ids": tokens.input_ids,
+        "labels": np.where(tokens.trained, tokens.input_ids, IGNORED).astype(np.int64),
+    }
+    dataset = datasets.Dataset(
+        pyarrow.table(
+            {
+                name: pyarrow.ListArray.from_arrays(tokens.offsets.astype(np.int32), values)
+                for name, values in columns.items()
+            }
+        )
+    )
+    collate = DataCollatorForLanguageModeling(
+        pad_token_id=0, padding_free=True, pad_to_multiple_of=row_length
+    )
 
     def packing(strategy: str, batch: int | None = 1000, build: bool = False) -> datasets.Dataset:
-        packed = pack_dataset(dataset, row_length, strategy, {"batch_size": batch, "load_from_cache_file": False})
+        packed = pack_dataset(
+            dataset, row_length, strategy, {"batch_size": batch, "load_from_cache_file": False}
+        )
         for index in range(len(packed) if build else 0):
             collate([packed[index]])
         return packed
 
     def kept(packed: datasets.Dataset) -> int:
         return sum(map(len, packed.with_format("arrow")["input_ids"]))
-    return {"trl bfd": (partial(packing, "bfd"), kept), "trl bfd, all at once": (partial(packing, "bfd", None), kept),
-            "trl wrapped": (partial(packing, "wrapped"), kept), "trl bfd and rows": (partial(packing, "bfd", 1000, True), kept)}
+
+    return {
+        "trl bfd": (partial(packing, "bfd"), kept),
+        "trl bfd, all at once": (partial(packing, "bfd", None), kept),
+        "trl wrapped": (partial(packing, "wrapped"), kept),
+        "trl bfd and rows": (partial(packing, "bfd", 1000, True), kept),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,8 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ours alone is measured; for trl beside it: pip install trl ({error!r})")
     seconds, rows, bound = {name: [] for name in sides}, {}, -(-total // row_length)
     try:
-        for number in range(1 + chosen.rounds):                     # the first is for warming up
-            for name in list(sides)[::-1 if number % 2 else 1]:     # nobody always runs after the same one
+        for number in range(1 + chosen.rounds):  # the first is for warming up
+            for name in list(sides)[:: -1 if number % 2 else 1]:  # nobody always runs after the same one
                 packing, kept = sides[name]
                 begin = time.perf_counter()
                 result = packing()
@@ -101,17 +139,23 @@ def main(arguments: list[str] | None = None) -> int:
                 rows[name] = len(result)
                 if kept(result) != total:
                     raise ValueError(f"its rows have {kept(result)} of {total} tokens")
-                del result                                          # else the next one's seconds would have its release
+                del result  # else the next one's seconds would have its release
     except ValueError as error:
         print(f"error: {name}: {error}", file=sys.stderr)
         return 1
-    print(f"{total} tokens when cut, at least {bound} rows; {chosen.rounds} rounds, ratios within a round: median (min - max)")
-    print(f"{'':<20} {'seconds':>8} {'min':>7} {'max':>7} {'to ours':>21} {'to ours and rows':>21}   rows  / least   full")
+    print(
+        f"{total} tokens when cut, at least {bound} rows; {chosen.rounds} rounds, ratios within a round: median (min - max)"
+    )
+    print(
+        f"{'':<20} {'seconds':>8} {'min':>7} {'max':>7} {'to ours':>21} {'to ours and rows':>21}   rows  / least   full"
+    )
     for name, (_, *values) in seconds.items():
         ratios = [np.sort(np.divide(values, seconds[ours][1:])) for ours in ("ours", "ours and rows")]
         spreads = [f"{np.median(ratio):.3g} ({ratio[0]:.3g} - {ratio[-1]:.3g})" for ratio in ratios]
-        print(f"{name:<20} {np.median(values):>8.3f} {min(values):>7.3f} {max(values):>7.3f} {spreads[0]:>21} {spreads[1]:>21} "
-              f"{rows[name]:>6} {rows[name] / bound:>8.4f} {total / (rows[name] * row_length):.2%}")
+        print(
+            f"{name:<20} {np.median(values):>8.3f} {min(values):>7.3f} {max(values):>7.3f} {spreads[0]:>21} {spreads[1]:>21} "
+            f"{rows[name]:>6} {rows[name] / bound:>8.4f} {total / (rows[name] * row_length):.2%}"
+        )
     return 0
 
 

@@ -2,9 +2,10 @@
 
     python -m tools.compare_runs A B [--exact | --tolerance 1e-5] [--picture compare_runs.png]
 
-A and B are output directories, or metrics files. The exit status is 0 where they agree, 1 where they differ by more than the
-tolerance, 2 where they cannot be compared.
+A and B are output directories, or metrics files. The exit status is 0 where they agree, 1 where they differ
+by more than the tolerance, 2 where they cannot be compared.
 """
+
 import argparse
 import json
 import math
@@ -15,11 +16,14 @@ COMPARED = ("loss", "grad_norm")
 
 
 def read_metrics(path: Path) -> dict[int, dict]:
-    """{step: its record} of a metrics.jsonl, or of the directory that holds one; raises ValueError for anything else."""
+    """{step: its record} of a metrics.jsonl, or of the directory that holds one; raises ValueError for
+    anything else."""
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: an output directory of a run, or its metrics.jsonl, was expected")
+        raise ValueError(
+            f"{path} does not exist: an output directory of a run, or its metrics.jsonl, was expected"
+        )
     records = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -33,7 +37,9 @@ def read_metrics(path: Path) -> dict[int, dict]:
         except (ValueError, KeyError, TypeError):
             good = False
         if not good:
-            raise ValueError(f"{path}, line {number}: an object with step, {' and '.join(COMPARED)} was expected")
+            raise ValueError(
+                f"{path}, line {number}: an object with step, {' and '.join(COMPARED)} was expected"
+            )
         records[step] = record
     if not records:
         raise ValueError(f"{path} has no step yet")
@@ -50,26 +56,40 @@ def relative_difference(a: float, b: float) -> float:
 
 
 def compare(a: dict[int, dict], b: dict[int, dict]) -> list[tuple[int, dict[str, float]]]:
-    """(step, {metric: relative difference}) of the steps that both runs have; raises ValueError where there is none."""
+    """(step, {metric: relative difference}) of the steps that both runs have; raises ValueError where there
+    is none."""
     steps = sorted(set(a) & set(b))
     if not steps:
-        raise ValueError(f"the runs have no step in common: one has {min(a)} to {max(a)}, the other {min(b)} to {max(b)}")
-    return [(step, {key: relative_difference(a[step][key], b[step][key]) for key in COMPARED}) for step in steps]
+        raise ValueError(
+            f"the runs have no step in common: one has {min(a)} to {max(a)}, the other {min(b)} to {max(b)}"
+        )
+    return [
+        (step, {key: relative_difference(a[step][key], b[step][key]) for key in COMPARED}) for step in steps
+    ]
 
 
 def draw(a: dict[int, dict], b: dict[int, dict], names: tuple[str, str], differences, picture: Path) -> None:
     """Write a picture: loss and gradient norm of both runs, and below each their relative difference."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, len(COMPARED), figsize=(11, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
+
+    figure, axes = pyplot.subplots(
+        2, len(COMPARED), figsize=(11, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
     for column, key in enumerate(COMPARED):
         above, below = axes[:, column]
         for records, name, style in ((a, names[0], "-"), (b, names[1], "--")):
             above.plot(sorted(records), [records[step][key] for step in sorted(records)], style, label=name)
         above.set_title(key)
         above.legend()
-        below.plot([step for step, _ in differences], [max(values[key], 1e-17) for _, values in differences], ".-", color="black")
+        below.plot(
+            [step for step, _ in differences],
+            [max(values[key], 1e-17) for _, values in differences],
+            ".-",
+            color="black",
+        )
         below.set_yscale("log")
         below.set_xlabel("step")
         below.set_ylabel("relative difference")
@@ -82,9 +102,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("a", type=Path, help="an output directory, or its metrics.jsonl: the reference")
     parser.add_argument("b", type=Path, help="the run that is compared with it")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--exact", action="store_true", help="every loss and gradient norm must be equal to the bit")
-    how.add_argument("--tolerance", type=float, default=1e-5, help="the largest relative difference that passes; default 1e-5")
-    parser.add_argument("--picture", type=Path, default=Path("compare_runs.png"), help="where the curves are drawn")
+    how.add_argument(
+        "--exact", action="store_true", help="every loss and gradient norm must be equal to the bit"
+    )
+    how.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="the largest relative difference that passes; default 1e-5",
+    )
+    parser.add_argument(
+        "--picture", type=Path, default=Path("compare_runs.png"), help="where the curves are drawn"
+    )
     chosen = parser.parse_args(arguments)
     tolerance = 0.0 if chosen.exact else chosen.tolerance
     if not 0 <= tolerance < math.inf:
@@ -96,9 +125,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{'step':>6} {'loss':>12} {'':>12} {'difference':>10} {'grad_norm':>12} {'':>12} {'difference':>10}")
+    print(
+        f"{'step':>6} {'loss':>12} {'':>12} {'difference':>10} {'grad_norm':>12} {'':>12} {'difference':>10}"
+    )
     for step, values in differences:
-        print(f"{step:>6} " + " ".join(f"{a[step][key]:>12.6g} {b[step][key]:>12.6g} {values[key]:>10.2e}" for key in COMPARED))
+        print(
+            f"{step:>6} "
+            + " ".join(
+                f"{a[step][key]:>12.6g} {b[step][key]:>12.6g} {values[key]:>10.2e}" for key in COMPARED
+            )
+        )
     for records, others, name in ((a, b, chosen.a), (b, a, chosen.b)):
         alone = len(set(records) - set(others))
         if alone:
@@ -108,8 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{key}: largest relative difference {worst:.2e}, at step {step}")
     beyond = [step for step, values in differences if max(values.values()) > tolerance]
     if beyond:
-        print(f"the runs differ: {len(beyond)} of {len(differences)} steps by more than {tolerance:g}, the first is {beyond[0]}; "
-              f"{chosen.picture}")
+        print(
+            f"the runs differ: {len(beyond)} of {len(differences)} steps by more than {tolerance:g}, the first is {beyond[0]}; "
+            f"{chosen.picture}"
+        )
         return 1
     how_well = "to the bit" if chosen.exact else f"within {tolerance:g}"
     print(f"the runs agree in {len(differences)} steps, {how_well}; {chosen.picture}")

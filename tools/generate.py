@@ -3,9 +3,11 @@
     python -m tools.generate --model MERGED | --checkpoint CKPT [--tensor_parallel_size T]
         [--instruction "What is the capital of France?" [--context ...] | --prompts FILE | --interactive]
 
-A file of prompts is JSON lines with instruction (and context), messages or prompt, or a text with a question a line. On a CPU,
-T virtual ranks are threads of this process; on NeuronCores: torchrun --nproc_per_node=T -m tools.generate ...
+A file of prompts is JSON lines with instruction (and context), messages or prompt, or a text with a question
+a line. On a CPU, T virtual ranks are threads of this process; on NeuronCores: torchrun --nproc_per_node=T -m
+tools.generate ...
 """
+
 import argparse
 import os
 import signal
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from parallel.runtime import launch, leaves_at_once, prepare_environment, requested_world_size
 
-LONGEST_TYPED = 1024        # tokens of a question that is typed
+LONGEST_TYPED = 1024  # tokens of a question that is typed
 
 
 class Terminal:
@@ -36,8 +38,8 @@ class Terminal:
             ended = bool(tokens) and tokens[-1] in self._ends
             text = self._tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
             done = ended or len(tokens) == self._max
-            if done or not text.endswith("\ufffd"):         # else part of a character, whose rest is to come
-                print(text[len(self._printed):], end="\n" if done else "", flush=True)
+            if done or not text.endswith("\ufffd"):  # else part of a character, whose rest is to come
+                print(text[len(self._printed) :], end="\n" if done else "", flush=True)
                 self._printed = text
             if not done:
                 return
@@ -45,17 +47,21 @@ class Terminal:
 
 
 def read_prompts(path: Path, prompts, tokenizer) -> list[tuple[str, list[int]]]:
-    """(title, tokens) of each prompt in a file, by the model's PromptFormat; raises ValueError for what is no prompt."""
+    """(title, tokens) of each prompt in a file, by the model's PromptFormat; raises ValueError for what is no
+    prompt."""
     from data.sources import BadRecord, Source
     from trainer.prompts import chat_ids, text_ids
+
     if not path.is_file():
         raise ValueError(f"--prompts {path}: no such file")
     if path.suffix.lower() != ".jsonl":
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"--prompts {path}: invalid UTF-8 at byte {error.start}; a text with a question a line, or a .jsonl "
-                             "file, was expected") from None
+            raise ValueError(
+                f"--prompts {path}: invalid UTF-8 at byte {error.start}; a text with a question a line, or a .jsonl "
+                "file, was expected"
+            ) from None
         found = [(line, prompts.encode(tokenizer, line)) for line in lines if line.strip()]
     else:
         found = []
@@ -67,7 +73,11 @@ def read_prompts(path: Path, prompts, tokenizer) -> list[tuple[str, list[int]]]:
             messages = fields.get("messages")
             if not all(isinstance(text, str) for text in texts.values()):
                 raise ValueError(f"{where}: instruction, context, input and prompt are texts")
-            if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+            if (
+                isinstance(messages, list)
+                and messages
+                and all(isinstance(message, dict) for message in messages)
+            ):
                 asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
                 found.append((str(asked[-1].get("content")) if asked else "", chat_ids(tokenizer, asked)))
             elif texts["instruction"]:
@@ -83,7 +93,8 @@ def read_prompts(path: Path, prompts, tokenizer) -> list[tuple[str, list[int]]]:
 
 
 def questions(runtime, source, longest: int):
-    """(title, tokens) of each line that is typed, on all ranks; an empty line or the end of the input is the end."""
+    """(title, tokens) of each line that is typed, on all ranks; an empty line or the end of the input is the
+    end."""
     while True:
         line = ""
         if runtime.rank == 0:
@@ -107,6 +118,7 @@ def answer(runtime, source, arguments, sampling, prompts: list[tuple[str, list[i
 
     from model.generation import Generator, capacity_for
     from parallel.mesh import Mesh
+
     mesh = Mesh.create(runtime.rank, runtime.world_size, arguments.tensor_parallel_size)
     model = source.build(mesh.tp, runtime.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     runtime.mark_step()
@@ -115,37 +127,65 @@ def answer(runtime, source, arguments, sampling, prompts: list[tuple[str, list[i
     batch_size = min(arguments.batch_size, len(prompts)) if prompts else 1
     generator = Generator(runtime, model, mesh.tp, batch_size, capacity_for(longest, new, positions))
     for batch in [prompts] if prompts else ([question] for question in questions(runtime, source, longest)):
-        terminal = Terminal([title for title, _ in batch], source.tokenizer, source.ends, new) if runtime.rank == 0 else None
+        terminal = (
+            Terminal([title for title, _ in batch], source.tokenizer, source.ends, new)
+            if runtime.rank == 0
+            else None
+        )
         generator.generate([ids for _, ids in batch], new, source.ends, sampling, terminal)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.generate", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.generate", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="directory or hub id of a merged model, or of any other Llama")
     which.add_argument("--checkpoint", type=Path, help="a directory checkpoint-<step>")
-    parser.add_argument("--model_id", help="the base model of --checkpoint, where it is no longer where training read it")
+    parser.add_argument(
+        "--model_id", help="the base model of --checkpoint, where it is no longer where training read it"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--instruction", help="the question")
     what.add_argument("--prompts", type=Path, help="a file of questions")
-    what.add_argument("--interactive", action="store_true", help="questions are typed, each a conversation of its own")
-    parser.add_argument("--context", default="", help="text that the answer to --instruction should be taken from")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="the longest answer, in tokens; default 64")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default), 1 draws by "
-                                                                       "the model's probabilities")
-    parser.add_argument("--top_k", type=int, default=0, help="draw among the k most probable tokens; 0, the default: all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw among the most probable that together have so much")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1, what was said becomes less probable")
+    what.add_argument(
+        "--interactive", action="store_true", help="questions are typed, each a conversation of its own"
+    )
+    parser.add_argument(
+        "--context", default="", help="text that the answer to --instruction should be taken from"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, help="the longest answer, in tokens; default 64"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0 takes the most probable token (default), 1 draws by the model's probabilities",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="draw among the k most probable tokens; 0, the default: all"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw among the most probable that together have so much"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1, what was said becomes less probable"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts of a file that are answered at once; default 8")
-    parser.add_argument("--tensor_parallel_size", type=int, default=1, help="ranks that share the weights; default 1")
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="prompts of a file that are answered at once; default 8"
+    )
+    parser.add_argument(
+        "--tensor_parallel_size", type=int, default=1, help="ranks that share the weights; default 1"
+    )
     parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))      # ranks that wait for each other cannot be unwound
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # ranks that wait for each other cannot be unwound
     try:
         if leaves_at_once():
             return 0
@@ -155,18 +195,29 @@ def main(arguments: list[str] | None = None) -> int:
         from model.llama import Llama
         from parallel.mesh import Mesh
         from tools.model_source import ModelSource
+
         for name in ("max_new_tokens", "batch_size", "tensor_parallel_size"):
             if getattr(chosen, name) < 1:
                 raise ValueError(f"--{name} {getattr(chosen, name)}: at least 1 was expected")
-        sampling = Sampling(chosen.temperature, chosen.top_k, chosen.top_p, chosen.repetition_penalty, chosen.seed)
-        source = (ModelSource.of_model(chosen.model) if chosen.model
-                  else ModelSource.of_checkpoint(chosen.checkpoint, chosen.model_id))
+        sampling = Sampling(
+            chosen.temperature, chosen.top_k, chosen.top_p, chosen.repetition_penalty, chosen.seed
+        )
+        source = (
+            ModelSource.of_model(chosen.model)
+            if chosen.model
+            else ModelSource.of_checkpoint(chosen.checkpoint, chosen.model_id)
+        )
         Llama(source.config, Mesh.create(0, world_size, chosen.tensor_parallel_size).tp)
         prompts = None
         if chosen.prompts:
             prompts = read_prompts(chosen.prompts, source.prompts, source.tokenizer)
         elif chosen.instruction is not None:
-            prompts = [(chosen.instruction, source.prompts.encode(source.tokenizer, chosen.instruction, chosen.context))]
+            prompts = [
+                (
+                    chosen.instruction,
+                    source.prompts.encode(source.tokenizer, chosen.instruction, chosen.context),
+                )
+            ]
         longest = max(len(ids) for _, ids in prompts) if prompts else 1
         if prompts and not all(ids for _, ids in prompts):
             raise ValueError("the question has no token: a text was expected")

@@ -1,10 +1,13 @@
-"""What a model will be trained on, as a page for a browser: how long the examples are, the packed rows, and the text of one row.
+"""What a model will be trained on, as a page for a browser: how long the examples are, the packed rows, and
+the text of one row.
 
     python -m tools.show_data --model_id DIR --dataset FILE ... [--output show_data.html] [--row 0]
 
-Every flag of trainer/main.py is taken, and the data are read by its code: what is shown is what the same flags train on. The page
-is one file, which loads nothing. The exit status is 1 where training would refuse the data, or there is no such row.
+Every flag of trainer/main.py is taken, and the data are read by its code: what is shown is what the same
+flags train on. The page is one file, which loads nothing. The exit status is 1 where training would refuse
+the data, or there is no such row.
 """
+
 import argparse
 import base64
 import html
@@ -21,15 +24,15 @@ from matplotlib.figure import Figure
 
 from data.packing import Rows
 from data.tokens import IGNORED
-from model.files import resolve
-from model.llama import LlamaConfig
+from model.config import ModelConfig
+from model.weights.hub import resolve
 from trainer.config import parse
+from trainer.dataset import build_rows
 from trainer.job import load_tokenizer
-from trainer.rows import build_rows
 
 SHOWN_ROWS = 64
 PALETTE = ("#1f77b4", "#d95f02", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#c2187c", "#a08a00", "#008b9a")
-TRAINED, SPECIAL = 1, 2         # bits of a token's mark
+TRAINED, SPECIAL = 1, 2  # bits of a token's mark
 # The policy forbids the page, whatever the records hold, to run or to load anything.
 PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8">
@@ -58,7 +61,8 @@ predicted, light where they are only read; white is padding.</p>
 
 
 def trained_tokens(row: dict[str, np.ndarray]) -> np.ndarray:
-    """bool [row_length]: the tokens that are some position's target; labels are shifted, and a row's first token is nobody's."""
+    """bool [row_length]: the tokens that are some position's target; labels are shifted, and a row's first
+    token is nobody's."""
     return np.concatenate([[False], row["labels"][:-1] != IGNORED])
 
 
@@ -77,8 +81,12 @@ def draw_lengths(lengths: np.ndarray, row_length: int) -> Figure:
         axes.set_xscale("log")
     if counts.max() > 100 * counts[counts > 0].min():
         axes.set_yscale("log")
-    for name, value, colour, style in (("median", median, "#2ca02c", "-"), ("mean", float(lengths.mean()), "#d95f02", "--"),
-                                       ("longest", longest, "#9467bd", "-."), ("row", row_length, "black", ":")):
+    for name, value, colour, style in (
+        ("median", median, "#2ca02c", "-"),
+        ("mean", float(lengths.mean()), "#d95f02", "--"),
+        ("longest", longest, "#9467bd", "-."),
+        ("row", row_length, "black", ":"),
+    ):
         axes.axvline(value, color=colour, linestyle=style, label=f"{name} {value:,.1f}".removesuffix(".0"))
     axes.set(xlabel="tokens", ylabel="examples")
     figure.legend(loc="outside right upper")
@@ -88,7 +96,9 @@ def draw_lengths(lengths: np.ndarray, row_length: int) -> Figure:
 def draw_rows(rows: list[dict[str, np.ndarray]]) -> Figure:
     """Rows as horizontal bars; each of their arrays is [row_length]."""
     dark = np.array([[1, 1, 1], *map(to_rgb, PALETTE)])
-    colours = (255 * np.stack([dark, 0.3 * dark + 0.7])).astype(np.uint8)       # [trained or not, padding and palette, RGB]
+    colours = (255 * np.stack([dark, 0.3 * dark + 0.7])).astype(
+        np.uint8
+    )  # [trained or not, padding and palette, RGB]
     image = np.stack([colours[1 - trained_tokens(row), colour_of(row["segment_ids"])] for row in rows])
     figure = Figure(figsize=(10, 1 + 0.16 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -111,13 +121,17 @@ def picture(figure: Figure) -> str:
 
 
 def runs(ids: np.ndarray, marks: np.ndarray, tokenizer) -> Iterator[tuple[str, int]]:
-    """(text, mark) of each stretch of equal marks [tokens] in ids [tokens]; the texts together are that of all ids.
+    """(text, mark) of each stretch of equal marks [tokens] in ids [tokens]; the texts together are that of
+    all ids.
 
-    A token by itself would lose its space, or be part of a character, so what is decoded is always a beginning of ids. A
-    character that is in two stretches goes to the later one.
+    A token by itself would lose its space, or be part of a character, so what is decoded is always a
+    beginning of ids. A character that is in two stretches goes to the later one.
     """
+
     def decode(count):
-        return tokenizer.decode(ids[:count].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(
+            ids[:count].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     whole, start = decode(len(ids)), 0
     for end in [*np.flatnonzero(marks[1:] != marks[:-1]) + 1, len(ids)]:
@@ -145,23 +159,38 @@ def write_segments(rows: Rows, index: int, tokenizer) -> Iterator[str]:
         ids, trained = row["input_ids"][here], trained_tokens(row)[here]
         source, start = rows.tokens[rows.pieces.source[piece]], rows.pieces.start[piece]
         example = int(np.searchsorted(source.offsets, start, side="right")) - 1
-        first, length = start - source.offsets[example] + 1, source.offsets[example + 1] - source.offsets[example]
+        first, length = (
+            start - source.offsets[example] + 1,
+            source.offsets[example + 1] - source.offsets[example],
+        )
         place = f"tokens {first} to {first + len(ids) - 1} of {length}"
         title = f"{segment}. {source.where(example)}: {place}, {trained.sum()} predicted"
-        yield (f'<div class="segment" style="border-color: {PALETTE[colour_of(segment) - 1]}"><h3>{html.escape(title)}</h3>'
-               f'<div class="text">{write_text(ids, trained, tokenizer)}</div></div>')
+        yield (
+            f'<div class="segment" style="border-color: {PALETTE[colour_of(segment) - 1]}"><h3>{html.escape(title)}</h3>'
+            f'<div class="text">{write_text(ids, trained, tokenizer)}</div></div>'
+        )
 
 
 def write_page(rows: Rows, index: int, summary: str, tokenizer) -> str:
     """The page, with the text of row `index`; raises ValueError where there is no such row."""
     if not 0 <= index < len(rows):
-        raise ValueError(f"--row {index}: there are {len(rows)} rows to train on, so 0 to {len(rows) - 1} was expected")
+        raise ValueError(
+            f"--row {index}: there are {len(rows)} rows to train on, so 0 to {len(rows) - 1} was expected"
+        )
     lengths = np.concatenate([np.diff(source.offsets) for source in rows.tokens])
     padding = int((rows.row(index)["segment_ids"] == 0).sum())
     first = [rows.row(number) for number in range(min(len(rows), SHOWN_ROWS))]
-    return PAGE.format(summary=html.escape(summary), shown=len(first), count=len(rows), row=index, padding=padding,
-                       histogram=picture(draw_lengths(lengths, rows.row_length)), bars=picture(draw_rows(first)),
-                       segments="\n".join(write_segments(rows, index, tokenizer)), row_length=rows.row_length)
+    return PAGE.format(
+        summary=html.escape(summary),
+        shown=len(first),
+        count=len(rows),
+        row=index,
+        padding=padding,
+        histogram=picture(draw_lengths(lengths, rows.row_length)),
+        bars=picture(draw_rows(first)),
+        segments="\n".join(write_segments(rows, index, tokenizer)),
+        row_length=rows.row_length,
+    )
 
 
 def write_file(path: Path, text: str) -> None:
@@ -178,15 +207,23 @@ def write_file(path: Path, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.show_data", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     epilog="All other flags are those of trainer/main.py; its --help explains them.")
-    parser.add_argument("--output", type=Path, default=Path("show_data.html"), help="the page; default show_data.html")
-    parser.add_argument("--row", type=int, default=0, help="the row whose text is shown; default 0, the first")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.show_data",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        epilog="All other flags are those of trainer/main.py; its --help explains them.",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("show_data.html"), help="the page; default show_data.html"
+    )
+    parser.add_argument(
+        "--row", type=int, default=0, help="the row whose text is shown; default 0, the first"
+    )
     chosen, others = parser.parse_known_args(arguments)
     config = parse(others)
     try:
         directory = resolve(config.model_directory)
-        model_config, tokenizer = LlamaConfig.from_pretrained(directory), load_tokenizer(directory)
+        model_config, tokenizer = ModelConfig.from_pretrained(directory), load_tokenizer(directory)
         rows, _, summary = build_rows(config, tokenizer, model_config)
         write_file(chosen.output, write_page(rows, chosen.row, summary, tokenizer))
     except ValueError as error:

@@ -1,4 +1,5 @@
 """A run before its ranks start: everything that can be read and refused without a device."""
+
 import fcntl
 import os
 import threading
@@ -12,21 +13,25 @@ import torch
 
 from data.loader import BEGINNING, Loader
 from data.packing import Rows
-from model.adapters import PeftAdapter
-from model.files import in_one_line, resolve
-from model.flash import why_not_flash
-from model.llama import Llama, LlamaConfig
+from model.attention.flash_nki import why_not_flash
+from model.config import ModelConfig
+from model.llama import Llama
 from model.lora import LoraConfig
-from model.weights import base_shapes, check_weights, open_weights, trained_shapes
+from model.weights.hub import in_one_line, resolve
+from model.weights.loading import check_weights
+from model.weights.peft import PeftAdapter
+from model.weights.shapes import base_shapes, trained_shapes
+from model.weights.sources import open_weights
 from parallel import layers as native
-from parallel.choice import parallel_layers
+from parallel.layer_backend import parallel_layers
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.runtime import extracts_graphs
-from trainer.checkpoint import Checkpoint, find_checkpoint
+from trainer.checkpoint.find import find_checkpoint
+from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
+from trainer.dataset import build_rows, fingerprint
 from trainer.prompts import PromptFormat, end_tokens
-from trainer.rows import build_rows, fingerprint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -37,7 +42,7 @@ class Job:
 
     config: Config
     model_directory: Path
-    model_config: LlamaConfig
+    model_config: ModelConfig
     tokenizer: object
     lora: LoraConfig | None
     adapter: PeftAdapter | None
@@ -47,13 +52,14 @@ class Job:
     summary: str
     resume: Checkpoint | None
     identity: dict
-    deadline: float | None          # of time.monotonic(): when the run must have ended
+    deadline: float | None  # of time.monotonic(): when the run must have ended
     flash_attention: bool = False
-    terminated: threading.Event = field(default_factory=threading.Event)      # set by SIGTERM
+    terminated: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 
     @property
     def read_trained(self):
-        """(name, shard) -> the first value of what is trained, of the checkpoint or the adapter that the run goes on from."""
+        """(name, shard) -> the first value of what is trained, of the checkpoint or the adapter that the run
+        goes on from."""
         if self.resume:
             return partial(self.resume.read, "parameter")
         return self.adapter and self.adapter.read
@@ -86,7 +92,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     config = config.for_ranks(mesh.dp.size())
     resume = find_checkpoint(config.output_dir, config.resume)
     directory = resolve(config.model_directory)
-    model_config = LlamaConfig.from_pretrained(directory)
+    model_config = ModelConfig.from_pretrained(directory)
     adapter = None
     if config.adapter_name_or_path:
         adapter = PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
@@ -99,46 +105,81 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
-    end_tokens(directory, tokenizer, model_config.vocab_size)       # whether generation_config.json can be read
+    end_tokens(directory, tokenizer, model_config.vocab_size)  # whether generation_config.json can be read
     train_rows, eval_rows, summary = build_rows(config, tokenizer, model_config)
     identity = {
-        "base": weights.fingerprint(base_shapes(model_config)) if _is_first() else None, "lora": asdict(lora) if lora else None,
-        "seed": config.seed, "data": fingerprint(train_rows)}
+        "base": weights.fingerprint(base_shapes(model_config)) if _is_first() else None,
+        "lora": asdict(lora) if lora else None,
+        "seed": config.seed,
+        "data": fingerprint(train_rows),
+    }
     if resume:
         if _is_first():
             resume.check(identity)
         resume.check_tensors(trained)
-    loader = Loader(train_rows, batch_size=config.per_device_train_batch_size, accumulation=config.gradient_accumulation_steps,
-                    dp_rank=0, dp_size=mesh.dp.size(), seed=config.seed, start=resume.position if resume else BEGINNING)
+    loader = Loader(
+        train_rows,
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        dp_rank=0,
+        dp_size=mesh.dp.size(),
+        seed=config.seed,
+        start=resume.position if resume else BEGINNING,
+    )
     steps = config.max_steps if config.max_steps > 0 else loader.steps_until(config.num_train_epochs)
     if resume and resume.step >= steps:
-        raise ValueError(f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
-                         "raise --max_steps or --num_train_epochs")
+        raise ValueError(
+            f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
+            "raise --max_steps or --num_train_epochs"
+        )
     if resume:
         summary += f"\nresume: {resume.path}, after step {resume.step} of {steps}"
     if extracts_graphs():
         summary += "\nNEURON_EXTRACT_GRAPHS_ONLY=1: graphs are collected, nothing is computed or written to --output_dir"
     else:
-        _make(config.output_dir)        # the one thing that is written here, after everything was checked
+        _make(config.output_dir)  # the one thing that is written here, after everything was checked
     deadline = begun + 60 * config.max_minutes if config.max_minutes else None
-    flash, said = attention_of(config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows])
-    return Job(config, directory, model_config, tokenizer, lora, adapter, train_rows, eval_rows, steps, f"{summary}\n{said}",
-               resume, identity, deadline, flash)
+    flash, said = attention_of(
+        config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows]
+    )
+    return Job(
+        config,
+        directory,
+        model_config,
+        tokenizer,
+        lora,
+        adapter,
+        train_rows,
+        eval_rows,
+        steps,
+        f"{summary}\n{said}",
+        resume,
+        identity,
+        deadline,
+        flash,
+    )
 
 
-def attention_of(config: Config, model_config: LlamaConfig, layers: ModuleType, rows: list[Rows]) -> tuple[bool, str]:
+def attention_of(
+    config: Config, model_config: ModelConfig, layers: ModuleType, rows: list[Rows]
+) -> tuple[bool, str]:
     """(whether the flash kernel is right for the rows, what to say of layers and attention)."""
     if layers is native:
         return False, "markstep's own layers and blockwise attention"
     examples = max(len(group) for each in rows for group in each.groups)
-    reason = why_not_flash(examples, config.max_seq_length, model_config.head_dim,
-                           torch.bfloat16 if config.bf16 else torch.float32)
+    reason = why_not_flash(
+        examples,
+        config.max_seq_length,
+        model_config.head_dim,
+        torch.bfloat16 if config.bf16 else torch.float32,
+    )
     chosen = f"blockwise attention: {reason}" if reason else "its NKI flash attention: a row is one example"
     return not reason, f"neuronx-distributed's layers, and {chosen}"
 
 
 def _is_first() -> bool:
-    """Whether this is the one of a run's processes that hashes the base model, holds the lock and writes the metrics."""
+    """Whether this is the one of a run's processes that hashes the base model, holds the lock and writes the
+    metrics."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -152,15 +193,20 @@ def _make(output_dir):
 
 
 def lock(output_dir: str) -> None:
-    """Keep other runs out of the directory until this process ends, however it ends; ValueError where one is in it."""
+    """Keep other runs out of the directory until this process ends, however it ends; ValueError where one is
+    in it."""
     if not _is_first() or extracts_graphs():
         return
     try:
         fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"--output_dir {output_dir} is in use by another run that has not ended: choose another") from None
+        raise ValueError(
+            f"--output_dir {output_dir} is in use by another run that has not ended: choose another"
+        ) from None
     except OSError as error:
-        print(f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): take care that no other run uses it")
+        print(
+            f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): take care that no other run uses it"
+        )
 
 
 def lora_config(config: Config) -> LoraConfig | None:
@@ -176,9 +222,14 @@ def lora_config(config: Config) -> LoraConfig | None:
 def load_tokenizer(directory: Path):
     """The Hugging Face tokenizer in `directory`; raises ValueError where there is none."""
     from transformers import AutoTokenizer
+
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{directory} has neither {' nor '.join(TOKENIZER_FILES)}: a tokenizer was expected beside the model")
+        raise ValueError(
+            f"{directory} has neither {' nor '.join(TOKENIZER_FILES)}: a tokenizer was expected beside the model"
+        )
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:          # what transformers raises for odd files has no base class
-        raise ValueError(f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}") from None
+    except Exception as error:  # what transformers raises for odd files has no base class
+        raise ValueError(
+            f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}"
+        ) from None

@@ -1,20 +1,22 @@
-"""Flags -> Config -> ranks. `torchrun --nproc_per_node=N trainer/main.py ...` or `python trainer/main.py --world_size N ...`."""
+"""Flags -> Config -> ranks. `torchrun --nproc_per_node=N trainer/main.py ...` or `python trainer/main.py
+--world_size N ...`."""
+
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-BEGUN = time.monotonic()        # before the imports that take long
+BEGUN = time.monotonic()  # before the imports that take long
 
-# Ctrl-C ends the process at once, wherever it is. Ranks that wait for each other in a collective cannot be unwound, and need not
-# be: a checkpoint has its name when it is complete.
+# Ctrl-C ends the process at once, wherever it is. Ranks that wait for each other in a collective cannot be
+# unwound, and need not be: a checkpoint has its name when it is complete.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # A clone runs without being installed; trainer/ itself must not stand first, its modules are trainer.*.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from parallel.recompile import NewGraph  # noqa: E402
+from parallel.graph.guard import NewGraph  # noqa: E402
 from parallel.runtime import (  # noqa: E402
     GraphMismatch,
     extracts_graphs,
@@ -33,11 +35,13 @@ def main() -> int:
             return 0
         use_huge_pages()
         from trainer.config import parse
+
         config = parse()
         world_size = requested_world_size(config.world_size)
         prepare_environment(world_size, config.stochastic_rounding)
         from trainer.job import lock, prepare
         from trainer.loop import run
+
         job = prepare(config, world_size, BEGUN)
         lock(config.output_dir)
     except ValueError as error:

@@ -1,4 +1,5 @@
 """What a run says: metrics held on the device and read one step late, JSON lines, a progress bar."""
+
 import json
 import math
 import time
@@ -11,16 +12,16 @@ from data.loader import Loader
 from parallel.runtime import Runtime
 from trainer.job import Job
 
-MOST_NATS = 700.0       # e to the power of more is no float
+MOST_NATS = 700.0  # e to the power of more is no float
 
 
 class Metrics:
     """Rank 0's record of a run; on other ranks, and where nothing is executed, every method does nothing.
 
-    `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation, `OUT/samples.jsonl` one an answer of
-    it. A step's values are read after the next step was marked, so the host never waits for the step that it has just started. A
-    step's seconds are those from the mark_step before it to its own: tracing, compilation if it is new, and the wait for the
-    step before.
+    `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation, `OUT/samples.jsonl`
+    one an answer of it. A step's values are read after the next step was marked, so the host never waits for
+    the step that it has just started. A step's seconds are those from the mark_step before it to its own:
+    tracing, compilation if it is new, and the wait for the step before.
     """
 
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
@@ -34,14 +35,18 @@ class Metrics:
             _keep_until(self._output / "metrics.jsonl", first_step)
             for name in ("eval.jsonl", "samples.jsonl"):
                 _keep_until(self._output / name, first_step - 1 if job.eval_rows else first_step)
-            self._bar = tqdm(total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True
+            )
             self._last = time.perf_counter()
 
-    def hold(self, step: int, learning_rate: float, waited: float, stalled: float, values: torch.Tensor) -> None:
+    def hold(
+        self, step: int, learning_rate: float, waited: float, stalled: float, values: torch.Tensor
+    ) -> None:
         """Keep the values of the 1-based `step`, and write those of the step before it.
 
-        Seconds that it `waited` for data, and for which a save before it `stalled` training. values [4] on the device, part of
-        the last mark_step: loss per target token, gradient norm, target tokens, tokens.
+        Seconds that it `waited` for data, and for which a save before it `stalled` training. values [4] on
+        the device, part of the last mark_step: loss per target token, gradient norm, target tokens, tokens.
         """
         if self._active:
             self.flush()
@@ -57,19 +62,42 @@ class Metrics:
         self._bar.update()
         self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
         if step % self._logging_steps == 0:
-            self._append("metrics.jsonl", {
-                "step": step, "epoch": self._epochs(step), "loss": loss, "grad_norm": norm,
-                "learning_rate": learning_rate, "target_tokens": int(targets), "tokens_per_second": tokens / seconds,
-                "step_seconds": seconds, "data_wait_seconds": waited, "save_stall_seconds": stalled,
-                "compilations": self._runtime.compilations()})
+            self._append(
+                "metrics.jsonl",
+                {
+                    "step": step,
+                    "epoch": self._epochs(step),
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "learning_rate": learning_rate,
+                    "target_tokens": int(targets),
+                    "tokens_per_second": tokens / seconds,
+                    "step_seconds": seconds,
+                    "data_wait_seconds": waited,
+                    "save_stall_seconds": stalled,
+                    "compilations": self._runtime.compilations(),
+                },
+            )
 
     def evaluation(self, step: int, loss: float, target_tokens: int, samples: list[dict[str, str]]) -> None:
-        """Write the evaluation loss per target token, its perplexity, and the answers to samples after `step` steps."""
+        """Write the evaluation loss per target token, its perplexity, and the answers to samples after `step`
+        steps."""
         if self._active:
             perplexity = math.exp(min(loss, MOST_NATS))
-            tqdm.write(f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} over {target_tokens} target tokens")
-            self._append("eval.jsonl", {"step": step, "epoch": self._epochs(step), "eval_loss": loss, "perplexity": perplexity,
-                                        "target_tokens": target_tokens, "compilations": self._runtime.compilations()})
+            tqdm.write(
+                f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} over {target_tokens} target tokens"
+            )
+            self._append(
+                "eval.jsonl",
+                {
+                    "step": step,
+                    "epoch": self._epochs(step),
+                    "eval_loss": loss,
+                    "perplexity": perplexity,
+                    "target_tokens": target_tokens,
+                    "compilations": self._runtime.compilations(),
+                },
+            )
             for sample in samples:
                 self._append("samples.jsonl", {"step": step} | sample)
             for sample in samples[:1]:

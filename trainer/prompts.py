@@ -1,4 +1,6 @@
-"""How a model is asked, and when its answer ends: the prompts of its training, kept beside its weights in prompt_format.json."""
+"""How a model is asked, and when its answer ends: the prompts of its training, kept beside its weights in
+prompt_format.json."""
+
 import json
 import os
 import re
@@ -7,14 +9,15 @@ from pathlib import Path
 
 from data.formats import format_prompt
 from data.tokens import CHAT, INSTRUCTION, without_end
-from model.files import in_one_line, read_json
+from model.weights.hub import in_one_line, read_json
 
 FILE, GENERATION = "prompt_format.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The texts of a prompt, with {instruction} and {context} in them; of a `chat`, what the user says in its template."""
+    """The texts of a prompt, with {instruction} and {context} in them; of a `chat`, what the user says in its
+    template."""
 
     chat: bool
     prompt: str
@@ -29,14 +32,18 @@ class PromptFormat:
 
     @classmethod
     def read(cls, directory: Path, tokenizer) -> "PromptFormat":
-        """That of a checkpoint or a merged model; of any other its chat template, or without one the instruction format."""
+        """That of a checkpoint or a merged model; of any other its chat template, or without one the
+        instruction format."""
         path = Path(directory) / FILE
         if not path.is_file():
             return cls.of(CHAT if tokenizer.chat_template else INSTRUCTION)
         values = read_json(path)
-        if set(values) != set(cls.__annotations__) or not all(isinstance(value, bool if name == "chat" else str)
-                                                              for name, value in values.items()):
-            raise ValueError(f"{path} is damaged: chat (true or false), prompt and prompt_with_context (texts) were expected")
+        if set(values) != set(cls.__annotations__) or not all(
+            isinstance(value, bool if name == "chat" else str) for name, value in values.items()
+        ):
+            raise ValueError(
+                f"{path} is damaged: chat (true or false), prompt and prompt_with_context (texts) were expected"
+            )
         return cls(**values)
 
     def write(self, directory: Path) -> None:
@@ -45,9 +52,16 @@ class PromptFormat:
     def encode(self, tokenizer, instruction: str, context: str = "") -> list[int]:
         """The prompt's tokens, as in training."""
         values = {"instruction": instruction, "context": context}
-        text = re.sub(r"\{(instruction|context)\}", lambda field: values[field[1]],
-                      self.prompt_with_context if context else self.prompt)
-        return chat_ids(tokenizer, [{"role": "user", "content": text}]) if self.chat else text_ids(tokenizer, text)
+        text = re.sub(
+            r"\{(instruction|context)\}",
+            lambda field: values[field[1]],
+            self.prompt_with_context if context else self.prompt,
+        )
+        return (
+            chat_ids(tokenizer, [{"role": "user", "content": text}])
+            if self.chat
+            else text_ids(tokenizer, text)
+        )
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
@@ -56,18 +70,20 @@ def text_ids(tokenizer, text: str) -> list[int]:
 
 
 def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """The tokens of a chat up to where the answer begins; raises ValueError where the template cannot write it."""
+    """The tokens of a chat up to where the answer begins; raises ValueError where the template cannot write
+    it."""
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which a prompt of messages needs")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:      # a template's own errors, whatever they are
+    except Exception as error:  # a template's own errors, whatever they are
         raise ValueError(f"the chat template fails: {in_one_line(error)}") from None
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def read_generation_config(directory: Path) -> dict:
-    """The contents of `directory`/generation_config.json, {} where there is none; raises ValueError for one that is no JSON."""
+    """The contents of `directory`/generation_config.json, {} where there is none; raises ValueError for one
+    that is no JSON."""
     path = Path(directory) / GENERATION
     return read_json(path) if path.is_file() else {}
 
@@ -75,23 +91,29 @@ def read_generation_config(directory: Path) -> dict:
 def end_tokens(directory: Path, tokenizer, vocab_size: int) -> set[int]:
     """The tokens that end an answer.
 
-    These are the ones that generation_config.json (or config.json) lists, the tokenizer's end of text, and the special token with
-    which the chat template ends what the assistant says.
+    These are the ones that generation_config.json (or config.json) lists, the tokenizer's end of text, and
+    the special token with which the chat template ends what the assistant says.
     """
     listed = read_generation_config(directory).get("eos_token_id")
     if listed is None:
         listed = read_json(Path(directory) / "config.json").get("eos_token_id")
     ends = listed if isinstance(listed, list) else [listed]
     if not all(end is None or isinstance(end, int) for end in ends):
-        raise ValueError(f"{directory}: eos_token_id is {listed!r}; a number, or a list of them, was expected")
+        raise ValueError(
+            f"{directory}: eos_token_id is {listed!r}; a number, or a list of them, was expected"
+        )
     ends = {*ends, tokenizer.eos_token_id, _turn_end(tokenizer)}
     return {end for end in ends if end is not None and 0 <= end < vocab_size}
 
 
 def generation_config(directory: Path, tokenizer, vocab_size: int) -> dict:
-    """The contents of a generation_config.json by which other programs end an answer where it ended in training."""
-    base = {name: value for name, value in read_json(Path(directory) / "config.json").items()
-            if name in ("bos_token_id", "pad_token_id") and value is not None}
+    """The contents of a generation_config.json by which other programs end an answer where it ended in
+    training."""
+    base = {
+        name: value
+        for name, value in read_json(Path(directory) / "config.json").items()
+        if name in ("bos_token_id", "pad_token_id") and value is not None
+    }
     ends = sorted(end_tokens(directory, tokenizer, vocab_size))
     return base | read_generation_config(directory) | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
@@ -101,10 +123,17 @@ def _turn_end(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        chats = [tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}],
-                                               tokenize=False) for answer in "01"]
-    except Exception:               # a template that wants other messages
+        chats = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}], tokenize=False
+            )
+            for answer in "01"
+        ]
+    except Exception:  # a template that wants other messages
         return None
     rest = os.path.commonprefix([chat[::-1] for chat in chats])[::-1]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((number for number in tokenizer(rest, add_special_tokens=False)["input_ids"] if number in special), None)
+    return next(
+        (number for number in tokenizer(rest, add_special_tokens=False)["input_ids"] if number in special),
+        None,
+    )

@@ -1,4 +1,5 @@
 """Held-out examples as questions, and the answers that a model gives in the middle of its training."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,8 @@ from parallel.mesh import Group
 from parallel.runtime import Runtime
 from trainer.job import Job
 
-NEW_TOKENS = 64         # of a sample's answer
-TOGETHER = 8            # questions that are answered at once
+NEW_TOKENS = 64  # of a sample's answer
+TOGETHER = 8  # questions that are answered at once
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class Question:
 
 
 def questions(rows: Rows, longest: int, count: int | None = None) -> list[Question]:
-    """The first `count` examples (default: all) whose prompt has at most `longest` tokens, in the order of the data.
+    """The first `count` examples (default: all) whose prompt has at most `longest` tokens, in the order of
+    the data.
 
-    The prompt is what precedes the first token that trains, and the answer what trains from there. Where everything trains (plain
-    text, --train_on_prompt), the first half asks for the second.
+    The prompt is what precedes the first token that trains, and the answer what trains from there. Where
+    everything trains (plain text, --train_on_prompt), the first half asks for the second.
     """
     found, pieces = [], rows.pieces
     for source, start, stop in zip(pieces.source, pieces.start, pieces.stop, strict=True):
@@ -47,12 +49,15 @@ def questions(rows: Rows, longest: int, count: int | None = None) -> list[Questi
 class Samples:
     """The first --eval_samples held-out questions of a run, and their answers by the model as it is.
 
-    Every rank has one. The graphs are one a bucket of prompt lengths and one for decoding, however often it answers.
+    Every rank has one. The graphs are one a bucket of prompt lengths and one for decoding, however often it
+    answers.
     """
 
     def __init__(self, runtime: Runtime, model: Llama, job: Job, group: Group):
         positions, wanted = job.model_config.max_position_embeddings, job.config.eval_samples
-        self._questions = questions(job.eval_rows, positions - NEW_TOKENS, wanted) if job.eval_rows and wanted else []
+        self._questions = (
+            questions(job.eval_rows, positions - NEW_TOKENS, wanted) if job.eval_rows and wanted else []
+        )
         self._tokenizer = job.tokenizer
         if self._questions:
             self._ends = job.ends
@@ -60,12 +65,19 @@ class Samples:
             self._generator = Generator(runtime, model, group, min(TOGETHER, len(self._questions)), capacity)
 
     def answers(self) -> list[dict[str, str]]:
-        """The text of prompt, answer (greedy) and expected answer of each question; the host waits for the device."""
+        """The text of prompt, answer (greedy) and expected answer of each question; the host waits for the
+        device."""
         if not self._questions:
             return []
         answers = self._generator.generate([each.prompt for each in self._questions], NEW_TOKENS, self._ends)
-        return [{"prompt": self._text(each.prompt), "answer": self._text(answer), "expected": self._text(each.expected)}
-                for each, answer in zip(self._questions, answers, strict=True)]
+        return [
+            {
+                "prompt": self._text(each.prompt),
+                "answer": self._text(answer),
+                "expected": self._text(each.expected),
+            }
+            for each, answer in zip(self._questions, answers, strict=True)
+        ]
 
     def _text(self, ids):
         return self._tokenizer.decode(ids, skip_special_tokens=True)

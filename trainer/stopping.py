@@ -1,4 +1,5 @@
 """When a run ends early: on SIGTERM, or before --max_minutes are over. All ranks end after the same step."""
+
 import time
 from collections import deque
 
@@ -11,8 +12,9 @@ from trainer.job import Job
 class Stopping:
     """Asks each rank whether it has to stop, and remembers what all ranks said.
 
-    A rank's wish is data of the step's graph, and the sum over the ranks is read one step late, as the metrics are: so all ranks
-    read the same, and stop after the same step, though a signal reaches their processes at different times.
+    A rank's wish is data of the step's graph, and the sum over the ranks is read one step late, as the
+    metrics are: so all ranks read the same, and stop after the same step, though a signal reaches their
+    processes at different times.
     """
 
     def __init__(self, runtime: Runtime, job: Job):
@@ -22,14 +24,15 @@ class Stopping:
         self._steps, self._last, self._held = deque(maxlen=10), time.monotonic(), None
 
     def wish(self, save_seconds: float) -> torch.Tensor:
-        """[1] on the CPU: 1.0 where this rank has to stop. A save takes `save_seconds`; the time left has to do for three steps,
-        the longest of the last ten, and twice that."""
+        """[1] on the CPU: 1.0 where this rank has to stop. A save takes `save_seconds`; the time left has to
+        do for three steps, the longest of the last ten, and twice that."""
         needed = 3 * max(self._steps, default=0.0) + 2 * save_seconds
         late = self._deadline is not None and time.monotonic() + needed > self._deadline
         return torch.tensor([float(late or self._terminated.is_set())])
 
     def agreed(self, wishes: torch.Tensor) -> bool:
-        """Whether a rank wished to stop before the step before this one. `wishes` [1] on the device: the sum of this step's.
+        """Whether a rank wished to stop before the step before this one. `wishes` [1] on the device: the sum
+        of this step's.
 
         The host waits here until the device has finished the step before.
         """

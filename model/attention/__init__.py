@@ -1,0 +1,1 @@
+"""Rotary embedding and attention for rows that hold several examples."""

@@ -1,0 +1,1 @@
+"""Weights and adapters in Hugging Face's and peft's formats."""

@@ -1,0 +1,42 @@
+"""Hugging Face directories: found, or fetched from the hub; and their JSON files."""
+
+import json
+import os
+from pathlib import Path
+
+
+def in_one_line(error: Exception) -> str:
+    """The first 200 characters of a library's message, without its line breaks."""
+    return " ".join(str(error).split())[:200]
+
+
+def resolve(model_id: str, flag: str = "--model_id") -> Path:
+    """The local directory of `model_id`: itself, or the snapshot of that hub id, downloaded into the hub's
+    cache.
+
+    Raises ValueError that names the `flag` for what is neither.
+    """
+    if os.path.isdir(model_id):
+        return Path(model_id)
+    if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
+        raise ValueError(f"{flag} {model_id}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+    except Exception as error:  # the hub's errors share no base class
+        raise ValueError(
+            f"{flag} {model_id}: no directory of that name, and the hub does not give it: "
+            f"{in_one_line(error)}"
+        ) from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises ValueError where the file holds none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: a JSON object was expected")
+    return values

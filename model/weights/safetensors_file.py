@@ -1,0 +1,191 @@
+"""The safetensors format, read by ranges of elements and written in any order.
+
+The library maps whole files and writes whole dictionaries. Here a rank reads its slices and nothing else, and
+a merge holds a few bands of rows, whatever the size of the model. The format
+(https://github.com/huggingface/safetensors#format): 8 bytes, the length n of the header, little endian; n
+bytes of JSON, {name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {str: str}}; then the
+tensors' bytes, row-major, without gaps.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 10**8  # the library's limit
+CHUNK_BYTES = 16 * 2**20  # read at once where only a checksum is wanted
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header says of a tensor; `begin`: its first byte in the file. `dtype` is the format's name of
+    it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+class TensorFile:
+    """A safetensors file open for reading: `entries` by name, `metadata`, and the `header_checksum`.
+
+    Raises ValueError where the header is damaged or does not fit the file's length, OSError where the file
+    cannot be opened. Threads may share it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.entries, self.metadata = Path(path), {}, {}
+        self._open = [os.open(path, os.O_RDONLY)]
+        size = os.fstat(self._open[0]).st_size
+        length = int.from_bytes(os.pread(self._open[0], 8, 0), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(
+                f"{path} is damaged: {size} bytes that do not begin with the header of a safetensors file"
+            )
+        header = os.pread(self._open[0], length, 8)
+        self.header_checksum = checksum(header)
+        try:
+            described = json.loads(header)
+            self.metadata = dict(described.pop("__metadata__", None) or {})
+            end = 8 + length
+            for name, values in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+                entry = Entry(values["dtype"], tuple(values["shape"]), end)
+                first, last = values["data_offsets"]
+                if entry.dtype in DTYPES and last - first != entry.numel * DTYPES[entry.dtype].itemsize:
+                    raise ValueError(f"{name} has {last - first} bytes, which is not its shape")
+                if first != end - 8 - length or last < first:
+                    raise ValueError(f"{name} does not begin where the tensor before it ends")
+                self.entries[name], end = entry, 8 + length + last
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: its header: {error}") from None
+        if end != size:
+            raise ValueError(f"{path} is damaged: it has {size} bytes, and by its header {end}")
+
+    def close(self) -> None:
+        """Give the file back; any thread may, and once is enough."""
+        with suppress(IndexError):
+            os.close(self._open.pop())
+
+    def __del__(self):
+        if hasattr(self, "_open"):
+            self.close()
+
+    def elements(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` elements of the flattened tensor from number `first`, in the file's dtype."""
+        entry = self.entries[name]
+        values = torch.empty(count, dtype=DTYPES[entry.dtype])
+        view, offset = memoryview(values.view(torch.uint8).numpy()), entry.begin + first * values.itemsize
+        while len(view):
+            got = os.preadv(self._open[0], [view], offset)  # at most 2 GB at once
+            if not got:
+                raise ValueError(f"{self.path} became shorter while it was read")
+            view, offset = view[got:], offset + got
+        return values
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """The part `slices` of the tensor; no other bytes are read."""
+        return read_part(
+            self.entries[name].shape, slices, lambda first, count: self.elements(name, first, count)
+        )
+
+    def update(self, name: str, digest) -> None:
+        """Feed the tensor's bytes to `digest`, piece by piece."""
+        count = self.entries[name].numel
+        chunk = CHUNK_BYTES // DTYPES[self.entries[name].dtype].itemsize
+        for first in range(0, count, chunk):
+            digest.update(as_bytes(self.elements(name, first, min(chunk, count - first))))
+
+
+def read_part(shape: tuple[int, ...], slices: tuple[slice, ...], elements) -> torch.Tensor:
+    """The part `slices` of a row-major tensor of `shape`, by calls of elements(first, count), in ascending
+    order."""
+    lengths = [part.stop - part.start for part in slices]
+    width = torch.Size(shape[1:]).numel()
+    if lengths[1:] == list(shape[1:]):
+        first = slices[0].start * width if shape else 0
+        return elements(first, torch.Size(lengths).numel()).view(lengths)
+    if len(shape) != 2:
+        raise ValueError(
+            f"a part of a tensor of shape {shape} that cuts more than its first dimension: only matrices are cut so"
+        )
+    rows = [
+        elements(row * width + slices[1].start, lengths[1]) for row in range(slices[0].start, slices[0].stop)
+    ]
+    return torch.stack(rows) if rows else elements(0, 0).view(lengths)
+
+
+class TensorWriter:
+    """A new safetensors file of tensors that are known by dtype and shape, whose elements come later, in any
+    order.
+
+    Threads may share it. `close` waits until the disk has it.
+    """
+
+    def __init__(
+        self, path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]
+    ):
+        offset, header, begins = 0, {"__metadata__": metadata}, {}
+        for name, (dtype, shape) in tensors.items():
+            end = offset + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            begins[name], offset = offset, end
+        content = json.dumps(header, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % 8)  # the library aligns the data to 8 bytes
+        self._begins = {name: 8 + len(content) + begin for name, begin in begins.items()}
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._write(len(content).to_bytes(8, "little") + content, 0)
+        os.ftruncate(self._descriptor, 8 + len(content) + offset)
+
+    def write(self, name: str, values: torch.Tensor, first: int = 0) -> None:
+        """Put `values` into the flattened tensor from element `first`."""
+        self._write(as_bytes(values), self._begins[name] + first * values.itemsize)
+
+    def _write(self, content, offset: int) -> None:
+        view = memoryview(content)
+        while len(view):
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+    def close(self) -> None:
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, row-major; a copy only where it is not contiguous."""
+    return memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def checksum(content) -> str:
+    """XXH3 of 128 bits (https://xxhash.com), in hexadecimal: finds damage at the speed of memory."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def bands(shape: tuple[int, ...], itemsize: int, band_bytes: int) -> Iterator[tuple[int, int]]:
+    """(first row, last row + 1) of consecutive bands of at most `band_bytes`, but one row at least."""
+    rows, row_bytes = shape[0], max(1, torch.Size(shape[1:]).numel() * itemsize)
+    step = max(1, band_bytes // row_bytes)
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)

@@ -1,0 +1,1 @@
+"""The graphs that torch_xla records: found, compared, read as HLO."""

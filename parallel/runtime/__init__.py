@@ -1,0 +1,33 @@
+"""Where ranks live: a process each on Neuron, a thread each of one process on XLA:CPU.
+
+`launch(function, world_size)` runs `function(runtime)` once a rank. The same function runs in both worlds. What differs is here:
+how a rank finds its device, what a barrier is, and how a traced graph is ended and executed (`mark_step`).
+"""
+
+from parallel.runtime.devices import extracts_graphs, on_neuron
+from parallel.runtime.environment import (
+    leaves_at_once,
+    prepare_environment,
+    requested_world_size,
+    use_huge_pages,
+)
+from parallel.runtime.launch import launch
+from parallel.runtime.processes import ProcessRuntime, run_process
+from parallel.runtime.rank import GraphMismatch, Runtime
+from parallel.runtime.threads import LockstepBarrier, ThreadRuntime
+
+__all__ = [
+    "GraphMismatch",
+    "LockstepBarrier",
+    "ProcessRuntime",
+    "Runtime",
+    "ThreadRuntime",
+    "extracts_graphs",
+    "launch",
+    "leaves_at_once",
+    "on_neuron",
+    "prepare_environment",
+    "requested_world_size",
+    "run_process",
+    "use_huge_pages",
+]

@@ -1,0 +1,16 @@
+"""`launch(function, world_size)` runs `function(runtime)` on every rank."""
+
+from collections.abc import Callable
+
+from parallel.runtime.devices import on_neuron
+from parallel.runtime.processes import launch_process
+from parallel.runtime.rank import Runtime
+from parallel.runtime.threads import launch_threads
+
+
+def launch(function: Callable[[Runtime], object], world_size: int) -> None:
+    """Run `function(runtime)` on every rank; the first error of any rank ends the others and is raised here."""
+    if on_neuron():
+        launch_process(function)
+    else:
+        launch_threads(function, world_size)

@@ -1,0 +1,77 @@
+"""Ranks as processes, each with a NeuronCore."""
+
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
+
+from parallel.graph.live import collecting_at_mark_steps, live_tensors
+from parallel.runtime.rank import Runtime
+from parallel.runtime.watch import Watch, of_this_attempt
+
+
+class ProcessRuntime(Runtime):
+    """A rank that is a process with a NeuronCore."""
+
+    _barriers = _shared = 0
+
+    @property
+    def store(self):
+        """What the processes of all nodes tell each other through, without the device."""
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        return of_this_attempt(_get_default_store())
+
+    def barrier(self):
+        # Through the process group's store, not torch_xla's rendezvous, which would run a graph of its own on the device.
+        store, self._barriers = self.store, self._barriers + 1
+        name = f"barrier-{self._barriers}"
+        if store.add(name, 1) == self.world_size:
+            store.set(f"{name}-complete", "")
+        store.wait([f"{name}-complete"], timedelta(days=1))
+
+    def share(self, value):
+        store, self._shared = self.store, self._shared + 1
+        name = f"shared-{self._shared}"
+        if self.rank == 0:
+            store.set(name, pickle.dumps(value))
+        store.wait([name], timedelta(days=1))
+        return pickle.loads(store.get(name))
+
+    def mark_step(self, place=None, step=None):
+        import torch_xla
+
+        [tensors] = live_tensors(
+            1
+        )  # on every rank: it also collects garbage, and all must do so at the same place
+        graph = torch_xla._XLAC._get_graph_hash(tensors) if self._guard else b""
+        self._execute(place, step, graph, tensors)
+
+
+def launch_process(function):
+    import torch.distributed
+    import torch_xla
+    import torch_xla.distributed.xla_backend  # noqa: F401  (registers the backend "xla")
+    import torch_xla.runtime as xla_runtime
+
+    torch.distributed.init_process_group("xla")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    place = xla_runtime.global_ordinal(), xla_runtime.world_size()
+    if place != (rank, world_size):  # replica groups are numbered by the one, processes meet by the other
+        raise OSError(
+            f"torchrun made this process rank {rank} of {world_size}, and its device is number {place[0]} of "
+            f"{place[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of another launcher"
+        )
+    with collecting_at_mark_steps():
+        run_process(function, ProcessRuntime(rank, world_size, torch_xla.device()))
+
+
+def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) -> None:
+    """Run `function(runtime)` in a process group that exists; an error, or a killed process, ends all ranks."""
+    watch = Watch(runtime.store.clone(), runtime.rank)
+    try:
+        function(runtime)
+    except BaseException as error:
+        watch.tell(error)
+        raise
+    watch.stop()
+    runtime.barrier()

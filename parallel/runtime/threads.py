@@ -1,0 +1,109 @@
+"""Ranks as threads of one process, each with a virtual device of XLA:CPU."""
+
+import threading
+
+from parallel.graph.live import collecting_at_mark_steps, live_tensors
+from parallel.runtime.environment import prepare_environment
+from parallel.runtime.rank import GraphMismatch, Runtime
+
+
+class LockstepBarrier:
+    """A barrier of threads that must all come to it from the same place; GraphMismatch where they do not."""
+
+    def __init__(self, world_size: int):
+        self.shared = None
+        self._places = [""] * world_size
+        self._barrier = threading.Barrier(world_size, action=self._check)
+
+    def wait(self, rank: int, place: str) -> None:
+        self._places[rank] = place
+        self._barrier.wait()
+
+    def abort(self) -> None:
+        """End the wait of all, now and later, with threading.BrokenBarrierError."""
+        self._barrier.abort()
+
+    def _check(self):
+        for rank, place in enumerate(self._places):
+            if place != self._places[0]:
+                raise GraphMismatch(
+                    f"rank {rank} is at {place} while rank 0 is at {self._places[0]}: all ranks must call "
+                    "mark_step and barrier equally often and in the same order"
+                )
+
+
+class ThreadRuntime(Runtime):
+    """A rank that is a thread with a virtual device of XLA:CPU."""
+
+    def __init__(self, rank, world_size, device, barrier: LockstepBarrier):
+        super().__init__(rank, world_size, device)
+        self._lockstep = barrier
+
+    def barrier(self):
+        self._lockstep.wait(self.rank, "a barrier")
+
+    def share(self, value):
+        if self.rank == 0:
+            self._lockstep.shared = value
+        self._lockstep.wait(self.rank, "something shared")
+        value = self._lockstep.shared
+        self._lockstep.wait(self.rank, "something shared")  # before rank 0 shares the next
+        return value
+
+    def mark_step(self, place=None, step=None):
+        import torch_xla
+
+        self._lockstep.wait(self.rank, "a mark_step")
+        if self.rank == 0:
+            self._compile_first(place, step)
+        self._lockstep.wait(self.rank, "a compiled mark_step")
+        if self.rank != 0:
+            torch_xla.sync()
+
+    def _compile_first(self, place, step):
+        import torch_xla
+
+        live = live_tensors(self.world_size)
+        hashes = [torch_xla._XLAC._get_graph_hash(tensors) for tensors in live]
+        odd = [rank for rank, graph in enumerate(hashes) if graph != hashes[0]]
+        if odd:
+            raise GraphMismatch(
+                f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))} of {self.world_size} traced another graph than "
+                "rank 0 before this mark_step. All ranks must run the same operations: what depends on the rank must be data "
+                "in a tensor of shape [1] or more, never a Python branch, a shape or a constant."
+            )
+        self._execute(place, step, hashes[0], live[0])
+
+
+def launch_threads(function, world_size):
+    prepare_environment(world_size)
+    import torch
+    import torch_xla
+    import torch_xla.runtime as xla_runtime
+    from torch_xla._internal import pjrt
+    from torch_xla.core.xla_model import get_xla_supported_devices, set_replication
+
+    barrier = LockstepBarrier(world_size)
+    errors: list[BaseException] = []
+
+    def host_rank(_):
+        try:
+            torch.autograd.set_multithreading_enabled(
+                False
+            )  # this thread's backward stays on this thread's device
+            device = torch_xla.device()
+            set_replication(device, get_xla_supported_devices())
+            xla_runtime._init_world_size_ordinal()
+            rank = xla_runtime.global_ordinal()
+            function(ThreadRuntime(rank, world_size, device, barrier))
+            barrier.wait(rank, "the end of its program")
+        except threading.BrokenBarrierError:
+            pass  # another rank's error ended this one
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    with collecting_at_mark_steps():
+        pjrt.spawn_threads(host_rank)
+    if errors:
+        raise errors[0]

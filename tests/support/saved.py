@@ -1,0 +1,123 @@
+"""Checkpoints saved by trainer.checkpoint.writer as the loop does it, with a thread a rank and the CPU as
+every rank's device."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+from data.loader import Position
+from parallel.buckets import Buckets
+from parallel.mesh import Mesh
+from parallel.runtime import LockstepBarrier, ThreadRuntime
+from parallel.shard import Shard
+from trainer.checkpoint.names import KINDS
+from trainer.checkpoint.writer import Saver
+from trainer.config import SAMPLE, Config
+from trainer.job import load_tokenizer
+from trainer.optimizer import AdamW
+from trainer.prompts import PromptFormat
+
+SHAPES = {"column.weight": ((8, 6), 0), "row.weight": ((6, 8), 1), "norm.weight": ((6,), None)}
+IDENTITY = {"model": "tiny", "lora": None, "seed": 1}
+
+
+def whole(kind, name, step=1, shapes=SHAPES):
+    """The values of a tensor at a step, on every topology."""
+    return (
+        torch.randn(shapes[name][0], generator=torch.Generator().manual_seed(sum(map(ord, kind + name))))
+        * step
+    )
+
+
+def shards_of(mesh, shapes=SHAPES):
+    """Of several stages, each has the parameters of all as a model has them: those of other stages are spare."""
+    size, rank, stages = mesh.tp.size(), mesh.tp.rank(), mesh.pp.size()
+    shards = {
+        name: Shard(shape) if dim is None else Shard(shape, dim, size, rank)
+        for name, (shape, dim) in shapes.items()
+    }
+    return {
+        name: replace(shard, spare=number % stages != mesh.pp.rank())
+        for number, (name, shard) in enumerate(shards.items())
+    }
+
+
+def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, changed=None, by=1.0):
+    """An optimizer whose state is that of the step (zeros at 0); to one parameter `changed`, `by` is added."""
+    shards = shards_of(mesh, shapes)
+    trained = [(name, torch.nn.Parameter(torch.zeros(shard.shape)), shard) for name, shard in shards.items()]
+    buckets = Buckets(trained, mesh, zero_1, bucket_bytes)
+    values = {
+        kind: {
+            name: whole(kind, name, step, shapes)[shard.slices]
+            + by * (kind == "parameter" and name == changed)
+            for name, shard in shards.items()
+        }
+        for kind in KINDS
+    }
+    optimizer = AdamW(buckets, Config(), values["parameter"], "cpu")
+    optimizer.exp_avg, optimizer.exp_avg_sq = (buckets.own(values[kind]) for kind in KINDS[1:])
+    return optimizer
+
+
+def save(
+    output,
+    *steps,
+    tp=2,
+    dp=2,
+    pp=1,
+    limit=None,
+    zero_1=False,
+    losses=(),
+    change=None,
+    identity=IDENTITY,
+    model=None,
+    **state,
+):
+    """Save the states of `steps` of the tiny model, or of that in the directory `model`; `change(rank,
+    optimizer)` may spoil one.
+
+    Returns the last checkpoint's directory.
+    """
+    directory = model or SAMPLE / "tiny"
+    config = replace(
+        Config(), model_id=model and str(model), output_dir=str(output), save_total_limit=limit, zero_1=zero_1
+    )
+    job = SimpleNamespace(
+        config=config,
+        model_directory=directory,
+        tokenizer=TOKENIZER,
+        identity=identity,
+        prompt_format=PromptFormat.of("instruction"),
+        model_reference=str(model or "tiny"),
+        resume=SimpleNamespace(step=steps[0] - 1),
+    )
+    barrier = LockstepBarrier(tp * dp * pp)
+
+    def rank_saves(rank):
+        mesh = Mesh.create(rank, tp * dp * pp, tp, pp)
+        saver = None
+        try:
+            for number, step in enumerate(steps):
+                optimizer = optimizer_of(mesh, step, zero_1, **state)
+                if change:
+                    change(rank, optimizer)
+                saver = saver or Saver(
+                    ThreadRuntime(rank, tp * dp * pp, torch.device("cpu"), barrier), mesh, job, optimizer
+                )
+                saver.optimizer = optimizer
+                saver.save(Position(step, 1, 3), dict(enumerate(losses)).get(number))
+            saver.wait()
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(tp * dp * pp) as pool:
+        for future in [pool.submit(rank_saves, rank) for rank in range(tp * dp * pp)]:
+            future.result()
+    return output / f"checkpoint-{steps[-1]}"
+
+
+TOKENIZER = load_tokenizer(SAMPLE / "tiny")

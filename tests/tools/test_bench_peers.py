@@ -1,0 +1,99 @@
+"""bench_peers: the arithmetic of its report, and two sides that train on the same tokens."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.packing import Pieces, pack
+from tools.bench_peers.__main__ import MODEL, main, make, rates, run, table
+from tools.bench_peers.peers import figures, full_rows, read
+
+TINY = MODEL | {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+SETTINGS = {"row_length": 64, "rows": 2, "steps": 2, "warmup": 2}
+
+
+def markstep(tokens, positions, mfu):
+    return {
+        "tokens_per_second": tokens,
+        "target_tokens_per_second": tokens / 2,
+        "padded_tokens_per_second": positions,
+        "mfu": mfu,
+    }
+
+
+def peer(tokens, positions, *seconds):
+    return {"seconds": list(seconds), "tokens": tokens, "target_tokens": tokens / 4, "positions": positions}
+
+
+def test_rates_are_of_the_warm_steps():
+    found = figures(
+        [10.0, 13.0, 15.0, 19.0], 2, [[5] * 12, [5] * 18], [[-100] * 12, [-100] * 6 + [5] * 12], 36
+    )
+    assert found["seconds"] == [3, 2, 4]
+    assert rates(found) == {"tokens": 10, "target_tokens": 4, "positions": 12}
+
+
+def test_ratios_are_taken_within_a_round():
+    rounds = [
+        {"markstep": markstep(900, 1000, 0.8), "plain": peer(400, 500, 1, 1, 7)},
+        {"markstep": markstep(300, 400, 0.4), "plain": peer(400, 500, 4, 4)},
+        {"markstep": markstep(600, 800, 0.8), "plain": peer(400, 500, 2)},
+    ]
+    *_, ours, plain = table(rounds)
+    assert ours == "| markstep, packed | 600 | 300 | 1 (1 - 1) | 80% |"
+    # 400, 100, 200 tokens/s: 2.25, 3 and 3 times as slow; 500, 125, 250 positions/s at a peak of 1250, 1000
+    # and 1000
+    assert plain == "| plain loop on torch_xla, full rows | 200 | 50 | 3 (2.25 - 3) | 25% |"
+
+
+def test_two_sides_on_the_same_tokens(tmp_path):
+    make(tmp_path, TINY, SETTINGS, examples=50)
+    tokens, settings = read(tmp_path)
+    assert (
+        settings == SETTINGS
+        and len(tokens) == 50
+        and max(np.diff(tokens.offsets)) == 64
+        and not tokens.trained.all()
+    )
+    ids, labels = full_rows(tokens, 64)
+    assert (labels[labels != -100] == ids[labels != -100]).all() and (labels != -100).sum() == tokens.trained[
+        : ids.size
+    ].sum()
+    ours, plain = run("markstep", tmp_path, SETTINGS), run("plain", tmp_path, SETTINGS)
+    assert (
+        plain["tokens"] == plain["positions"] == 128
+        and plain["recompilations"] == 0
+        and len(plain["seconds"]) == 2
+    )
+    assert plain["target_tokens"] == 2 * (labels != -100).sum(1).mean()
+    assert abs(plain["loss"] - np.log(96)) < 0.5 and plain["instructions"] > 500
+    # rows are as full as the packing of the same examples makes them
+    pieces = Pieces(np.zeros(50, np.int64), tokens.offsets[:-1], tokens.offsets[1:])
+    filled = len(tokens.input_ids) / (64 * len(pack(pieces.lengths.tolist(), 64)))
+    rate = rates(ours)
+    assert filled - 0.2 < rate["tokens"] / rate["positions"] <= 1 and ours["mfu"] > 0
+
+
+def test_bad_input_is_refused(tmp_path, capsys):
+    for flags in (
+        ["--tokens", "1000"],
+        ["--rounds", "0"],
+        ["--max_seq_length", "0"],
+        ["--json", str(tmp_path / "none" / "file")],
+    ):
+        with pytest.raises(SystemExit):
+            main(flags)
+        assert "was expected" in capsys.readouterr().err
+    make(tmp_path, TINY | {"num_attention_heads": 0}, SETTINGS, examples=2)
+    assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
+    with pytest.raises(ValueError, match="plain ended with status 1"):
+        run("plain", tmp_path, SETTINGS)

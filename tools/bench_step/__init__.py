@@ -1,0 +1,1 @@
+"""Throughput of the real training step, measured."""

@@ -1,0 +1,1 @@
+"""The graphs of a step, traced without a machine, and read."""

@@ -1,0 +1,1 @@
+"""Sharded checkpoints -> a Hugging Face model, or a peft adapter."""

@@ -1,0 +1,113 @@
+"""What a machine has, as far as it decides whether a run can start: looked up once, and passed around as a
+value."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc")
+COMMANDS = ("neuron-ls", "neuron_parallel_compile")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine, as a value, so that every check of it is a pure function.
+
+    versions: of PACKAGES that are installed; placeholders: those that are PyPI's empty packages of AWS's
+    names. commands: of COMMANDS, those on the PATH. device_files: how many /dev/neuron<n> there are;
+    neuron_cores: of them, by neuron-ls, or None; users: process ids that have a Neuron device open. efa: EFA
+    interfaces. memory, shm: bytes available. open_files: the limit. free_bytes and writable say it of a path,
+    or of the nearest of its parents that exists.
+    """
+
+    environment: Mapping[str, str]
+    versions: Mapping[str, str]
+    placeholders: frozenset[str]
+    commands: frozenset[str]
+    device_files: int
+    neuron_cores: int | None
+    users: tuple[int, ...]
+    efa: int
+    memory: int
+    shm: int
+    open_files: int
+    free_bytes: Callable[[str], int]
+    writable: Callable[[str], bool]
+
+    @property
+    def on_neuron(self) -> bool:
+        """Whether a run's ranks would be NeuronCores: as parallel.runtime decides."""
+        return "torch-neuronx" in self.versions and self.environment.get("PJRT_DEVICE", "NEURON") == "NEURON"
+
+
+def look() -> Machine:
+    """This machine."""
+    found = {name: found for name in PACKAGES if (found := _distribution(name))}
+    cores, users = neuron_ls()
+    return Machine(
+        environment=dict(os.environ),
+        versions={name: each.version for name, each in found.items()},
+        placeholders=frozenset(
+            name for name, each in found.items() if is_placeholder(each.metadata.get_payload())
+        ),
+        commands=frozenset(name for name in COMMANDS if shutil.which(name)),
+        device_files=len(list(Path("/dev").glob("neuron[0-9]*"))),
+        neuron_cores=cores,
+        users=users,
+        efa=len(list(Path("/sys/class/infiniband").glob("*"))),
+        memory=available_memory(Path("/proc/meminfo").read_text()),
+        shm=shutil.disk_usage("/dev/shm").free,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        free_bytes=lambda path: shutil.disk_usage(existing(path)).free,
+        writable=lambda path: existing(path).is_dir() and os.access(existing(path), os.W_OK | os.X_OK),
+    )
+
+
+def existing(path: str) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    absolute = Path(path).absolute()
+    return next(each for each in (absolute, *absolute.parents) if each.exists())
+
+
+def is_placeholder(description: str | None) -> bool:
+    """Whether a package's description is that of the empty packages that hold AWS's names on PyPI."""
+    return "WRONG PACKAGE" in (description or "")
+
+
+def available_memory(meminfo: str) -> int:
+    """Bytes, of the text of /proc/meminfo."""
+    return next(
+        1024 * int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("MemAvailable:")
+    )
+
+
+def neuron_ls() -> tuple[int | None, tuple[int, ...]]:
+    """(NeuronCores, ids of the processes on them) by `neuron-ls --json-output`; (None, ()) where it says
+    nothing."""
+    try:
+        said = subprocess.run(["neuron-ls", "--json-output"], capture_output=True, text=True, timeout=60)
+        return read_neuron_ls(said.stdout)
+    except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError):
+        return None, ()
+
+
+def read_neuron_ls(text: str) -> tuple[int, tuple[int, ...]]:
+    """What `neuron-ls --json-output` printed; raises ValueError, KeyError or TypeError where it is something
+    else."""
+    devices = json.loads(text)
+    cores = sum(device["nc_count"] // (device.get("logical_neuroncore_config") or 1) for device in devices)
+    users = {process["pid"] for device in devices for process in device.get("neuron_processes") or ()}
+    return cores, tuple(sorted(users))
+
+
+def _distribution(name: str):
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,241 @@
+"""Checkpoints, read: what is in a directory `checkpoint-<step>`, whether it is whole, and any part of it on
+any topology.
+
+CHECKPOINT_FORMAT.md describes the directory; trainer/checkpoint/writer.py writes it.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import xxhash
+
+from data.loader import Position
+from model.lora import LoraConfig
+from model.weights.hub import read_json
+from model.weights.safetensors_file import TensorFile, as_bytes, bands, checksum, read_part
+from parallel.shard import Shard
+from trainer.checkpoint.names import FORMAT, INCOMPLETE, KINDS, MANIFEST, VERSION, manifest_checksum
+
+BAND_BYTES = 16 * 2**20  # of a tensor in memory at once, where it is streamed
+
+
+class Checkpoint:
+    """A complete checkpoint, opened for reading: manifest and headers at once, tensors when asked for.
+
+    Raises ValueError where `path` is no checkpoint, or one of its files is missing, truncated or unreadable.
+    Damage within the tensors is found by `verify`, and by `stream`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        file = self.path / MANIFEST
+        if not os.path.isfile(file) or self.path.name.endswith(INCOMPLETE):
+            raise ValueError(
+                f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a {MANIFEST} was "
+                "expected"
+            )
+        self.manifest = read_json(file)
+        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
+            raise ValueError(
+                f"{file}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
+                f"this program reads {FORMAT!r} version {VERSION}"
+            )
+        if self.manifest.get("checksum") != manifest_checksum(self.manifest):
+            raise ValueError(f"{file} is damaged: its checksum is not that of its contents")
+        self.step: int = self.manifest["step"]
+        self.position = Position(self.step, **self.manifest["position"])
+        lora = self.manifest["identity"]["lora"]
+        self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
+        files = {}
+        for name, values in self.manifest["files"].items():
+            content = self.path / name
+            if not content.is_file():
+                raise ValueError(f"{content} is missing: the checkpoint is damaged")
+            if content.stat().st_size != values["bytes"]:
+                raise ValueError(
+                    f"{content} has {content.stat().st_size} bytes of {values['bytes']}: the checkpoint is damaged"
+                )
+            if name.startswith("rank-"):
+                files[name] = TensorFile(content)
+                found = files[name].header_checksum
+            else:
+                found = checksum(content.read_bytes())
+            if found != values["checksum"]:
+                raise ValueError(f"{content} is damaged: its checksum is not that in {MANIFEST}")
+        self._files = files
+        # By `<kind>/<name>`.
+        self.tensors = {
+            key: Stored(self.path, key, values, files) for key, values in self.manifest["tensors"].items()
+        }
+        # The global shape of each stored parameter.
+        self.shapes = {
+            key.removeprefix("parameter/"): stored.shape
+            for key, stored in self.tensors.items()
+            if key.startswith("parameter/")
+        }
+
+    def read(self, kind: str, name: str, shard: Shard | None = None) -> torch.Tensor:
+        """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote
+        its parts.
+
+        No other bytes are read, and they are not verified.
+        """
+        stored = self.tensors[f"{kind}/{name}"]
+        return stored.read(shard.slices if shard else tuple(slice(0, size) for size in stored.shape))
+
+    def stream(self, name: str) -> Iterator[torch.Tensor]:
+        """A parameter in consecutive bands of rows, fp32. Raises ValueError at its end where a byte of it was
+        not as saved."""
+        return self.tensors[f"parameter/{name}"].stream()
+
+    def close(self) -> None:
+        """Give the files back; nothing is read from here on."""
+        for file in self._files.values():
+            file.close()
+
+    def verify(self) -> None:
+        """Read everything; raises ValueError that names the first tensor whose checksum is not that in the
+        manifest."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for problem in pool.map(Stored.problem, self.tensors.values()):
+                if problem:
+                    raise ValueError(problem)
+
+    def check(self, identity: dict) -> None:
+        """Raise ValueError unless the checkpoint is of the run that `identity` describes."""
+        for key, here in json.loads(json.dumps(identity)).items():
+            there = self.manifest["identity"].get(key)
+            if there != here:
+                raise ValueError(
+                    f"{self.path} is of another run: its {key} is {there}, and that of these flags is {here}"
+                )
+
+    def check_tensors(self, expected: dict[str, tuple[int, ...]], kinds: tuple[str, ...] = KINDS) -> None:
+        """Raise ValueError unless the files hold the parameters `expected` (name, global shape) in these
+        kinds, and no others."""
+        found = {key: stored.shape for key, stored in self.tensors.items() if key.split("/")[0] in kinds}
+        wanted = {f"{kind}/{name}": shape for kind in kinds for name, shape in expected.items()}
+        odd = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
+        if odd:
+            raise ValueError(
+                f"{self.path} is of another model: {odd[0]} has shape {found.get(odd[0], 'none')}, and "
+                f"{wanted.get(odd[0], 'none')} was expected"
+            )
+
+    def restore(self, optimizer) -> None:
+        """Give the optimizer's moments their stored values, in place. (Its weights were read when the model
+        was filled.)"""
+        for kind, state in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
+            values = {
+                name: torch.zeros(shard.shape) if shard.spare else self.read(kind, name, shard)
+                for name, shard in optimizer.buckets.shards.items()
+            }
+            state[:] = [
+                value.to(old.device) for value, old in zip(optimizer.buckets.own(values), state, strict=True)
+            ]
+
+
+@dataclass
+class Piece:
+    """Consecutive elements of a flattened slice, from number `first`: a tensor of one dimension in `file`."""
+
+    first: int
+    file: TensorFile
+    checksum: str
+
+
+class Stored:
+    """A tensor of a checkpoint: slices along one dimension, and each slice in pieces (under ZeRO-1, one a
+    data parallel rank)."""
+
+    def __init__(self, path: Path, key: str, values: dict, files: dict[str, TensorFile]):
+        self._key, self.shape = key, tuple(values["global_shape"])
+        self._slices: list[tuple[Shard, list[Piece]]] = []
+        for index, pieces in enumerate(values["slices"]):
+            shard, end = Shard(self.shape, values["dim"], values["parts"], index), 0
+            for each in pieces:
+                entry = files[each["file"]].entries.get(key) if each["file"] in files else None
+                if entry is None or each["first"] != end or entry.dtype != "F32":
+                    raise ValueError(f"{path}: of part {index} of {key}, the files hold only some elements")
+                end += entry.numel
+            if end != shard.numel:
+                raise ValueError(
+                    f"{path}: of part {index} of {key}, the files hold {end} of {shard.numel} elements"
+                )
+            self._slices.append(
+                (shard, [Piece(each["first"], files[each["file"]], each["checksum"]) for each in pieces])
+            )
+        if len(self._slices) != values["parts"]:
+            raise ValueError(
+                f"{path}: of the {values['parts']} parts of {key}, the files hold {len(self._slices)}"
+            )
+
+    def read(
+        self, part: tuple[slice, ...], digests: dict[int, xxhash.xxh3_128] | None = None
+    ) -> torch.Tensor:
+        """The part of the tensor that is asked for; where `digests` are given, each piece's bytes are fed to
+        its digest."""
+        whole = torch.empty([each.stop - each.start for each in part])
+        for shard, pieces in self._slices:
+            both = [
+                slice(max(a.start, b.start), min(a.stop, b.stop))
+                for a, b in zip(part, shard.slices, strict=True)
+            ]
+            if all(each.start < each.stop for each in both):
+                values = read_part(
+                    shard.shape, _within(shard.slices, both), partial(self._elements, pieces, digests)
+                )
+                if values.shape == whole.shape:
+                    return values
+                whole[_within(part, both)] = values
+        return whole
+
+    def _elements(self, pieces: list[Piece], digests, first: int, count: int) -> torch.Tensor:
+        """`count` elements of a flattened slice from number `first`."""
+        found = []
+        number = bisect_right([piece.first for piece in pieces], first) - 1
+        while count:
+            piece = pieces[number]
+            here = min(count, piece.first + piece.file.entries[self._key].numel - first)
+            found.append(piece.file.elements(self._key, first - piece.first, here))
+            if digests is not None:
+                digests.setdefault(id(piece), xxhash.xxh3_128()).update(as_bytes(found[-1]))
+            first, count, number = first + here, count - here, number + 1
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def stream(self) -> Iterator[torch.Tensor]:
+        digests = {}
+        rest = tuple(slice(0, size) for size in self.shape[1:])
+        for first, last in bands(self.shape, 4, BAND_BYTES):
+            yield self.read((slice(first, last), *rest), digests)
+        for _, pieces in self._slices:
+            for piece in pieces:
+                if digests[id(piece)].hexdigest() != piece.checksum:
+                    raise ValueError(self._damaged(piece))
+
+    def problem(self) -> str | None:
+        """What is wrong with the bytes of this tensor."""
+        for _, pieces in self._slices:
+            for piece in pieces:
+                digest = xxhash.xxh3_128()
+                piece.file.update(self._key, digest)
+                if digest.hexdigest() != piece.checksum:
+                    return self._damaged(piece)
+        return None
+
+    def _damaged(self, piece: Piece) -> str:
+        return f"{piece.file.path} is damaged: the bytes of {self._key} are not those that were saved"
+
+
+def _within(outer: tuple[slice, ...], inner: list[slice]) -> tuple[slice, ...]:
+    """`inner`, counted from where `outer` starts."""
+    return tuple(
+        slice(each.start - own.start, each.stop - own.start) for each, own in zip(inner, outer, strict=True)
+    )
