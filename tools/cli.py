@@ -1,0 +1,27 @@
+"""What the command lines of the tools share: their parser, how an error is printed, how a result is saved."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+FAILED = 1
+
+
+def parser(tool: str, description: str, trainer_flags: bool = False) -> argparse.ArgumentParser:
+    """The parser of `python -m tools.<tool>`. With `trainer_flags`, unknown flags go to trainer/main.py's parser."""
+    epilog = "All other flags are those of trainer/main.py." if trainer_flags else None
+    return argparse.ArgumentParser(
+        prog=f"python -m tools.{tool}", description=description, allow_abbrev=not trainer_flags, epilog=epilog
+    )
+
+
+def fail(error: Exception | str) -> int:
+    """Print an error as one line to stderr, and return the exit status of a tool that failed."""
+    print(f"error: {error}", file=sys.stderr)
+    return FAILED
+
+
+def write_json(path: str | Path, values: object) -> None:
+    """Save a tool's result as indented JSON."""
+    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
