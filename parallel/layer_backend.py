@@ -5,7 +5,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from parallel import layers, runtime
+from parallel import layers
+from parallel.runtime import devices
 
 OLDEST = (0, 17)  # of SDK 2.28, the first with torch 2.9
 WAY_OUT = "install it from AWS's package index (README, On Trainium), or pass --parallel_layers native"
@@ -18,13 +19,13 @@ def parallel_layers(choice: str, stages: int = 1) -> ModuleType:
     Raises ValueError where nxd is chosen, and cannot be: for several stages, or without a neuronx-distributed
     that can be used.
     """
-    if choice == "native" or choice == "auto" and (stages > 1 or not runtime.on_neuron()):
+    if choice == "native" or choice == "auto" and (stages > 1 or not devices.on_neuron()):
         return layers
     if stages > 1:
         raise ValueError(
             "--parallel_layers nxd has no pipeline stages: pass auto or native, or --pipeline_parallel_size 1"
         )
-    if not runtime.on_neuron():
+    if not devices.on_neuron():
         raise ValueError(
             "--parallel_layers nxd needs the Neuron SDK and a process for each rank; on a CPU, pass native or auto"
         )

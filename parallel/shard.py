@@ -13,8 +13,9 @@ class Shard:
 
     The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds number `index`;
     `replicas` neighbours in the tensor parallel group hold the same slice. A replicated parameter has dim None and parts 1.
-    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole. A `spare` one is only
-    there so that all ranks have the same graph (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
+    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole. A `padding`
+    parameter exists only so that all ranks have the same graph (parallel/pipeline.py): its gradient is 0, and it is
+    neither read nor saved.
     """
 
     global_shape: tuple[int, ...]
@@ -23,7 +24,7 @@ class Shard:
     index: int = 0
     replicas: int = 1
     partial: bool = False
-    spare: bool = False
+    padding: bool = False
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -71,4 +72,4 @@ def named_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]
                     f"the parameter {full_name} belongs to no parallel layer: derive {type(owner).__name__} from "
                     "parallel.layers.ParallelLayer and add it by add_parameter"
                 )
-            yield full_name, parameter, replace(owner.shards[name], spare=owner.spare)
+            yield full_name, parameter, replace(owner.shards[name], padding=owner.is_padding)

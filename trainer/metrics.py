@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.loader import Loader
 from parallel.runtime import Runtime
 from trainer.job import Job
+from trainer.objective import FIGURES
 
 MOST_NATS = 700.0  # e to the power of more is no float
 
@@ -41,36 +42,37 @@ class Metrics:
             self._last = time.perf_counter()
 
     def hold(
-        self, step: int, learning_rate: float, waited: float, stalled: float, values: torch.Tensor
+        self, step: int, learning_rate: float, waited: float, stalled: float, report: torch.Tensor
     ) -> None:
-        """Keep the values of the 1-based `step`, and write those of the step before it.
+        """Keep the report of the 1-based `step`, and write that of the step before it.
 
-        Seconds that it `waited` for data, and for which a save before it `stalled` training. values [4] on
-        the device, part of the last mark_step: loss per target token, gradient norm, target tokens, tokens.
+        waited: seconds for which the step waited for data. stalled: seconds for which a save before it held training up.
+        report: what trainer.loop.update returned, on the device, part of the last mark_step.
         """
         if self._active:
             self.flush()
             now = time.perf_counter()
-            self._held, self._last = (step, now - self._last, learning_rate, waited, stalled, values), now
+            self._held, self._last = (step, now - self._last, learning_rate, waited, stalled, report), now
 
     def flush(self) -> None:
         """Write what is held. The host waits here until the device has finished that step."""
         if not self._active or self._held is None:
             return
-        (step, seconds, learning_rate, waited, stalled, device_values), self._held = self._held, None
-        loss, norm, targets, tokens = self._runtime.read(device_values)
+        (step, seconds, learning_rate, waited, stalled, report), self._held = self._held, None
+        grad_norm, target_tokens, tokens, *means = self._runtime.read(report)
+        figures = dict(zip(FIGURES, means, strict=True))
         self._bar.update()
-        self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
+        self._bar.set_postfix(loss=f"{figures['loss']:.4f}", tokens_s=f"{tokens / seconds:.0f}")
         if step % self._logging_steps == 0:
             self._append(
                 "metrics.jsonl",
                 {
                     "step": step,
                     "epoch": self._epochs(step),
-                    "loss": loss,
-                    "grad_norm": norm,
+                    **figures,
+                    "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
-                    "target_tokens": int(targets),
+                    "target_tokens": int(target_tokens),
                     "tokens_per_second": tokens / seconds,
                     "step_seconds": seconds,
                     "data_wait_seconds": waited,

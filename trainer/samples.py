@@ -64,7 +64,7 @@ class Samples:
             capacity = capacity_for(max(len(each.prompt) for each in self._questions), NEW_TOKENS, positions)
             self._generator = Generator(runtime, model, group, min(TOGETHER, len(self._questions)), capacity)
 
-    def answers(self) -> list[dict[str, str]]:
+    def generate(self) -> list[dict[str, str]]:
         """The text of prompt, answer (greedy) and expected answer of each question; the host waits for the
         device."""
         if not self._questions:

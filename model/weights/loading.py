@@ -33,7 +33,7 @@ def fill(
     """
     modules, trained = dict(model.named_modules()), {}
     for name, parameter, shard in list(named_shards(model)):
-        if shard.spare:
+        if shard.padding:
             value = torch.zeros(shard.shape)
         elif read_trained and parameter.requires_grad:
             value = read_trained(name, shard)

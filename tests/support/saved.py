@@ -39,7 +39,7 @@ def shards_of(mesh, shapes=SHAPES):
         for name, (shape, dim) in shapes.items()
     }
     return {
-        name: replace(shard, spare=number % stages != mesh.pp.rank())
+        name: replace(shard, padding=number % stages != mesh.pp.rank())
         for number, (name, shard) in enumerate(shards.items())
     }
 

@@ -72,7 +72,7 @@ def test_stages_save_and_read_what_is_theirs(tmp_path, zero_1, writers):
                 ours, theirs = (
                     each.buckets.own_piece(name, getattr(each, kind))[0] for each in (optimizer, expected)
                 )
-                assert not ours.any() if shard.spare else torch.equal(ours, theirs), name
+                assert not ours.any() if shard.padding else torch.equal(ours, theirs), name
 
 
 def test_a_rank_reads_what_it_needs(tmp_path, monkeypatch):

@@ -36,14 +36,13 @@ def evaluated(runtime, checkpoint):
     from data.loader import Loader
     from parallel.mesh import Mesh
     from tools.model_source import ModelSource
-    from trainer.loop import evaluate
+    from trainer.evaluation import evaluate
 
     made, groups = examples()
     source, found = ModelSource.of_checkpoint(Path(checkpoint)), {}
     for dp in (1, 2, 4):
         mesh = Mesh.create(runtime.rank, runtime.world_size, runtime.world_size // dp)
         model = source.build(mesh.tp, runtime.device, torch.float32, sequence_parallel=dp < 4)
-        zeros = torch.zeros(3).to(runtime.device)
         runtime.mark_step()
         loader = Loader(
             rows_of(made, groups, 48),
@@ -53,7 +52,7 @@ def evaluated(runtime, checkpoint):
             dp_size=dp,
             seed=0,
         )
-        found[dp] = evaluate(runtime, model, loader, mesh, zeros)
+        found[dp] = evaluate(runtime, model, loader, mesh)
     return found
 
 

@@ -56,7 +56,7 @@ def operations(runtime, commands):
             found.append(
                 {
                     name: dict(sorted(Graph(text).operations.items()))
-                    for name, text in runtime._guard._texts.items()
+                    for name, text in runtime.guard.texts.items()
                     if "ENTRY" in text
                 }
             )

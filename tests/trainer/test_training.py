@@ -140,34 +140,27 @@ MODES = {
 
 def several_runs(runtime, commands):
     """What trainer/main.py does, for several command lines in one process, which saves its start."""
+    for flags in commands:
+        run_one(runtime, flags)
+
+
+def run_one(runtime, flags):
+    """What trainer/main.py does; the state after the last step."""
     from trainer.config import parse
     from trainer.job import prepare
     from trainer.loop import run
 
-    for flags in commands:
-        job = prepare(parse(flags), runtime.world_size)
-        runtime.barrier()
-        run(runtime, job)
-
-
-SEEN: dict[tuple[int, str], object] = {}
+    job = prepare(parse(flags), runtime.world_size)
+    runtime.barrier()
+    return run(runtime, job)
 
 
 def final_states(runtime, commands, look):
-    """{output directory's name: look(optimizer)} on this rank, in place of the checkpoint that each run
-    writes at its end.
-
-    Every rank puts its own function there, and whichever rank's is called knows its caller by the runtime
-    that it is given.
-    """
-    import trainer.checkpoint.writer
-
-    def save(saver, position, eval_loss):
-        SEEN[saver.runtime.rank, os.path.basename(saver.job.config.output_dir)] = look(saver.optimizer)
-
-    trainer.checkpoint.writer.Saver.save = save
-    several_runs(runtime, commands)
-    return {name: state for (rank, name), state in SEEN.items() if rank == runtime.rank}
+    """{output directory's name: look(optimizer) after the last step} on this rank, of several command lines."""
+    return {
+        os.path.basename(flags[flags.index("--output_dir") + 1]): look(run_one(runtime, flags).optimizer)
+        for flags in commands
+    }
 
 
 def test_the_topology_does_not_change_the_run(tmp_path):

@@ -134,7 +134,7 @@ class Checkpoint:
         was filled.)"""
         for kind, state in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
             values = {
-                name: torch.zeros(shard.shape) if shard.spare else self.read(kind, name, shard)
+                name: torch.zeros(shard.shape) if shard.padding else self.read(kind, name, shard)
                 for name, shard in optimizer.buckets.shards.items()
             }
             state[:] = [

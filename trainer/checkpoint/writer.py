@@ -110,7 +110,7 @@ class Saver:
         buckets, mesh, own, described = self.optimizer.buckets, self.mesh, [], {}
         for kind, values in zip(KINDS, state, strict=True):
             for name, shard in buckets.shards.items():
-                if shard.spare:
+                if shard.padding:
                     continue
                 piece, first = buckets.own_piece(name, values)
                 if not len(piece):
