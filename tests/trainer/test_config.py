@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainer.config import PRESETS, Config, parse, read_preset
+from trainer.command_line import PRESETS, read_preset
+from trainer.config import Config, parse
 
 
 def test_presets_are_the_flags_of_the_published_jobs():
