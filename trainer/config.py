@@ -233,7 +233,7 @@ class Config:
         )
 
     @property
-    def recompute(self) -> str:
+    def checkpointing_mode(self) -> str:
         """The value of --gradient_checkpointing as none, selective or full."""
         return {"true": "full", "false": "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
 

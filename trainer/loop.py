@@ -46,7 +46,7 @@ def run(runtime: Runtime, job: Job) -> None:
         job.model_config,
         mesh.tp,
         torch.bfloat16 if config.bf16 else torch.float32,
-        gradient_checkpointing=config.recompute,
+        gradient_checkpointing=config.checkpointing_mode,
         sequence_parallel=config.divides_sequence,
         layers=layers,
         flash_attention=job.flash_attention,

@@ -50,7 +50,8 @@ def name_of(config) -> str:
     rows = f"{config.per_device_train_batch_size // config.microbatches} x "
     rows += f"{config.microbatches} in {config.ticks} ticks x " if config.ticks > 1 else ""
     said = f"TP{tp}{f' x PP{pp}' if pp > 1 else ''} x DP{config.world_size // tp // pp}, {rows}{accumulation} rows"
-    said += {"none": "", "selective": ", scores recomputed", "full": ", layers recomputed"}[config.recompute]
+    recomputed = {"none": "", "selective": ", scores recomputed", "full": ", layers recomputed"}
+    said += recomputed[config.checkpointing_mode]
     return said + (", ZeRO-1" if config.zero_1 else "")
 
 
@@ -222,7 +223,7 @@ def as_record(config, each: Estimate, price: float | None) -> dict:
     )
     return {
         **{flag: getattr(config, flag) for flag in flags},
-        "gradient_checkpointing": config.recompute,
+        "gradient_checkpointing": config.checkpointing_mode,
         "num_microbatches": config.microbatches,
         **vars(each),
         "fits": each.fits,
