@@ -22,7 +22,7 @@ def build(config, model_config, mesh: Mesh):
         mesh.tp,
         torch.bfloat16 if config.bf16 else torch.float32,
         sequence_parallel=config.divides_sequence,
-        pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches),
+        pipeline=Pipeline(mesh.pp, mesh.model, config.pipeline_microbatches),
     )
     lora = lora_config(config)
     if lora:

@@ -202,7 +202,7 @@ class Config:
     @property
     def ticks(self) -> int:
         """The ticks (clock steps of the pipeline) of one accumulation step; 1 where there is no pipeline."""
-        return self.microbatches + self.pipeline_parallel_size - 1
+        return self.pipeline_microbatches + self.pipeline_parallel_size - 1
 
     @property
     def graph_per_micro_batch(self) -> bool:
@@ -226,7 +226,7 @@ class Config:
         return self.sequence_parallel
 
     @property
-    def microbatches(self) -> int:
+    def pipeline_microbatches(self) -> int:
         """The number of pipeline micro-batches that the rows of an accumulation step are cut into."""
         return self.num_microbatches or (
             self.per_device_train_batch_size if self.pipeline_parallel_size > 1 else 1

@@ -85,10 +85,10 @@ def _check_divisibility(config: Config) -> None:
             f"--max_seq_length {config.max_seq_length} is not divisible by --tensor_parallel_size "
             f"{config.tensor_parallel_size}, over which --sequence_parallel divides it"
         )
-    if config.per_device_train_batch_size % config.microbatches:
+    if config.per_device_train_batch_size % config.pipeline_microbatches:
         raise ValueError(
             f"--per_device_train_batch_size {config.per_device_train_batch_size} is not divisible by "
-            f"--num_microbatches {config.microbatches}, into which it is cut"
+            f"--num_microbatches {config.pipeline_microbatches}, into which it is cut"
         )
 
 

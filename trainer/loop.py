@@ -50,7 +50,7 @@ def run(runtime: Runtime, job: Job) -> None:
         sequence_parallel=config.divides_sequence,
         layers=layers,
         flash_attention=job.flash_attention,
-        pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches),
+        pipeline=Pipeline(mesh.pp, mesh.model, config.pipeline_microbatches),
     )
     dropout_seeds = add_lora(model, job.lora) if job.lora else None
     weights = open_weights(

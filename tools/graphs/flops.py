@@ -35,7 +35,7 @@ from trainer.config import Config
 def micro_batch_flops(model: Llama, config: Config) -> int:
     """Of forward and backward; `model` (the rank's, on any device) says which parameters are trained."""
     count = _Count(config)
-    count.rows = config.per_device_train_batch_size // config.microbatches
+    count.rows = config.per_device_train_batch_size // config.pipeline_microbatches
     for tick in range(config.ticks):
         flows = (
             config.ticks > 1
