@@ -59,11 +59,11 @@ def build_model(
         model_config,
         mesh.tp,
         torch.bfloat16 if config.bf16 else torch.float32,
-        gradient_checkpointing=config.recompute,
+        gradient_checkpointing=config.checkpointing_mode,
         sequence_parallel=config.divides_sequence,
         layers=layers,
         flash_attention=flash_attention,
-        pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches),
+        pipeline=Pipeline(mesh.pp, mesh.model, config.pipeline_microbatches),
     )
     if lora:
         add_lora(model, lora)

@@ -365,7 +365,10 @@ def test_shellcheck():
 def test_recipes_are_flags_of_the_trainer():
     job, ladder = parse(recipe()), parse(recipe(LAUNCH / "ladder.flags"))
     assert (
-        job.tensor_parallel_size == 8 and job.bf16 and job.recompute == "full" and job.num_train_epochs == 3
+        job.tensor_parallel_size == 8
+        and job.bf16
+        and job.checkpointing_mode == "full"
+        and job.num_train_epochs == 3
     )
     assert ladder.max_steps == 10 and ladder.model_id is None and not ladder.bf16
 

@@ -212,7 +212,7 @@ def counted(configs, model):
             "input_bytes": 10**9,
             "output_bytes": 10**9,
             "collectives": {},
-            "peak_bytes": config.per_device_train_batch_size // config.microbatches * 9 * 10**9,
+            "peak_bytes": config.per_device_train_batch_size // config.pipeline_microbatches * 9 * 10**9,
             "runs_per_step": config.gradient_accumulation_steps,
         }
         yield {

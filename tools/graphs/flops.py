@@ -35,7 +35,7 @@ from trainer.config import Config
 def micro_batch_flops(model: Llama, config: Config) -> int:
     """Of forward and backward; `model` (the rank's, on any device) says which parameters are trained."""
     count = _Count(config)
-    count.rows = config.per_device_train_batch_size // config.microbatches
+    count.rows = config.per_device_train_batch_size // config.pipeline_microbatches
     for tick in range(config.ticks):
         flows = (
             config.ticks > 1
@@ -44,7 +44,7 @@ def micro_batch_flops(model: Llama, config: Config) -> int:
         )
         for layer in model.model.layers:
             flows = count.layer(layer, flows)
-            if config.recompute == "full":
+            if config.checkpointing_mode == "full":
                 count.layer(layer, False, recomputed=True)
         count.columns([model.lm_head], flows)
     return count.total
@@ -66,7 +66,8 @@ class _Count:
         mixed = query or key or value
         times = 2
         if not recomputed:
-            times += query + key + (query or key) + value + (mixed and self.config.recompute == "selective")
+            scores_again = mixed and self.config.checkpointing_mode == "selective"
+            times += query + key + (query or key) + value + scores_again
         self.total += times * self.scores(attention)
         flows = self.linear(attention.o_proj, mixed, recomputed) or flows
         inner = any(self.columns([mlp.gate_proj, mlp.up_proj], flows, recomputed))
@@ -75,7 +76,7 @@ class _Count:
     def columns(self, layers: list[nn.Module], flows: bool, recomputed: bool = False) -> list[bool]:
         """Of layers that read the same input."""
         met = self.several and (
-            self.config.recompute == "full" or any(isinstance(layer, LoraLinear) for layer in layers)
+            self.config.checkpointing_mode == "full" or any(isinstance(layer, LoraLinear) for layer in layers)
         )
         return [self.linear(layer, flows, recomputed, met=met) for layer in layers]
 

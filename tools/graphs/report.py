@@ -104,7 +104,7 @@ def measure(
         "data_parallel_size": mesh.dp.size(),
         "stage_layers": held,
         "slots": len(stages[0]),
-        "num_microbatches": config.microbatches,
+        "num_microbatches": config.pipeline_microbatches,
         "ticks": config.ticks,
         "graphs": graphs,
         "step_flops": counted,

@@ -47,10 +47,11 @@ def name_of(config) -> str:
         config.pipeline_parallel_size,
         config.gradient_accumulation_steps,
     )
-    rows = f"{config.per_device_train_batch_size // config.microbatches} x "
-    rows += f"{config.microbatches} in {config.ticks} ticks x " if config.ticks > 1 else ""
+    rows = f"{config.per_device_train_batch_size // config.pipeline_microbatches} x "
+    rows += f"{config.pipeline_microbatches} in {config.ticks} ticks x " if config.ticks > 1 else ""
     said = f"TP{tp}{f' x PP{pp}' if pp > 1 else ''} x DP{config.world_size // tp // pp}, {rows}{accumulation} rows"
-    said += {"none": "", "selective": ", scores recomputed", "full": ", layers recomputed"}[config.recompute]
+    recomputed = {"none": "", "selective": ", scores recomputed", "full": ", layers recomputed"}
+    said += recomputed[config.checkpointing_mode]
     return said + (", ZeRO-1" if config.zero_1 else "")
 
 
@@ -154,7 +155,7 @@ def sweep(config, model_config, machine) -> list[tuple]:
             )
             for one, each in estimates
             if each.fits == "yes"
-            and one.per_device_train_batch_size // one.microbatches < LARGEST_MICRO_BATCH
+            and one.per_device_train_batch_size // one.pipeline_microbatches < LARGEST_MICRO_BATCH
             and one.gradient_accumulation_steps % 2 == 0
         ]
     order = ("yes", "perhaps", "no")
@@ -222,8 +223,8 @@ def as_record(config, each: Estimate, price: float | None) -> dict:
     )
     return {
         **{flag: getattr(config, flag) for flag in flags},
-        "gradient_checkpointing": config.recompute,
-        "num_microbatches": config.microbatches,
+        "gradient_checkpointing": config.checkpointing_mode,
+        "num_microbatches": config.pipeline_microbatches,
         **vars(each),
         "fits": each.fits,
         "seconds": each.seconds,

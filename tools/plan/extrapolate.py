@@ -136,8 +136,8 @@ def _traced(config):
         config, world_size=model * min(config.world_size // model, max(2, TRACED_RANKS // model))
     )
     if config.graph_per_micro_batch and config.ticks > 1:
-        count = min(config.microbatches, TRACED_TICKS)
-        rows = config.per_device_train_batch_size // config.microbatches * count
+        count = min(config.pipeline_microbatches, TRACED_TICKS)
+        rows = config.per_device_train_batch_size // config.pipeline_microbatches * count
         return replace(
             traced, gradient_accumulation_steps=1, num_microbatches=count, per_device_train_batch_size=rows
         )
