@@ -11,7 +11,7 @@ from tests.support.on_ranks import ROOT
 from tests.support.saved import TOKENIZER
 from tests.trainer.test_training import ENVIRONMENT, start
 from tools.generate import Terminal, main, read_prompts
-from tools.merge_checkpoint.__main__ import merge
+from tools.merge_checkpoint.merging import merge
 from trainer.prompts import PromptFormat
 
 PROGRAM = ("-m", "tools.generate")
