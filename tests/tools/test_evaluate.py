@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.model.test_generation import asked, save_lora
 from tests.trainer.test_training import start
-from tools.evaluate import score, write_page
+from tools.evaluate.report import score, write_page
 from tools.merge_checkpoint.merging import merge
 
 HOSTILE = "</td><script>alert(1)</script> & \"'{}"
