@@ -5,7 +5,6 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from parallel import layers
 from parallel.runtime import devices
 
 OLDEST = (0, 17)  # of SDK 2.28, the first with torch 2.9
@@ -20,6 +19,8 @@ def parallel_layers(choice: str, stages: int = 1) -> ModuleType:
     that can be used.
     """
     if choice == "native" or choice == "auto" and (stages > 1 or not devices.on_neuron()):
+        from parallel import layers
+
         return layers
     if stages > 1:
         raise ValueError(

@@ -94,7 +94,7 @@ def copy(checkpoint: Path, output: Path) -> None:
 
 
 def merge(checkpoint: Path, output: Path) -> None:
-    from tools.merge_checkpoint.__main__ import merge
+    from tools.merge_checkpoint.merging import merge
 
     merge(checkpoint, output)
 
@@ -144,7 +144,7 @@ def measure(side: str, source: Path, output: Path) -> tuple[float, float]:
 def run_side(side: str, source: Path, output: Path) -> None:
     import transformers  # noqa: F401
 
-    import tools.merge_checkpoint  # noqa: F401
+    import tools.merge_checkpoint.merging  # noqa: F401
 
     before, begun = peak_memory(), time.perf_counter()
     SIDES[side](source, output)

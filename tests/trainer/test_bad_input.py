@@ -194,7 +194,7 @@ def test_data(tmp_path):
 
 
 def test_merging(tmp_path):
-    from tools.merge_checkpoint.__main__ import merge
+    from tools.merge_checkpoint.merging import merge
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from model.config import ModelConfig
 from model.weights.shapes import base_shapes
 from tests.support.saved import SHAPES, save, whole
-from tools.merge_checkpoint.__main__ import merge
+from tools.merge_checkpoint.merging import merge
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.names import KINDS, list_checkpoints
 from trainer.config import SAMPLE

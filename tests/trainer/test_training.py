@@ -13,7 +13,7 @@ import torch
 
 from tests.support.models import save_adapter, save_llama
 from tests.support.on_ranks import ROOT, on_ranks
-from tools.merge_checkpoint.__main__ import merge
+from tools.merge_checkpoint.merging import merge
 from trainer.config import parse
 from trainer.job import prepare
 
