@@ -11,7 +11,7 @@ import types
 
 from parallel.runtime import ProcessRuntime
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import SHORT, column, read, several_runs, start
+from tests.support.runs import SHORT, column, read, several_runs, start
 
 LOOP = ROOT / "trainer" / "loop.py"
 FLAGS = ["--max_seq_length", "64", "--max_steps", "4"]

@@ -19,9 +19,9 @@ import torch
 from tests.support.models import save_adapter, save_llama
 from tests.support.nxd_on_threads import needs_source
 from tests.support.on_ranks import ROOT, on_ranks
+from tests.support.runs import SHORT, column
 from tests.trainer.test_extract_graphs import PROCESS
 from tests.trainer.test_topologies import LINEAR, micro_batch
-from tests.trainer.test_training import SHORT, column
 from trainer.checkpoint.reader import Checkpoint
 
 pytestmark = needs_source
@@ -332,7 +332,7 @@ def test_a_process_as_on_neuron_trains_with_them(tmp_path):
     """One rank, of a real process group. The graph that initialises the collectives is no new graph of the
     loop."""
     program = (
-        "import sys, parallel.runtime as runtime; runtime.on_neuron = lambda: True\n"
+        "import sys, tests.support.as_neuron as as_neuron; as_neuron.pretend()\n"
         "import parallel.layer_backend as choice; choice.version = lambda _: '0.18.0'\n"
         "import tests.support.nxd_on_threads as nxd; nxd.install()\n"
         "import trainer.main; sys.exit(trainer.main.main())"

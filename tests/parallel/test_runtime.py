@@ -11,6 +11,7 @@ from parallel.runtime import (
     LockstepBarrier,
     ProcessRuntime,
     ThreadRuntime,
+    environment,
     leaves_at_once,
     requested_world_size,
 )
@@ -105,14 +106,12 @@ def test_processes_that_leave_import_no_torch():
 
 @pytest.mark.parametrize("neuron", [False, True])
 def test_stochastic_rounding_is_switched_on_or_warned_of(monkeypatch, capsys, neuron):
-    from parallel import runtime
-
-    monkeypatch.setattr(runtime, "on_neuron", lambda: neuron)
-    monkeypatch.setattr(runtime.os, "environ", {})
-    runtime.prepare_environment(1)
-    assert "NEURON_RT_STOCHASTIC_ROUNDING_EN" not in runtime.os.environ and not capsys.readouterr().err
-    runtime.prepare_environment(1, stochastic_rounding=True)
-    assert runtime.os.environ.get("NEURON_RT_STOCHASTIC_ROUNDING_EN") == ("1" if neuron else None)
+    monkeypatch.setattr(environment, "on_neuron", lambda: neuron)
+    monkeypatch.setattr(environment.os, "environ", {})
+    environment.prepare_environment(1)
+    assert "NEURON_RT_STOCHASTIC_ROUNDING_EN" not in environment.os.environ and not capsys.readouterr().err
+    environment.prepare_environment(1, stochastic_rounding=True)
+    assert environment.os.environ.get("NEURON_RT_STOCHASTIC_ROUNDING_EN") == ("1" if neuron else None)
     assert ("warning: --stochastic_rounding needs NeuronCores" in capsys.readouterr().err) is not neuron
 
 

@@ -11,7 +11,7 @@ import torch
 from parallel.graph.live import live_tensors
 from parallel.runtime import ThreadRuntime
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import SHORT
+from tests.support.runs import SHORT
 
 FLAGS = [
     *SHORT,
@@ -113,7 +113,7 @@ def test_a_run_that_collects_graphs_has_those_of_the_real_one_and_leaves_nothing
 def test_a_process_as_on_neuron_collects_and_trains(tmp_path):
     """One rank, of a process group: the whole program, first collecting, then for good."""
     program = (
-        "import sys, parallel.runtime as runtime; runtime.on_neuron = lambda: True\n"
+        "import sys, tests.support.as_neuron as as_neuron; as_neuron.pretend()\n"
         "import trainer.main; sys.exit(trainer.main.main())"
     )
     flags = [
