@@ -11,7 +11,7 @@ import types
 
 from parallel.runtime import ProcessRuntime
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import SHORT, column, read, several_runs, start
+from tests.support.runs import SHORT, column, read, several_runs, start
 
 LOOP = ROOT / "trainer" / "loop.py"
 FLAGS = ["--max_seq_length", "64", "--max_steps", "4"]
@@ -121,7 +121,9 @@ def test_what_changed_is_named_and_its_line(tmp_path):
     assert near.startswith(new_graph(4, "aten::sigmoid f32[] (after trainer/objective.py:"))
     assert "; XLA_IR_DEBUG=1 finds the line) is new, " in near
     made = line_of("trainer/objective.py", "torch.stack([target_tokens")
-    assert kept == new_graph(4, f"a tensor is alive at its end that was not, aten::stack f32[3], dimensions={{0}} ({made})")
+    assert kept == new_graph(
+        4, f"a tensor is alive at its end that was not, aten::stack f32[3], dimensions={{0}} ({made})"
+    )
     assert read.startswith(
         'step 4: mark_step("step"): a graph was compiled before it, because a value was read'
     )

@@ -19,9 +19,9 @@ import torch
 from tests.support.models import save_adapter, save_llama
 from tests.support.nxd_on_threads import needs_source
 from tests.support.on_ranks import ROOT, on_ranks
+from tests.support.runs import SHORT, column
 from tests.trainer.test_extract_graphs import PROCESS
 from tests.trainer.test_topologies import LINEAR, micro_batch
-from tests.trainer.test_training import SHORT, column
 from trainer.checkpoint.reader import Checkpoint
 
 pytestmark = needs_source

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.model.test_generation import asked, save_lora
-from tests.trainer.test_training import start
+from tests.support.runs import start
 from tools.evaluate.report import score, write_page
 from tools.merge_checkpoint.merging import merge
 

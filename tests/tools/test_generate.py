@@ -8,8 +8,8 @@ import pytest
 from tests.model.test_generation import asked, save_lora
 from tests.support.models import save_llama
 from tests.support.on_ranks import ROOT
+from tests.support.runs import environment, start
 from tests.support.saved import TOKENIZER
-from tests.trainer.test_training import ENVIRONMENT, start
 from tools.generate import Terminal, main, read_prompts
 from tools.merge_checkpoint.merging import merge
 from trainer.prompts import PromptFormat
@@ -52,7 +52,7 @@ def test_the_same_answer_from_a_checkpoint_by_two_ranks_and_from_the_keyboard(tm
         input="\n".join(questions),
         cwd=ROOT,
         capture_output=True,
-        env=ENVIRONMENT,
+        env=environment(),
         timeout=900,
     )
     assert typed.stdout.replace("> ", "") == expected + "\n", typed.stderr

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from model.config import ModelConfig
 from model.weights.safetensors_file import TensorWriter
 from tests.support.models import save_adapter, save_llama
+from tests.support.runs import start
 from tests.support.saved import whole
 from tests.tools.test_nxd_checkpoint import save_nxd
 from tests.trainer.test_faults import save_tiny
-from tests.trainer.test_training import start
 from tools.merge_checkpoint.merging import merge, parse_size
 
 

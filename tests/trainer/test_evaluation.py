@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.model.test_generation import save_lora
 from tests.support.examples import rows_of
 from tests.support.on_ranks import on_ranks
-from tests.trainer.test_training import read, several_runs
+from tests.support.runs import read, several_runs
 from tools.merge_checkpoint.merging import merge
 from trainer.samples import questions
 

@@ -11,7 +11,7 @@ import torch
 from parallel.graph.live import live_tensors
 from parallel.runtime import ThreadRuntime
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import SHORT
+from tests.support.runs import SHORT
 
 FLAGS = [
     *SHORT,

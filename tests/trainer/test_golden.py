@@ -18,7 +18,7 @@ import pytest
 
 from parallel.graph.hlo import Graph
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import read, several_runs
+from tests.support.runs import read, several_runs
 from trainer.config import SAMPLE
 
 GOLDEN, RANKS, STEPS = ROOT / "tests" / "golden", 4, 10

@@ -11,7 +11,7 @@ from parallel.mesh import Group, Mesh
 from parallel.pipeline import Pipeline
 from tests.support.models import save_adapter, save_llama
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import column, several_runs
+from tests.support.runs import column, several_runs
 from tools.merge_checkpoint.merging import merge
 from trainer.config import parse
 from trainer.job import prepare

@@ -9,7 +9,7 @@ import torch
 
 from tests.support.models import save_llama
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import ENVIRONMENT, column, read, several_runs, start
+from tests.support.runs import column, environment, read, several_runs, start
 
 # (tp, dp): flags; each with 8 rows a step.
 TOPOLOGIES = {
@@ -106,7 +106,7 @@ def test_sigterm_and_a_time_limit_save_and_end(tmp_path):
         str(stopped),
     ]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     while not (stopped / "metrics.jsonl").exists() or len(read_lines(stopped)) < 3:
         assert process.poll() is None, process.stdout.read()

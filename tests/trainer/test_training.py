@@ -1,7 +1,6 @@
 """Whole runs of trainer/main.py, as a user starts them."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,35 +12,10 @@ import torch
 
 from tests.support.models import save_adapter, save_llama
 from tests.support.on_ranks import ROOT, on_ranks
+from tests.support.runs import SHORT, column, environment, read, several_runs, start
 from tools.merge_checkpoint.merging import merge
 from trainer.config import parse
 from trainer.job import prepare
-
-SHORT = [
-    "--max_seq_length",
-    "64",
-    "--learning_rate",
-    "1e-2",
-    "--lr_scheduler_type",
-    "cosine",
-    "--warmup_ratio",
-    "0.1",
-]
-HIDDEN = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "PYTHONPATH")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in HIDDEN}
-
-
-def start(*flags, program=("trainer/main.py",), cwd=ROOT):
-    done = subprocess.run(
-        [sys.executable, *map(str, program), *map(str, flags)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=ENVIRONMENT,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done
 
 
 def torchrun(processes):
@@ -53,14 +27,6 @@ def torchrun(processes):
         f"--nproc_per_node={processes}",
         ROOT / "trainer" / "main.py",
     )
-
-
-def read(output, name="metrics.jsonl"):
-    return [json.loads(line) for line in (output / name).read_text().splitlines()]
-
-
-def column(output, name="loss"):
-    return [line[name] for line in read(output)]
 
 
 def sharded_logits(runtime, checkpoint, base, tp, ids):
@@ -136,31 +102,6 @@ MODES = {
     "lora": ["--lora_r", "4", "--lora_dropout", "0.1"],
     "full": ["--lora_r", "0", "--weight_decay", "0.1"],
 }
-
-
-def several_runs(runtime, commands):
-    """What trainer/main.py does, for several command lines in one process, which saves its start."""
-    for flags in commands:
-        run_one(runtime, flags)
-
-
-def run_one(runtime, flags):
-    """What trainer/main.py does; the state after the last step."""
-    from trainer.config import parse
-    from trainer.job import prepare
-    from trainer.loop import run
-
-    job = prepare(parse(flags), runtime.world_size)
-    runtime.barrier()
-    return run(runtime, job)
-
-
-def final_states(runtime, commands, look):
-    """{output directory's name: look(optimizer) after the last step} on this rank, of several command lines."""
-    return {
-        os.path.basename(flags[flags.index("--output_dir") + 1]): look(run_one(runtime, flags).optimizer)
-        for flags in commands
-    }
 
 
 def test_the_topology_does_not_change_the_run(tmp_path):
@@ -434,7 +375,7 @@ def test_ctrl_c_ends_the_run_in_its_first_compilation(tmp_path):
             tmp_path,
         ],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

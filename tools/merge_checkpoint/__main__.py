@@ -13,6 +13,7 @@ from tools import cli
 from tools.merge_checkpoint.merging import merge
 from tools.merge_checkpoint.sources import DTYPES
 
+
 def main() -> int:
     parser = cli.parser("merge_checkpoint", __doc__)
     parser.add_argument(
