@@ -213,10 +213,20 @@ class Config:
         return (self.gradient_accumulation_steps > 1 or self.ticks > 1) and self.mark_step == "micro_batch"
 
     @property
+    def graphs(self) -> dict[str, int]:
+        """The graphs of a training step and how often a step executes each, in the order of their first
+        execution."""
+        if not self.graph_per_micro_batch:
+            return {"step": 1}
+        accumulation = self.gradient_accumulation_steps
+        if self.ticks == 1:
+            return {"micro_batch": accumulation, "update": 1}
+        return {"forward": accumulation * self.ticks, "backward": accumulation * self.ticks, "update": 1}
+
+    @property
     def mark_steps(self) -> int:
-        """The number of graphs that a training step executes."""
-        each = 2 * self.ticks if self.ticks > 1 else 1
-        return self.gradient_accumulation_steps * each + 1 if self.graph_per_micro_batch else 1
+        """How many graphs a training step executes."""
+        return sum(self.graphs.values())
 
     @property
     def divides_sequence(self) -> bool:

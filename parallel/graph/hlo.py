@@ -1,8 +1,7 @@
-"""Reads the text of an HLO module: instructions, FLOPs of its products, collectives, and the most bytes that
-live at once.
+"""Reads the text of an HLO module: its instructions, FLOPs of matrix products, collectives, and peak memory.
 
-The text is what XLA prints of a module before any optimisation: one instruction a line, operands by name. The
-operations are described in https://openxla.org/xla/operation_semantics.
+XLA prints this text of a module before any optimisation: one instruction a line, operands by name.
+https://openxla.org/xla/operation_semantics describes the operations.
 """
 
 import re
@@ -27,7 +26,7 @@ BYTES = {
     "u64": 8,
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# What a compiler computes where it is read, and keeps in no memory.
+# A compiler computes these where they are read, and keeps them in no memory.
 FREE = ("constant", "iota", "broadcast")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
@@ -35,7 +34,7 @@ _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 
 @dataclass(frozen=True)
 class Shape:
-    """Of an array."""
+    """The element type and the sizes of an array."""
 
     dtype: str
     sizes: tuple[int, ...]
@@ -47,7 +46,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """`shapes` has one entry, or of a tuple one for each element; `rest` is the text behind the operands."""
+    """One line of the module.
+
+    `shapes` has one entry, or one for each element where the result is a tuple; `rest` is the text after the
+    operands.
+    """
 
     name: str
     opcode: str
@@ -57,21 +60,23 @@ class Instruction:
     is_root: bool
 
     def numbers(self, attribute: str) -> tuple[int, ...]:
-        """The list of an attribute such as lhs_contracting_dims={1}; empty where it has none."""
+        """The numbers of an attribute such as lhs_contracting_dims={1}; empty where it is missing."""
         found = re.search(rf"\b{attribute}={{([0-9,]*)}}", self.rest)
         return _integers(found[1]) if found else ()
 
     @property
     def replica_groups(self) -> list[list[int]]:
-        """Of a collective; of a permutation, the pairs of source and target."""
+        """The groups of a collective; for a permutation, its pairs of source and target."""
         found = re.search(r"(?:replica_groups|source_target_pairs)={((?:{[0-9,]*},?)*)}", self.rest)
         return [list(_integers(group)) for group in re.findall(r"{([0-9,]*)}", found[1])]
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`bytes`: the arrays that a core gives or is given, whichever is more; scalars apart, which only carry
-    an order."""
+    """A message. `bytes` is the size of the arrays that a core sends or receives, whichever is more.
+
+    Scalars are not counted: they only keep collectives in order.
+    """
 
     opcode: str
     replica_groups: list[list[int]]
@@ -79,13 +84,15 @@ class Collective:
 
 
 class Graph:
-    """The entry computation of a module. Raises ValueError for a text that has none, or one with a branch or
-    a loop in it."""
+    """The entry computation of a module.
+
+    Raises ValueError for a text without one, and for a branch or a loop, whose instructions are not counted.
+    """
 
     def __init__(self, text: str):
         self.instructions: list[Instruction] = []
         lines = iter(text.splitlines())
-        if not any(line.startswith("ENTRY ") for line in lines):  # takes the lines up to it
+        if not any(line.startswith("ENTRY ") for line in lines):  # skips the lines up to it
             raise ValueError("this text has no ENTRY computation: an HLO module was expected")
         for line in lines:
             if line.startswith("}"):
@@ -95,29 +102,30 @@ class Graph:
         for each in self.instructions:
             if each.opcode in ("while", "conditional", "call", "fusion"):
                 raise ValueError(
-                    f"the instruction {each.name} ({each.opcode}) has a computation of its own: it is not counted"
+                    f"the instruction {each.name} ({each.opcode}) has a computation of its own: "
+                    "it is not counted"
                 )
 
     @cached_property
     def operations(self) -> Counter:
-        """How often each opcode occurs."""
+        """The number of instructions of each opcode."""
         return Counter(each.opcode for each in self.instructions)
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of the parameters."""
+        """Total size of the module's parameters."""
         return sum(
             shape.bytes for each in self.instructions if each.opcode == "parameter" for shape in each.shapes
         )
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the results."""
+        """Total size of the module's results."""
         return sum(shape.bytes for each in self.instructions if each.is_root for shape in each.shapes)
 
     @property
     def dot_flops(self) -> int:
-        """FLOPs of the products: 2 x elements of the result x length of the sums."""
+        """FLOPs of all matrix products: 2 x elements of the result x length of the sums."""
         total = 0
         for each in self.instructions:
             if each.opcode == "dot":
@@ -128,35 +136,33 @@ class Graph:
 
     @property
     def collectives(self) -> list[Collective]:
-        """In the order of the program."""
+        """The collectives in the order of the program."""
         found = []
         for each in self.instructions:
             if each.opcode in COLLECTIVES:
-                given = [shape for name in each.operands for shape in self.by_name[name].shapes]
+                sent = [shape for name in each.operands for shape in self.by_name[name].shapes]
                 sizes = [
-                    sum(shape.bytes for shape in shapes if shape.sizes) for shapes in (given, each.shapes)
+                    sum(shape.bytes for shape in shapes if shape.sizes) for shapes in (sent, each.shapes)
                 ]
                 found.append(Collective(each.opcode, each.replica_groups, max(sizes)))
         return found
 
     def peak_bytes(self) -> int:
-        """The most bytes that live at once beside the parameters.
+        """The most bytes that live at once, parameters not counted.
 
-        Instructions run in the order of the text; a result lives from its instruction to the last one that
-        reads it, those of the module to the end. Nothing is fused: every result is written to memory, but
-        those of FREE; tuples, reshapes and barriers are names for what is there already. Nothing takes the
-        place of an operand, results of the module not of parameters.
+        Instructions run in the order of the text. A result lives from its instruction to the last one that
+        reads it; results of the module live to the end. Nothing is fused: every result is written to memory,
+        except those of FREE. Tuples, reshapes and barriers only name buffers that exist already. No buffer is
+        reused: a result overwrites no operand, and a result of the module no parameter.
         """
-        held: dict[
-            str, list[int]
-        ] = {}  # instruction -> the buffers that its result is in, one for each element
+        held: dict[str, list[int]] = {}  # instruction -> the buffers of its result, one for each element
         sizes: list[int] = []  # of each buffer
         born: list[int] = []
         dies: list[int] = []
-        for place, each in enumerate(self.instructions):
+        for position, each in enumerate(self.instructions):
             below = [held[name] for name in each.operands]
             for buffer in (buffer for buffers in below for buffer in buffers):
-                dies[buffer] = place
+                dies[buffer] = position
             if each.opcode == "get-tuple-element":
                 held[each.name] = [below[0][int(re.search(r"index=(\d+)", each.rest)[1])]]
             elif each.opcode in ("tuple", "reshape", "opt-barrier"):
@@ -165,18 +171,18 @@ class Graph:
                 held[each.name] = list(range(len(sizes), len(sizes) + len(each.shapes)))
                 for shape in each.shapes:
                     sizes.append(0 if each.opcode in (*FREE, "parameter") else shape.bytes)
-                    born.append(place)
-                    dies.append(place)
+                    born.append(position)
+                    dies.append(position)
             if each.is_root:
                 for buffer in held[each.name]:
                     dies[buffer] = len(self.instructions)
         change = Counter()
         for size, first, last in zip(sizes, born, dies, strict=True):
             change[first] += size
-            change[last + 1] -= size  # an operand lives while the instruction that reads it last is running
+            change[last + 1] -= size  # an operand lives while its last reader is running
         live = peak = 0
-        for place in range(len(self.instructions)):
-            live += change[place]
+        for position in range(len(self.instructions)):
+            live += change[position]
             peak = max(peak, live)
         return peak
 
@@ -190,17 +196,17 @@ def _parse(line: str) -> Instruction:
     if not found:
         raise ValueError(f"not an HLO instruction: {line.strip()[:120]}")
     root, name, shapes, opcode, rest = found.groups()
-    inside, behind = _split(rest)
+    inside, rest = _split(rest)
     operands = () if opcode in ("parameter", "constant", "iota") else tuple(re.findall(r"%([\w.-]+)", inside))
     arrays = tuple(Shape(dtype, _integers(sizes)) for dtype, sizes in _SHAPE.findall(shapes))
-    return Instruction(name, opcode, arrays, operands, behind, bool(root))
+    return Instruction(name, opcode, arrays, operands, rest, bool(root))
 
 
 def _split(text: str) -> tuple[str, str]:
-    """What stands before the parenthesis that closes the operands, and behind it."""
+    """(the text before the parenthesis that closes the operands, the text after it)."""
     depth = 1
-    for place, letter in enumerate(text):
+    for position, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if not depth:
-            return text[:place], text[place + 1 :]
+            return text[:position], text[position + 1 :]
     raise ValueError(f"not the operands of an HLO instruction: {text[:120]}")

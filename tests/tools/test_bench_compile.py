@@ -1,5 +1,4 @@
-"""tools/bench_compile and what it reads graphs with, beside counts made by hand and a real run's
-compilations."""
+"""tools/bench_compile and its reading of graphs, compared with counts by hand and with a real run."""
 
 import json
 import os
@@ -14,7 +13,8 @@ from tests.support.on_ranks import ROOT
 from trainer.config import SAMPLE
 
 TOKENS = 128
-SPMD = "--tensor_parallel_size 2 --gradient_accumulation_steps 2"  # what a real run is compared in
+SPMD = "--tensor_parallel_size 2 --gradient_accumulation_steps 2"  # the flags of the real run
+STAGES = "--pipeline_parallel_size 2 --per_device_train_batch_size"
 CASES = {
     **{f"lora tp{tp}": f"--tensor_parallel_size {tp}" for tp in (1, 2, 4)},
     **{f"full tp{tp}": f"--tensor_parallel_size {tp} --lora_r 0" for tp in (1, 2, 4)},
@@ -28,15 +28,17 @@ CASES = {
     "two blocks of queries": "--tensor_parallel_size 2 --max_seq_length 512",
     "divided optimizer": "--tensor_parallel_size 2 --lora_r 0 --zero_1",
     "three layers": "--tensor_parallel_size 2",
-    "stages": "--tensor_parallel_size 2 --pipeline_parallel_size 2 --per_device_train_batch_size 4 --num_microbatches 2",
-    "more ticks": "--tensor_parallel_size 2 --pipeline_parallel_size 2 --per_device_train_batch_size 8 --num_microbatches 4",
-    "stages in one graph": "--pipeline_parallel_size 2 --per_device_train_batch_size 3 --mark_step step",
-    "full stages recomputed": "--pipeline_parallel_size 2 --per_device_train_batch_size 3 --lora_r 0 --gradient_checkpointing",
+    "stages": f"--tensor_parallel_size 2 {STAGES} 4 --num_microbatches 2",
+    "more ticks": f"--tensor_parallel_size 2 {STAGES} 8 --num_microbatches 4",
+    "stages in one graph": f"{STAGES} 3 --mark_step step",
+    "full stages recomputed": f"{STAGES} 3 --lora_r 0 --gradient_checkpointing",
     "accumulation in one graph": SPMD + " --mark_step step",
     "accumulation": SPMD + " --compile",
     "memory lora": "--tensor_parallel_size 2 --max_seq_length 1024 --compile",
     "memory full": "--tensor_parallel_size 2 --max_seq_length 512 --lora_r 0 --compile",
-    "memory recomputed": "--tensor_parallel_size 2 --max_seq_length 1024 --gradient_checkpointing full --compile",
+    "memory recomputed": (
+        "--tensor_parallel_size 2 --max_seq_length 1024 --gradient_checkpointing full --compile"
+    ),
 }
 # Traces all cases in one process, and reads back what --save_hlo wrote. Arguments: the cases' command lines,
 # and a directory.
@@ -108,7 +110,7 @@ def test_products_are_those_of_the_formula(reports):
 
 
 def test_ticks_share_graphs(reports):
-    """Graphs of ticks do not grow with their number; what they keep, by hand, where layers are recomputed."""
+    """The graphs of ticks do not grow with the number of ticks; and the bytes that they keep, by hand."""
     few, more = (reports[case] for case in ("stages", "more ticks"))
     assert [graph["runs_per_step"] for each in (few, more) for graph in each["graphs"].values()] == [
         3,
@@ -130,8 +132,7 @@ def test_ticks_share_graphs(reports):
             "parameter",
         }  # 1, the number of the last of two micro-batches, is a constant
     assert more["kept_bytes"] / 5 == few["kept_bytes"] / 3 == few["graphs"]["forward"]["output_bytes"]
-    # The input of the one layer of a stage and its output; of the embedding, ids and whether they are this
-    # rank's.
+    # Kept are the input of a stage's only layer and its output, and for the embedding ids and a mask.
     assert reports["full stages recomputed"]["kept_bytes"] == 4 * TOKENS * (2 * 64 * 4 + 8 + 4)
     state = sum(few["state_bytes"].values())
     assert few["most_bytes"] == state + few["kept_bytes"] + few["graphs"]["backward"]["peak_bytes"]
@@ -150,10 +151,10 @@ def test_collectives_of_a_layer_by_hand(reports):
         what: (three[what]["count"] - two[what]["count"], three[what]["bytes"] - two[what]["bytes"])
         for what in three
     }
-    # Of each of four messages in the forward, whose duals the backward sends: hidden states, and r more for
+    # Four messages in the forward, whose duals the backward sends: hidden states, and r more features for
     # each LoRA layer.
     rows = 4 * TOKENS * ((64 + 3 * 16) + (64 + 16) + (64 + 2 * 16) + (64 + 16))
-    # Of q, k, v and of gate, up, A is replicated; of o and down, B is: their gradients are parts of a sum.
+    # A is replicated in q, k, v, gate and up, and B in o and down: their gradients are parts of a sum.
     replicated = 5 * 16 * 64 + 2 * 64 * 16
     divided = 3 * 32 * 16 + 2 * 96 * 16 + 16 * 32 + 16 * 96
     assert layer == {
@@ -166,16 +167,16 @@ def test_collectives_of_a_layer_by_hand(reports):
 
 
 @pytest.mark.parametrize("case", ["lora tp2", "full tp4", "divided optimizer"])
-def test_what_a_core_holds_goes_into_the_graph(reports, case):
+def test_what_a_core_holds_is_input_of_the_graph(reports, case):
     held = reports[case]["state_bytes"]
     batch = 5 * 1024  # four rows of integers, frequencies, ranks and scalars
-    given = (
+    other_inputs = (
         reports[case]["graphs"]["step"]["input_bytes"]
         - held["parameters"]
         - held["master_weights"]
         - held["moments"]
     )
-    assert 4 * 1024 <= given < batch
+    assert 4 * 1024 <= other_inputs < batch
 
 
 def test_a_real_run_compiles_the_same_graphs(reports, tmp_path):
@@ -197,7 +198,7 @@ def test_a_real_run_compiles_the_same_graphs(reports, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     ours, real = compiled(reports["directory"] / "dump"), compiled(tmp_path / "dump")
     assert len(real) == 2 and ours[:2] == real
-    # And these are the graphs that were read, and that --save_hlo wrote.
+    # The report describes these graphs, and --save_hlo wrote them.
     for text, (name, graph) in zip(real, reports["accumulation"]["graphs"].items(), strict=True):
         saved = Graph((reports["directory"] / f"{name}.hlo.txt").read_text())
         assert Graph(text).operations == saved.operations == graph["operations"]
@@ -237,7 +238,7 @@ ENTRY %main (p0: f32[8,4], p1: bf16[4]) -> (f32[2,8,8], f32[16]) {
   %part = f32[16]{0} reduce-scatter(f32[64]{0} %first), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
   ROOT %out = (f32[2,8,8]{2,1,0}, f32[16]{0}) tuple(f32[2,8,8]{2,1,0} %dot, f32[16]{0} %part)
 }
-"""  # noqa: E501
+"""  # noqa: E501  (XLA prints an instruction on one line)
 
 
 def test_a_module_by_hand():
@@ -249,8 +250,8 @@ def test_a_module_by_hand():
         ("reduce-scatter", [[0, 1, 2, 3]], 256),
     ]
     assert (graph.input_bytes, graph.output_bytes) == (128, 512 + 64)
-    # At the all-reduce: %left, which %flat names and is read for the last time, %dot for the end, and %sums
-    # of 64 and of one.
+    # At the all-reduce: %left (named %flat, and read for the last time), %dot (a result), and %sums of 64 and
+    # of one.
     assert graph.peak_bytes() == 256 + 512 + 256 + 4
 
 
@@ -271,21 +272,32 @@ def test_what_cannot_be_read_is_refused(text, message):
 
 
 BAD = {
-    "--model llama9": "--model llama9: llama2-7b, llama3-8b, llama3.1-8b, llama3.2-1b, llama3-70b, tiny, a directory or a "
-    "config.json was expected",
-    "--model llama3-8b --world_size 6 --tensor_parallel_size 4": "the world size 6 is not divisible by --tensor_parallel_size 4",
-    "--model llama3-8b --tensor_parallel_size 3 --world_size 3": "the model's num_attention_heads 32 is not divisible by",
+    "--model llama9": (
+        "--model llama9: llama2-7b, llama3-8b, llama3.1-8b, llama3.2-1b, llama3-70b, tiny, a directory or a "
+        "config.json was expected"
+    ),
+    "--model llama3-8b --world_size 6 --tensor_parallel_size 4": (
+        "the world size 6 is not divisible by --tensor_parallel_size 4"
+    ),
+    "--model llama3-8b --tensor_parallel_size 3 --world_size 3": (
+        "the model's num_attention_heads 32 is not divisible by"
+    ),
     "--model llama3-8b --max_seq_length 8193": "--max_seq_length 8193 is more than the model's positions",
     "--model llama3-8b --model_id x": "--model_id is not taken here: --model names the model",
     "--model llama3-8b --do_train false": "--do_train false leaves no step to trace",
     "--model tiny --lora_target_modules x": "--lora_target_modules: the model has no linear layer 'x'",
-    "--model tiny --json nowhere/report.json": "--json nowhere/report.json cannot be written: a file in a directory that exists",
+    "--model tiny --json nowhere/report.json": (
+        "--json nowhere/report.json cannot be written: a file in a directory that exists"
+    ),
     "--model tiny --save_hlo README.md": "--save_hlo README.md cannot be made: File exists",
 }
 
 
 def test_bad_input_is_one_line():
-    program = "import sys; from tools.bench_compile import main; print([main(each.split()) for each in sys.argv[1:]])"
+    program = (
+        "import sys; from tools.bench_compile import main; "
+        "print([main(each.split()) for each in sys.argv[1:]])"
+    )
     done = run(["-c", program, *BAD])
     assert done.stdout == f"{[1] * len(BAD)}\n", done.stderr
     for said, message in zip(done.stderr.splitlines(), BAD.values(), strict=True):

@@ -1,4 +1,4 @@
-"""tools/plan: the formula by hand, traces that are drawn on beside whole ones, and AWS's published rows."""
+"""tools/plan: the formula by hand, extrapolated traces compared with whole ones, and AWS's published rows."""
 
 import json
 from dataclasses import replace
@@ -6,15 +6,18 @@ from dataclasses import replace
 import pytest
 
 from tools.graphs.flops import micro_batch_flops
+from tools.graphs.memory import state_of
 from tools.graphs.models import read_model
-from tools.plan import __main__ as plan
-from tools.plan import extrapolate
-from tools.plan.instances import FAST, MACHINES, SLOW, Machine
+from tools.graphs.report import rank_0_mesh
+from tools.plan import extrapolate, sweep
+from tools.plan.__main__ import main
+from tools.plan.instances import FAST, INSTANCES, SLOW, Instance
 from tools.plan.roofline import estimate
+from tools.plan.step_report import estimate_step
 from trainer.build import build
 from trainer.config import Config
 
-ROUND = Machine(
+ROUND = Instance(
     cores=4,
     bf16_flops=1e12,
     fp32_flops=1e11,
@@ -79,8 +82,7 @@ def test_a_step_by_hand():
 
 
 def test_stages_by_hand():
-    """TP2 x PP2 x DP2 on two nodes of four cores, a stage on each: what goes from stage to stage goes over
-    the network."""
+    """TP2 x PP2 x DP2 on two nodes of four cores, a stage on each: messages between them use the network."""
     tick = {
         "runs_per_step": 4,
         "dot_flops": 10**12,
@@ -99,17 +101,16 @@ def test_stages_by_hand():
     for end, assumed in enumerate((FAST, SLOW)):
         sent = 4 * 0.1 / assumed.network + assumed.network_latency  # by all four ranks of a node
         among = max(0.15 / assumed.link, 2 * 0.15 / assumed.network) + 2 * assumed.network_latency
-        beside = 0.1 / assumed.link + assumed.link_latency
-        assert each.parts["network"][end] == pytest.approx(8 * sent + among + beside)
+        inside = 0.1 / assumed.link + assumed.link_latency
+        assert each.parts["network"][end] == pytest.approx(8 * sent + among + inside)
         assert each.parts["compute"][end] == pytest.approx(8 / assumed.products)
     assert each.bubble == 1 / 4 and each.flops == 3 / 4 * 8e12
     # Four ticks keep 10 MB each.
     assert each.most_bytes == max(4 * 10**8 + 4 * 10**7 + 10**8, 8 * 10**8)
 
 
-def test_traces_of_stages_are_drawn_on(monkeypatch):
-    """Of 2 and 4 layers a stage and three micro-batches, beside one of all 6 layers a stage and five
-    micro-batches."""
+def test_traces_of_stages_are_extrapolated(monkeypatch):
+    """From 2 and 4 layers a stage and three micro-batches; compared with a trace of all 6 and five."""
     model = replace(read_model("tiny"), num_hidden_layers=11)
     config = Config(
         lora_r=0,
@@ -120,16 +121,16 @@ def test_traces_of_stages_are_drawn_on(monkeypatch):
         per_device_train_batch_size=5,
         gradient_accumulation_steps=2,
     )
-    (drawn,) = extrapolate.reports([config], model)
+    (extrapolated,) = extrapolate.reports([config], model)
     monkeypatch.setattr(extrapolate, "DEPTHS", (6,))
     monkeypatch.setattr(extrapolate, "TRACED_TICKS", 5)
     (whole,) = extrapolate.reports([config], model)
-    assert [graph["runs_per_step"] for graph in drawn["graphs"].values()] == [12, 12, 1]
+    assert [graph["runs_per_step"] for graph in extrapolated["graphs"].values()] == [12, 12, 1]
     for name, graph in whole["graphs"].items():
-        other = drawn["graphs"][name]
+        other = extrapolated["graphs"][name]
         for key in ("runs_per_step", "dot_flops", "output_bytes", "collectives"):
             assert other[key] == graph[key], (name, key)
-        for key in ("input_bytes", "peak_bytes"):  # the batch; and x passes the spare slot by
+        for key in ("input_bytes", "peak_bytes"):  # the batch; and x passes by the padding layer
             assert other[key] == pytest.approx(graph[key], rel=0.05), (name, key)
 
 
@@ -138,8 +139,8 @@ def test_fits(memory, fits):
     assert estimate(REPORT, replace(ROUND, memory_bytes=memory), 1, 1, True).fits == fits
 
 
-def test_traces_are_drawn_on(monkeypatch):
-    """Of 2 and 4 layers at DP2 with two micro-batches, beside one of all 6 at DP4 with three."""
+def test_traces_are_extrapolated(monkeypatch):
+    """From 2 and 4 layers at DP2 with two micro-batches; compared with a trace of all 6 at DP4 with three."""
     model = replace(read_model("tiny"), num_hidden_layers=6)
     config = Config(
         lora_r=0,
@@ -150,13 +151,13 @@ def test_traces_are_drawn_on(monkeypatch):
         world_size=8,
     )
     monkeypatch.setattr(extrapolate, "TRACED_RANKS", 1)
-    (drawn,) = extrapolate.reports([config], model)
+    (extrapolated,) = extrapolate.reports([config], model)
     monkeypatch.setattr(extrapolate, "TRACED_RANKS", 8)
     monkeypatch.setattr(extrapolate, "DEPTHS", (6,))
     (whole,) = extrapolate.reports([config], model)
-    assert drawn["state_bytes"] == whole["state_bytes"]
+    assert extrapolated["state_bytes"] == whole["state_bytes"]
     for name, graph in whole["graphs"].items():
-        other = drawn["graphs"][name]
+        other = extrapolated["graphs"][name]
         # Partial gradients are reduced over tp in this rank's part, which was larger.
         ours, theirs = (each["collectives"].pop("all-reduce over tp") for each in (other, graph))
         assert theirs["count"] == ours["count"] and theirs["bytes"] <= ours["bytes"] <= 2 * theirs["bytes"]
@@ -165,7 +166,7 @@ def test_traces_are_drawn_on(monkeypatch):
         assert (
             graph["peak_bytes"] <= other["peak_bytes"] <= 1.5 * graph["peak_bytes"]
         )  # at DP2, more of the state
-    assert drawn["graphs"]["micro_batch"]["peak_bytes"] == whole["graphs"]["micro_batch"]["peak_bytes"]
+    assert extrapolated["graphs"]["micro_batch"]["peak_bytes"] == whole["graphs"]["micro_batch"]["peak_bytes"]
 
 
 # Rows a second in AWS's tables (training_data_decoder.csv), SDK 2.16 to 2.24, global batch 1024, micro-batch
@@ -191,7 +192,7 @@ def test_published_rows_are_in_the_range(name):
         read_model(name),
     )
     (report,) = extrapolate.reports([config], model)
-    slow, fast = sorted(plan.estimated(report, config, model, MACHINES["trn1.32xlarge"]).rows_per_second)
+    slow, fast = sorted(estimate_step(report, config, model, INSTANCES["trn1.32xlarge"]).rows_per_second)
     assert slow <= min(published) and max(published) <= fast
     assert fast / slow < 1.6  # a range that says something
     # By hand: two messages of [tokens, hidden] each way and layer, and two for embedding and logits.
@@ -203,9 +204,9 @@ def test_published_rows_are_in_the_range(name):
 
 
 def counted(configs, model):
-    """Reports without a trace: of peaks that grow with the micro-batch."""
+    """Reports without a trace, whose peaks grow with the micro-batch."""
     for config in configs:
-        mesh = plan.mesh_of(config)
+        mesh = rank_0_mesh(config)
         rank = build(config, model, mesh)
         graph = {
             "dot_flops": micro_batch_flops(rank, config),
@@ -221,14 +222,14 @@ def counted(configs, model):
             "ticks": config.ticks,
             "pipeline_parallel_size": mesh.pp.size(),
             "graphs": {"micro_batch": graph},
-            "state_bytes": vars(plan.state_of(rank, config, mesh)),
+            "state_bytes": vars(state_of(rank, config, mesh)),
         }
 
 
 def test_sweep(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(plan, "reports", counted)
+    monkeypatch.setattr(sweep, "reports", counted)
     assert (
-        plan.main(
+        main(
             [
                 "--model",
                 "tiny",
@@ -257,13 +258,13 @@ def test_sweep(monkeypatch, tmp_path, capsys):
         for each in found
     ]
     assert set(rows) == {64}
-    # 8 heads, two layers, and 2 to 16 rows for each data parallel rank, of which at most 8 are on their way.
+    # 8 heads, two layers, 2 to 16 rows for each data parallel rank, and at most 8 pipeline micro-batches.
     assert {
         (each["tensor_parallel_size"], each["pipeline_parallel_size"], each["num_microbatches"])
         for each in found
     } == {(1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 4), (2, 2, 8), (4, 2, 8), (8, 2, 8)}
     assert {each["bubble"] for each in found} == {0, 1 / 5, 1 / 9}
-    # 18 GB besides what is held are not sure to fit, so no micro-batch of 4 was tried.
+    # 18 GB more than what is held are not sure to fit, so no micro-batch of 4 was tried.
     assert {
         (each["per_device_train_batch_size"] // each["num_microbatches"], each["fits"]) for each in found
     } == {(1, "yes"), (2, "perhaps")}
@@ -273,17 +274,17 @@ def test_sweep(monkeypatch, tmp_path, capsys):
     assert "This is a model" in capsys.readouterr().out
 
 
-def test_a_report_is_taken_of_its_own_flags_alone(monkeypatch, tmp_path, capsys):
+def test_a_report_of_other_flags_is_refused(monkeypatch, tmp_path, capsys):
     flags = ["--model", "tiny", "--tensor_parallel_size", "8", "--report", str(tmp_path / "report.json")]
     config = Config(tensor_parallel_size=8, world_size=32)
     (report,) = counted([config], read_model("tiny"))
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert plan.main([*flags, "--price", "10"]) == 0
+    assert main([*flags, "--price", "10"]) == 0
     assert "at 10.00 USD an hour and node" in capsys.readouterr().out
-    assert plan.main([*flags, "--max_seq_length", "2048"]) == 1
+    assert main([*flags, "--max_seq_length", "2048"]) == 1
     assert capsys.readouterr().err.startswith("error: the report is of another step: FLOPs ")
     (tmp_path / "report.json").write_text("[]")
-    assert plan.main(flags) == 1
+    assert main(flags) == 1
     assert capsys.readouterr().err == "error: the report is none of tools.bench_compile\n"
 
 
@@ -303,6 +304,6 @@ def test_a_report_is_taken_of_its_own_flags_alone(monkeypatch, tmp_path, capsys)
     ],
 )
 def test_bad_input_is_one_line(flags, message, capsys):
-    assert plan.main(["--model", "tiny", *flags.split()]) == 1
+    assert main(["--model", "tiny", *flags.split()]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}") and said.count("\n") == 1

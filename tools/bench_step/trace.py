@@ -1,8 +1,8 @@
 """A Chrome trace of warm training steps: what the host traces, mark_step, and what XLA:CPU executes, by name.
 
-XLA's own profiler writes it (torch_xla.debug.profiler): JSON that https://ui.perfetto.dev and
-chrome://tracing open. Threads are its rows: that of a rank has `host tracing` and `mark_step`, those of
-XLA:CPU each product and fusion by its name in the HLO.
+XLA's own profiler (torch_xla.debug.profiler) writes it as JSON for https://ui.perfetto.dev and
+chrome://tracing. Each row is a thread: that of a rank shows `host tracing` and `mark_step`, those of XLA:CPU
+show each product and fusion by its name in the HLO.
 """
 
 import shutil
@@ -16,14 +16,15 @@ class StepTrace:
     """Records what all threads of this process do from start() to stop()."""
 
     def __init__(self, directory: Path):
-        """Raises ValueError where nothing could be recorded or written."""
+        """Make the directory; raises ValueError on NeuronCores, and where nothing can be written to it."""
         from parallel.runtime import on_neuron
 
         if on_neuron():
             raise ValueError(
-                "--profile records XLA:CPU. On NeuronCores run trainer/main.py under NEURON_RT_INSPECT_ENABLE=1, "
-                "NEURON_RT_INSPECT_DEVICE_PROFILE=1 and NEURON_RT_INSPECT_OUTPUT_DIR=DIR, and open DIR with the "
-                "Neuron SDK's neuron-profile or Neuron Explorer; PJRT_DEVICE=CPU records a rehearsal here"
+                "--profile records XLA:CPU. On NeuronCores run trainer/main.py under "
+                "NEURON_RT_INSPECT_ENABLE=1, NEURON_RT_INSPECT_DEVICE_PROFILE=1 and "
+                "NEURON_RT_INSPECT_OUTPUT_DIR=DIR, and open DIR with the Neuron SDK's neuron-profile or "
+                "Neuron Explorer; PJRT_DEVICE=CPU records a rehearsal here"
             )
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ class StepTrace:
         start_trace(self._temporary.name)
 
     def phase(self, name: str) -> None:
-        """Name what the calling thread does from here to the next phase; nothing where nothing is recorded."""
+        """Name what the calling thread does from here to the next phase, if steps are being recorded."""
         import torch_xla
 
         self._end_phase()
@@ -55,7 +56,7 @@ class StepTrace:
         self._phase = None
 
     def stop(self) -> None:
-        """Write `file`."""
+        """End the recording, and write it to `file`."""
         from torch_xla.debug.profiler import stop_trace
 
         self._end_phase()

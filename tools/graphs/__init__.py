@@ -1,1 +1,1 @@
-"""The graphs of a step, traced without a machine, and read."""
+"""The graphs of a training step: traced without a machine, read, and reported."""

@@ -1,27 +1,8 @@
-"""FLOPs of the products of a micro-batch on one rank, from the model's shapes alone: what
-parallel/graph/hlo.py counts in the graph.
+"""FLOPs of the matrix products of a micro-batch on one rank, computed from the model's shapes.
 
-A product of [positions, in] and a weight [out, in] takes F = 2 x positions x in x out. Each linear layer, and
-each factor of LoRA, takes F in the forward, F for the gradient of its input where that is computed, and F for
-that of its weight where it is trained: the 6 x parameters x tokens of https://arxiv.org/abs/2001.08361, and 4
-x of frozen ones. Of T tensor parallel ranks each has a part of `in` or `out`; the factor that is replicated
-(Shard.dim None) sees the rank's positions, under sequence parallelism tokens / T, and all others see all. The
-gradient of the input is computed where something below is trained; and of column-parallel layers where
-several ranks meet in front of them (collectives, and what they need, are not left out of a graph) if one of
-those that read the same input has LoRA, which crosses in the same message, or if layers are recomputed, which
-asks for the gradient of each one's input.
-
-Attention: a block of q queries, of which the last sees k keys, takes S = 2 x rows x heads / T x q x k x
-head_dim for the scores and S for their mix of values; the backward S for the gradient of each of queries,
-keys, probabilities and values. The mask saves no FLOPs within a block.
-
-Recomputation adds, if `selective`, S for each block that has a backward; if `full`, every layer's forward,
-but for what only the layer's output needs: the second factor of down_proj, and of a lone rank down_proj (of
-several they meet behind it). Of a pipeline, the layers are those of a stage, its spare slot included; they
-and the head work in M + P - 1 ticks on rows / M each, idle or not, and the gradient of what they are given is
-always computed; where a step is one graph, of the first tick only if the embedding is trained.
-
-Norms, rotary embedding, softmax, the embedding (gather and scatter) and the update have no products.
+The closed formula of https://arxiv.org/abs/2001.08361 (6 x parameters x tokens), in detail. bench_compile
+compares it with the products that parallel/graph/hlo.py counts in the traced graphs. Norms, rotary embedding,
+softmax, the embedding (gather and scatter) and the optimizer have no matrix products.
 """
 
 from torch import nn
@@ -33,79 +14,118 @@ from trainer.config import Config
 
 
 def micro_batch_flops(model: Llama, config: Config) -> int:
-    """Of forward and backward; `model` (the rank's, on any device) says which parameters are trained."""
+    """FLOPs of the forward and backward of one accumulation step on the rank that has this part of the model.
+
+    Parameters may be on any device; their requires_grad says what is trained. A pipeline stage computes its
+    layers, padding layers included, and its part of the head in each of its M + P - 1 ticks, idle or not.
+    """
     count = _Count(config)
-    count.rows = config.per_device_train_batch_size // config.pipeline_microbatches
     for tick in range(config.ticks):
-        flows = (
-            config.ticks > 1
-            and (tick > 0 or config.graph_per_micro_batch)
-            or model.model.embed_tokens.weight.requires_grad
-        )
+        # A tick sends the gradient of its input to the stage before. In the first tick that input is a
+        # constant; but ticks that share a graph compute what any of them needs.
+        receives = config.ticks > 1 and (tick > 0 or config.graph_per_micro_batch)
+        needs_grad = receives or model.model.embed_tokens.weight.requires_grad
         for layer in model.model.layers:
-            flows = count.layer(layer, flows)
+            needs_grad = count.layer(layer, needs_grad)
             if config.checkpointing_mode == "full":
                 count.layer(layer, False, recomputed=True)
-        count.columns([model.lm_head], flows)
+        count.column_parallel([model.lm_head], needs_grad)
     return count.total
 
 
 class _Count:
-    """Adds up in `total`. What `flows` says: whether the gradient of the input is computed; methods return it
-    of the output."""
+    """Adds up FLOPs in `total`.
+
+    Each method counts the forward and backward of a part of the model, or with `recomputed` only the forward,
+    which the backward runs again. `needs_grad` says whether autograd computes the gradient of the part's
+    input; the method returns whether it computes that of the output.
+    """
 
     def __init__(self, config: Config):
-        self.total, self.config, self.several = 0, config, config.tensor_parallel_size > 1
-        self.rows = config.per_device_train_batch_size
+        self.config, self.total = config, 0
+        self.has_collectives = config.tensor_parallel_size > 1
+        self.rows = config.per_device_train_batch_size // config.pipeline_microbatches
 
-    def layer(self, layer: LlamaDecoderLayer, flows: bool, recomputed: bool = False) -> bool:
+    def layer(self, layer: LlamaDecoderLayer, needs_grad: bool, recomputed: bool = False) -> bool:
+        """A decoder layer. S is scores(): one product of attention, of all its blocks.
+
+        The forward takes S for the scores and S for the weighted sum of the values, the backward S for each
+        of the gradients of queries, keys, probabilities and values. Under selective recomputation it also
+        computes the scores again.
+        """
         attention, mlp = layer.self_attn, layer.mlp
-        query, key, value = self.columns(
-            [attention.q_proj, attention.k_proj, attention.v_proj], flows, recomputed
+        query, key, value = self.column_parallel(
+            [attention.q_proj, attention.k_proj, attention.v_proj], needs_grad, recomputed
         )
         mixed = query or key or value
-        times = 2
+        products = 2
         if not recomputed:
-            scores_again = mixed and self.config.checkpointing_mode == "selective"
-            times += query + key + (query or key) + value + scores_again
-        self.total += times * self.scores(attention)
-        flows = self.linear(attention.o_proj, mixed, recomputed) or flows
-        inner = any(self.columns([mlp.gate_proj, mlp.up_proj], flows, recomputed))
-        return self.linear(mlp.down_proj, inner, recomputed, last=True) or flows
+            products += query + key + (query or key) + value
+            products += mixed and self.config.checkpointing_mode == "selective"
+        self.total += products * self.scores(attention)
+        needs_grad = self.linear(attention.o_proj, mixed, recomputed) or needs_grad
+        inner = any(self.column_parallel([mlp.gate_proj, mlp.up_proj], needs_grad, recomputed))
+        return self.linear(mlp.down_proj, inner, recomputed, is_last=True) or needs_grad
 
-    def columns(self, layers: list[nn.Module], flows: bool, recomputed: bool = False) -> list[bool]:
-        """Of layers that read the same input."""
-        met = self.several and (
+    def column_parallel(
+        self, layers: list[nn.Module], needs_grad: bool, recomputed: bool = False
+    ) -> list[bool]:
+        """Layers that read the same input.
+
+        With several tensor parallel ranks, the gradient of this input goes through a collective. Where the
+        collective is in the graph, the gradient is computed even if nothing reads it: graphs keep all
+        collectives. It is in the graph if one of the layers has LoRA, whose gradient is part of the same
+        message, and under full recomputation, which requests the gradient of every layer's input.
+        """
+        sends_grad = self.has_collectives and (
             self.config.checkpointing_mode == "full" or any(isinstance(layer, LoraLinear) for layer in layers)
         )
-        return [self.linear(layer, flows, recomputed, met=met) for layer in layers]
+        return [self.linear(layer, needs_grad, recomputed, sends_grad=sends_grad) for layer in layers]
 
     def scores(self, attention: nn.Module) -> int:
-        """S of all blocks of queries."""
+        """FLOPs of the rank's attention scores: 2 x rows x heads x head_dim x q x k, summed over the blocks.
+
+        A block of q queries is multiplied with all k keys up to its last query. The causal mask saves nothing
+        within a block.
+        """
         query = getattr(attention.q_proj, "base_layer", attention.q_proj)
         length, area = self.config.max_seq_length, 0
         for first in range(0, length, block_size(length)):
-            until = min(first + block_size(length), length)
-            area += (until - first) * until
+            end = min(first + block_size(length), length)
+            area += (end - first) * end
         return 2 * self.rows * query.weight.shape[0] * area
 
     def linear(
-        self, layer: nn.Module, flows: bool, recomputed: bool, last: bool = False, met: bool = False
+        self,
+        layer: nn.Module,
+        needs_grad: bool,
+        recomputed: bool,
+        is_last: bool = False,
+        sends_grad: bool = False,
     ) -> bool:
-        """`last`: of a recomputed layer nothing reads the output. `met`: the gradient that flows to where the
-        ranks meet."""
-        base, needed = getattr(layer, "base_layer", layer), not (recomputed and last)
-        if needed or self.several:
-            self.product(base, flows or met, recomputed)
-        if isinstance(layer, LoraLinear):
-            self.product(layer.lora_A, flows, recomputed)
-            if needed:
-                self.product(layer.lora_B, True, recomputed)
-        return flows or met or base.weight.requires_grad or isinstance(layer, LoraLinear)
+        """A linear layer and its LoRA factors. `sends_grad`: see column_parallel.
 
-    def product(self, owner: nn.Module, flows: bool, recomputed: bool) -> None:
-        """Of the owner's weight and its input."""
+        Nothing reads the output of the last product of a recomputed layer (`is_last`), so that it is left
+        out; but not where its output goes through a collective.
+        """
+        base, is_read = getattr(layer, "base_layer", layer), not (recomputed and is_last)
+        if is_read or self.has_collectives:
+            self.product(base, needs_grad or sends_grad, recomputed)
+        if isinstance(layer, LoraLinear):
+            self.product(layer.lora_A, needs_grad, recomputed)
+            if is_read:
+                self.product(layer.lora_B, True, recomputed)
+        return needs_grad or sends_grad or base.weight.requires_grad or isinstance(layer, LoraLinear)
+
+    def product(self, owner: nn.Module, needs_grad: bool, recomputed: bool) -> None:
+        """The products of an input [positions, in] with the rank's part of the owner's weight [out, in].
+
+        Each takes F = 2 x positions x in x out: one for the output, one for the gradient of the input and one
+        for that of the weight, where these are computed. Under sequence parallelism a replicated weight
+        (Shard.dim is None) sees only the rank's part of the positions.
+        """
         weight, positions = owner.weight, self.rows * self.config.max_seq_length
         if owner.shards["weight"].dim is None and self.config.divides_sequence:
             positions //= self.config.tensor_parallel_size
-        self.total += 2 * positions * weight.numel() * (1 if recomputed else 1 + flows + weight.requires_grad)
+        products = 1 if recomputed else 1 + needs_grad + weight.requires_grad
+        self.total += 2 * positions * weight.numel() * products

@@ -35,7 +35,7 @@ LLAMA2_7B = {
     "initializer_range": 0.02,
 }
 LLAMA3_8B = LLAMA2_7B | LLAMA3 | {"intermediate_size": 14336}
-# The values of the config.json that Meta published beside each.
+# The values of the config.json that Meta published with each model.
 PRESETS = {
     "llama2-7b": LLAMA2_7B,
     "llama3-8b": LLAMA3_8B,
@@ -56,7 +56,10 @@ PRESETS = {
 
 
 def read_model(name: str):
-    """The ModelConfig of a preset, of `tiny`, a directory or a config.json; raises ValueError for what is none."""
+    """The ModelConfig of a preset, of `tiny`, of a directory or of a config.json.
+
+    Raises ValueError for any other name.
+    """
     from model.config import ModelConfig
     from trainer.config import SAMPLE
 

@@ -1,145 +1,103 @@
-"""What a step costs a core, from its graphs."""
+"""What a step costs a core, read from its traced graphs."""
 
 from collections import Counter
-from dataclasses import dataclass
 
 from parallel.graph.hlo import Graph
 from parallel.mesh import Mesh
+from tools.graphs.memory import kept_bytes, most_bytes, state_of
 from trainer.build import build
 
 
-@dataclass(frozen=True)
-class State:
-    """Bytes of one rank: parameters; gradients as long fp32 buckets, before they are reduced; fp32 master weights (bf16 under
-    --stochastic_rounding) and AdamW's two moments."""
-
-    parameters: int
-    gradients: int
-    master_weights: int
-    moments: int
+def rank_0_mesh(config) -> Mesh:
+    """The mesh at rank 0 of a world of --world_size ranks; ValueError where that cannot be divided."""
+    return Mesh.create(0, config.world_size or 1, config.tensor_parallel_size, config.pipeline_parallel_size)
 
 
-def state_of(model, config, mesh: Mesh) -> State:
-    """From the shapes of the parameters."""
-    from parallel.buckets import Buckets
-    from parallel.shard import named_shards
+def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple[dict, list[bytes | None]]:
+    """(the report of a training step, each of its graphs as an HloModuleProto or None without `keep_proto`).
 
-    parameters = list(named_shards(model))
-    buckets = Buckets([each for each in parameters if each[1].requires_grad], mesh, config.zero_1)
-    part = sum(columns for _, columns in buckets.shapes)
-    return State(
-        sum(parameter.numel() * parameter.element_size() for _, parameter, _ in parameters),
-        4 * part * buckets.parts,
-        (2 if config.stochastic_rounding else 4) * part,
-        8 * part,
-    )
-
-
-def collectives_of(graph: Graph, mesh: Mesh) -> dict[str, dict[str, int]]:
-    """{"all-reduce over dp": {"count", "bytes"}, ...}; what is over none of the mesh's groups is over replicas of a slice."""
-    kinds = (
-        ("world", mesh.world),
-        ("tp x pp", mesh.model),
-        ("pp", mesh.pp),
-        ("dp", mesh.dp),
-        ("tp", mesh.tp),
-    )
-    names = {repr(group.replica_groups): name for name, group in kinds}
-    count, size = Counter(), Counter()
-    for each in graph.collectives:
-        over = (
-            "pp" if each.opcode == "collective-permute" else names.get(repr(each.replica_groups), "replicas")
-        )
-        what = f"{each.opcode} over {over}"
-        count[what] += 1
-        size[what] += each.bytes
-    return {what: {"count": count[what], "bytes": size[what]} for what in sorted(count)}
-
-
-def measure(
-    config, model_config, mesh: Mesh, keep_proto: bool, compiles: bool
-) -> tuple[dict, list[bytes | None]]:
-    """(the report, the graphs as HloModuleProtos where they are kept)."""
-    from parallel.pipeline import Pipeline
+    Bytes and FLOPs are those of one core. Raises RuntimeError where the step has other graphs than
+    Config.graphs says.
+    """
     from tools.graphs.flops import micro_batch_flops
-    from tools.graphs.report import kept_bytes, most_bytes
     from tools.graphs.tracing import trace
 
+    mesh = rank_0_mesh(config)
     model = build(config, model_config, mesh)
-    micro = config.gradient_accumulation_steps
-    often = {"step": 1}
-    if config.graph_per_micro_batch:
-        passes = (
-            {"forward": config.ticks, "backward": config.ticks} if config.ticks > 1 else {"micro_batch": 1}
-        )
-        often = {name: micro * count for name, count in passes.items()} | {"update": 1}
     found = trace(config, model_config, mesh.world_size, keep_proto, compiles)
-    if len(found) != len(often):
+    if len(found) != len(config.graphs):
         raise RuntimeError(
-            f"two steps have {len(found)} graphs, and {len(often)} were expected: something in the step of "
-            "trainer/loop.py that changes is a constant of its graph"
+            f"two steps have {len(found)} graphs, and {len(config.graphs)} were expected: something in the "
+            "step of trainer/loop.py that changes is a constant of its graph"
         )
-    graphs, counted = {}, 0
-    for (name, runs), traced in zip(often.items(), found, strict=True):
-        graph = Graph(traced.text)
-        counted += runs * graph.dot_flops
-        graphs[name] = {
-            "runs_per_step": runs,
-            "trace_seconds": traced.trace_seconds,
-            "lowering_seconds": traced.lowering_seconds,
-            "compile_seconds": traced.compile_seconds,
-            "instructions": len(graph.instructions),
-            "operations": dict(graph.operations.most_common()),
-            "dot_flops": graph.dot_flops,
-            "collectives": collectives_of(graph, mesh),
-            "input_bytes": graph.input_bytes,
-            "output_bytes": graph.output_bytes,
-            "peak_bytes": graph.peak_bytes(),
-        }
-    stages = Pipeline(mesh.pp).dealt(model_config.num_hidden_layers)
-    held = [sum(number < model_config.num_hidden_layers for number in slots) for slots in stages]
-    report = {
-        "tensor_parallel_size": mesh.tp.size(),
-        "pipeline_parallel_size": mesh.pp.size(),
-        "data_parallel_size": mesh.dp.size(),
-        "stage_layers": held,
-        "slots": len(stages[0]),
-        "num_microbatches": config.pipeline_microbatches,
-        "ticks": config.ticks,
-        "graphs": graphs,
-        "step_flops": counted,
-        "formula_flops": micro * micro_batch_flops(model, config),
+    report = _topology(config, model_config, mesh)
+    report["graphs"] = {
+        name: _graph_report(traced, runs, mesh)
+        for (name, runs), traced in zip(config.graphs.items(), found, strict=True)
+    }
+    report |= {
+        "step_flops": step_flops(report),
+        "formula_flops": config.gradient_accumulation_steps * micro_batch_flops(model, config),
         "state_bytes": vars(state_of(model, config, mesh)),
     }
     report |= {"kept_bytes": kept_bytes(report), "most_bytes": most_bytes(report)}
     return report, [traced.proto for traced in found]
 
 
-def held_bytes(report: dict) -> int:
-    """What a core holds all the time. Gradients stay between graphs where several of them add to them."""
-    state = report["state_bytes"]
-    return sum(size for name, size in state.items() if name != "gradients" or len(report["graphs"]) > 1)
+def step_flops(report: dict) -> int:
+    """FLOPs of the matrix products of a step, summed over its graphs."""
+    return sum(graph["runs_per_step"] * graph["dot_flops"] for graph in report["graphs"].values())
 
 
-def most_bytes(report: dict) -> int:
-    """The most that lives at once: what is held, what is kept of pipeline ticks, and the graph that needs most besides.
+def _topology(config, model_config, mesh: Mesh) -> dict:
+    from parallel.pipeline import Pipeline
 
-    All that a forward tick returns is kept until its backward tick. At the turning point that is there of all ticks of a batch.
+    stages = Pipeline(mesh.pp).dealt(model_config.num_hidden_layers)
+    return {
+        "tensor_parallel_size": mesh.tp.size(),
+        "pipeline_parallel_size": mesh.pp.size(),
+        "data_parallel_size": mesh.dp.size(),
+        "stage_layers": [
+            sum(number < model_config.num_hidden_layers for number in layers) for layers in stages
+        ],
+        "slots": len(stages[0]),
+        "num_microbatches": config.pipeline_microbatches,
+        "ticks": config.ticks,
+    }
+
+
+def _graph_report(traced, runs_per_step: int, mesh: Mesh) -> dict:
+    graph = Graph(traced.text)
+    return {
+        "runs_per_step": runs_per_step,
+        "trace_seconds": traced.trace_seconds,
+        "lowering_seconds": traced.lowering_seconds,
+        "compile_seconds": traced.compile_seconds,
+        "instructions": len(graph.instructions),
+        "operations": dict(graph.operations.most_common()),
+        "dot_flops": graph.dot_flops,
+        "collectives": _collectives(graph, mesh),
+        "input_bytes": graph.input_bytes,
+        "output_bytes": graph.output_bytes,
+        "peak_bytes": graph.peak_bytes(),
+    }
+
+
+def _collectives(graph: Graph, mesh: Mesh) -> dict[str, dict[str, int]]:
+    """{"all-reduce over dp": {"count": ..., "bytes": ...}, ...}, sorted by name.
+
+    A collective over none of the mesh's groups is one over the replicas of a slice.
     """
-    held, graphs, kept = held_bytes(report), report["graphs"], kept_bytes(report)
-    one = kept // report["ticks"] if kept else 0
-    most = []
-    for name, graph in graphs.items():
-        given = graph["input_bytes"] - (one if name == "backward" else 0)
-        others = {"forward": kept - one, "backward": kept}.get(
-            name, 0
-        )  # the last forward tick's own are among its results
-        most.append(max(held, given) + others + graph["peak_bytes"])
-    return max(most)
-
-
-def kept_bytes(report: dict) -> int:
-    """What all forward ticks of a batch keep for the backward ticks."""
-    return (
-        report["ticks"] * report["graphs"]["forward"]["output_bytes"] if "forward" in report["graphs"] else 0
-    )
+    groups = {"world": mesh.world, "tp x pp": mesh.model, "pp": mesh.pp, "dp": mesh.dp, "tp": mesh.tp}
+    # Where two groups have the same ranks, the later name counts.
+    names = {repr(group.replica_groups): name for name, group in groups.items()}
+    count, size = Counter(), Counter()
+    for each in graph.collectives:
+        if each.opcode == "collective-permute":
+            over = "pp"
+        else:
+            over = names.get(repr(each.replica_groups), "replicas")
+        kind = f"{each.opcode} over {over}"
+        count[kind] += 1
+        size[kind] += each.bytes
+    return {kind: {"count": count[kind], "bytes": size[kind]} for kind in sorted(count)}

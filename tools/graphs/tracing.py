@@ -1,9 +1,10 @@
-"""The graphs of trainer.loop.run, captured where a rank would execute them: one rank, no values, no device
-memory.
+"""Captures the graphs of trainer.loop.run where a rank would execute them.
 
-The loop is run as it stands, by a Runtime whose mark_step takes the pending graph as HLO and then gives every
-tensor of it a placeholder, a tensor of the device that has a shape and no data. What the loop makes on the
-host is on the meta device, and a placeholder once it is moved; so weights cost nothing. Batches are real.
+One rank is traced, without values and without device memory. The loop runs unchanged, with a Runtime of its
+own. Its mark_step takes the pending graph as HLO, and then replaces the data of every pending tensor by a
+placeholder, which is a tensor of the device with a shape and no data. Tensors that the loop creates on the
+host are on the meta device, and become placeholders when they are moved to the device; so weights take no
+memory. Batches have values.
 """
 
 import tempfile
@@ -28,8 +29,11 @@ MANY = 64
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph: its HLO as text, and as a serialised HloModuleProto where that was asked for; for how long
-    Python traced it, torch_xla lowered it to the text and, where that was asked for, XLA compiled it."""
+    """A graph: its HLO as text and, if requested, as a serialised HloModuleProto.
+
+    The seconds are those in which Python traced it, torch_xla lowered it to text and, if requested, XLA:CPU
+    compiled it.
+    """
 
     text: str
     proto: bytes | None
@@ -39,11 +43,11 @@ class Traced:
 
 
 class _Done(Exception):
-    """Enough steps were traced."""
+    """Ends the loop when enough steps were traced."""
 
 
 class _Tracer(Runtime):
-    """`traced` gets every new graph; after `mark_steps` calls the loop is left."""
+    """Collects every new graph in `traced`, and ends the loop by an exception after `mark_steps` calls."""
 
     def __init__(self, runtime: Runtime, world_size: int, mark_steps: int, keep_proto: bool, compiles: bool):
         super().__init__(runtime.rank, world_size, runtime.device)
@@ -52,10 +56,10 @@ class _Tracer(Runtime):
         self._begun = time.perf_counter()
 
     def barrier(self):
-        """There is nobody to wait for."""
+        """Return at once: no other rank runs."""
 
     def watch_graphs(self, on_recompile):
-        """The graphs are what is asked for."""
+        """Do nothing: every graph is collected, so none is unexpected."""
 
     def mark_step(self, place=None, step=None):
         import torch_xla
@@ -74,9 +78,8 @@ class _Tracer(Runtime):
             if key not in self.traced:
                 self.traced[key] = self._take(backend, pending, begun - self._begun)
             for tensor in pending:
-                tensor.data = placeholder(tensor)  # a view of it is taken of the placeholder, too
-            # As a sync does: a token from collective to collective keeps their order within a graph, not
-            # beyond.
+                tensor.data = placeholder(tensor)  # its views are views of the placeholder from now on
+            # As torch_xla.sync does: the token that orders collectives must not reach the next graph.
             backend._set_all_reduce_token(str(self.device), None)
         self._left -= 1
         if not self._left:
@@ -96,14 +99,14 @@ class _Tracer(Runtime):
 
 
 def placeholder(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape and type on the current XLA device, without data."""
+    """A tensor of the same shape and dtype on the current XLA device, without data."""
     from torch_xla.core.xla_builder import create_placeholder_tensor
 
     return create_placeholder_tensor(tensor.shape, tensor.dtype)
 
 
 class _WithoutData(TorchFunctionMode):
-    """Moves a tensor of the meta device to an XLA device as a placeholder."""
+    """Makes Tensor.to turn a tensor of the meta device into a placeholder on an XLA device."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         keywords = keywords or {}
@@ -115,10 +118,10 @@ class _WithoutData(TorchFunctionMode):
 
 
 def devices(world_size: int) -> int:
-    """How many devices are needed to trace one rank of so many.
+    """The number of devices that are needed to trace one of `world_size` ranks.
 
-    A graph that is not executed needs two, so that collectives are issued; one that is compiled needs all.
-    XLA:CPU's runtime does not tell several hundred devices apart.
+    Two are enough to trace: torch_xla then issues collectives. To compile a graph, all are needed. XLA:CPU's
+    runtime confuses devices where there are several hundred, so large worlds have two.
     """
     return world_size if world_size <= MANY else 2
 
@@ -130,9 +133,11 @@ def trace(
     keep_proto: bool = False,
     compiles: bool = False,
 ) -> list[Traced]:
-    """The graphs of two steps of rank 0, each once, in the order in which they come up. The world must have
-    been prepared (parallel.runtime.prepare_environment, for `devices`), and `config` must ask for random
-    weights."""
+    """The graphs of two steps of rank 0, each once, in the order of their first execution.
+
+    parallel.runtime.prepare_environment must have been called, with the number of `devices`. `config` must
+    have random weights.
+    """
     from trainer.loop import run
 
     mark_steps = 1 + 2 * config.mark_steps  # the first ends the building, which leaves no graph
@@ -148,16 +153,15 @@ def trace(
         except _Done:
             found.extend(tracer.traced.values())
 
-    with (
-        tempfile.TemporaryDirectory() as directory
-    ):  # in which the loop tidies up what earlier runs have left
+    # The loop deletes what earlier runs left in its output directory: it gets an empty one.
+    with tempfile.TemporaryDirectory() as directory:
         job = _job(replace(config, output_dir=directory), model_config, Path(directory))
         launch(program, devices(world_size))
     return found
 
 
 def _job(config, model_config, directory):
-    """A job of one row of zeros, which never ends by itself; nothing of the step's graph depends on values."""
+    """A job that trains on one row of zeros without end; the graphs of a step do not depend on values."""
     length = config.max_seq_length
     ends = np.array([0, length])
     tokens = Tokens(

@@ -1,15 +1,17 @@
-"""Reports of tools/bench_compile of a deep model at a large world, from traces of a shallow one at a small
-world.
+"""The report of a deep model in a large world, extrapolated from traces of shallow models in a small world.
 
-All layers but the first have the same operations, so what a graph counts is a straight line over the number
-of layers: it is traced with DEPTHS layers and drawn on. FLOPs, bytes of messages, inputs and outputs come out
-exact, and the peak to 0.1 % (beside a trace of all layers of Llama-2 7B). Messages over dp are those of
-buckets, which are filled, so a few too many may be counted. More data parallel ranks than the traced world
-has change replica groups alone, and under ZeRO-1 the size of the optimizer's state, which is put in its
-place, and of what partial gradients (of norms, of replicated heads and factors) send over tp, which is left
-too large. Micro-batches beyond two run the graph of the first ones. Of several pipeline stages each is traced
-with DEPTHS layers, and at most TRACED_TICKS micro-batches go through: the graphs of ticks do not depend on
-their number.
+Layers: all layers but the first have the same operations, so every count of a graph is a straight line over
+the number of layers. DEPTHS layers of each stage are traced. FLOPs and bytes of messages, inputs and outputs
+are exact; the peak is within 0.1 % (compared with a trace of all layers of Llama-2 7B). Messages over dp are
+those of buckets, which are filled, so their count may be slightly too large.
+
+Ranks: with more data parallel ranks only the replica groups change, and under ZeRO-1 the size of the
+optimizer's state, which is corrected. Partial gradients (of norms, of replicated heads and factors) then also
+send less over tp, which is not corrected.
+
+Micro-batches: a second accumulation step runs the graphs of the first one, and the graphs of pipeline ticks
+do not depend on the number of ticks. At most two accumulation steps, or TRACED_TICKS pipeline micro-batches,
+are traced.
 """
 
 import json
@@ -20,13 +22,15 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from parallel.mesh import Mesh
-from tools.graphs.report import state_of
+from tools.graphs.memory import state_of
+from tools.graphs.report import rank_0_mesh
 from trainer.build import build
 
 DEPTHS = (2, 4)
-TRACED_RANKS = 64  # more cost time and memory, and say nothing else
+TRACED_RANKS = 64  # more ranks take time and memory, and change nothing
 TRACED_TICKS = 3
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Runs bench_compile on the command lines in stdin, and prints a line for each.
 _PROGRAM = """
 import json, sys
 from contextlib import redirect_stdout
@@ -41,120 +45,73 @@ for arguments in json.load(sys.stdin):
 
 
 def reports(configs: list, model_config) -> list[dict]:
-    """Of trainer.config.Configs whose world_size is set, in their order; raises ValueError where a trace
-    fails.
+    """The report of each Config's step, in their order; raises ValueError where a trace fails.
 
-    Worlds are fixed once per process, so each traced world has a process of its own.
+    The Configs must have a world_size. A process can have only one world, so each world that is traced gets a
+    process.
     """
     worlds: dict[int, list[int]] = {}
     for number, config in enumerate(configs):
-        worlds.setdefault(_traced(config).world_size, []).append(number)
+        worlds.setdefault(_config_to_trace(config).world_size, []).append(number)
     found = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for world, numbers in worlds.items():
-            cases, traced = [], [_traced(configs[number]) for number in numbers]
-            for number, config in zip(numbers, traced, strict=True):
-                for depth in _depths(model_config, config):
-                    layers = depth * config.pipeline_parallel_size
-                    model = Path(directory) / str(layers)
-                    model.mkdir(exist_ok=True)
-                    _write(replace(model_config, num_hidden_layers=layers), model / "config.json")
-                    cases.append(
-                        [
-                            "--model",
-                            str(model),
-                            "--json",
-                            f"{directory}/{number}-{depth}.json",
-                            *_flags(config),
-                        ]
-                    )
-            _run(cases, world)
-            for number, config in zip(numbers, traced, strict=True):
-                depths = _depths(model_config, config)
-                shallow = [
-                    json.loads((Path(directory) / f"{number}-{depth}.json").read_text()) for depth in depths
-                ]
-                deep = extended(shallow, depths, _slots(model_config, config))
-                found[number] = scaled(deep, config, configs[number], model_config)
+    for world_size, numbers in worlds.items():
+        group = [configs[number] for number in numbers]
+        found |= zip(numbers, _reports_of_a_world(world_size, group, model_config), strict=True)
     return [found[number] for number in range(len(configs))]
 
 
-def extended(shallow: list[dict], depths: tuple[int, ...], layers: int) -> dict:
-    """The report of `layers` layers a stage, on the line through two of fewer; of one report, itself."""
-    if len(shallow) == 1:
-        return shallow[0]
-    times = (layers - depths[0]) / (depths[1] - depths[0])
-
-    def along(one, two):
-        if isinstance(one, dict):
-            empty = {"count": 0, "bytes": 0}
-            return {key: along(one.get(key, empty), two[key]) for key in two}
-        return round(one + times * (two - one))
-
-    graphs = {}
-    for name, graph in shallow[0]["graphs"].items():
-        counted = ("dot_flops", "collectives", "input_bytes", "output_bytes", "peak_bytes")
-        one, two = ({key: each[key] for key in counted} for each in (graph, shallow[1]["graphs"][name]))
-        graphs[name] = {"runs_per_step": graph["runs_per_step"], **along(one, two)}
-    return {"tensor_parallel_size": shallow[0]["tensor_parallel_size"], "graphs": graphs}
-
-
-def scaled(report: dict, traced, config, model_config) -> dict:
-    """The report of the traced Config, as that of `config`: of more data parallel ranks and micro-batches."""
-    meshes = [
-        Mesh.create(0, each.world_size, each.tensor_parallel_size, each.pipeline_parallel_size)
-        for each in (traced, config)
+def _reports_of_a_world(world_size: int, configs: list, model_config) -> list[dict]:
+    """The report of each Config's step, where all of them are traced with `world_size` ranks."""
+    traced = [_config_to_trace(config) for config in configs]
+    with tempfile.TemporaryDirectory() as directory:
+        cases, files = [], []
+        for number, config in enumerate(traced):
+            files.append([])
+            for depth in _depths(model_config, config):
+                layers = depth * config.pipeline_parallel_size
+                model = Path(directory) / str(layers)
+                model.mkdir(exist_ok=True)
+                _write(replace(model_config, num_hidden_layers=layers), model / "config.json")
+                file = Path(directory) / f"{number}-{depth}.json"
+                cases.append(["--model", str(model), "--json", str(file), *_flags(config)])
+                files[-1].append(file)
+        _trace(cases, world_size)
+        shallow = [[json.loads(file.read_text()) for file in each] for each in files]
+    return [
+        _add_ranks(_add_layers(reports_of_depths, config, model_config), small, config, model_config)
+        for reports_of_depths, small, config in zip(shallow, traced, configs, strict=True)
     ]
-    states = [state_of(build(config, model_config, mesh), config, mesh) for mesh in meshes]
-    smaller = (
-        sum(state.master_weights + state.moments for state in states[:1])
-        - states[1].master_weights
-        - states[1].moments
+
+
+def _config_to_trace(config):
+    """The same step with at most TRACED_RANKS ranks and few micro-batches."""
+    ranks_of_a_replica = config.tensor_parallel_size * config.pipeline_parallel_size
+    dp = min(config.world_size // ranks_of_a_replica, max(2, TRACED_RANKS // ranks_of_a_replica))
+    traced = replace(config, world_size=ranks_of_a_replica * dp)
+    if not config.graph_per_micro_batch:
+        return traced
+    if config.ticks == 1:
+        return replace(traced, gradient_accumulation_steps=2)
+    count = min(config.pipeline_microbatches, TRACED_TICKS)
+    rows = config.per_device_train_batch_size // config.pipeline_microbatches * count
+    return replace(
+        traced, gradient_accumulation_steps=1, num_microbatches=count, per_device_train_batch_size=rows
     )
-    graphs = {name: dict(graph) for name, graph in report["graphs"].items()}
-    for name, graph in graphs.items():
-        if name in ("micro_batch", "forward", "backward"):
-            graph["runs_per_step"] = config.gradient_accumulation_steps * (
-                1 if name == "micro_batch" else config.ticks
-            )
-        else:
-            graph["input_bytes"] -= smaller
-            graph["output_bytes"] -= smaller
-    return {
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "pipeline_parallel_size": config.pipeline_parallel_size,
-        "data_parallel_size": meshes[1].dp.size(),
-        "ticks": config.ticks,
-        "graphs": graphs,
-        "state_bytes": vars(states[1]),
-    }
 
 
-def _traced(config):
-    model = config.tensor_parallel_size * config.pipeline_parallel_size
-    traced = replace(
-        config, world_size=model * min(config.world_size // model, max(2, TRACED_RANKS // model))
-    )
-    if config.graph_per_micro_batch and config.ticks > 1:
-        count = min(config.pipeline_microbatches, TRACED_TICKS)
-        rows = config.per_device_train_batch_size // config.pipeline_microbatches * count
-        return replace(
-            traced, gradient_accumulation_steps=1, num_microbatches=count, per_device_train_batch_size=rows
-        )
-    return replace(traced, gradient_accumulation_steps=2) if config.graph_per_micro_batch else traced
-
-
-def _slots(model_config, config) -> int:
-    """The layers of a stage, the spare ones included."""
+def _layers_of_a_stage(model_config, config) -> int:
+    """The layers of a stage, padding layers included."""
     return -(-model_config.num_hidden_layers // config.pipeline_parallel_size)
 
 
 def _depths(model_config, config) -> tuple[int, ...]:
-    slots = _slots(model_config, config)
-    return DEPTHS if slots > DEPTHS[-1] else (slots,)
+    """The numbers of layers of a stage that are traced."""
+    layers = _layers_of_a_stage(model_config, config)
+    return DEPTHS if layers > DEPTHS[-1] else (layers,)
 
 
 def _write(model_config, path: Path) -> None:
+    """Write a config.json."""
     values = vars(model_config) | {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -166,7 +123,7 @@ def _write(model_config, path: Path) -> None:
 
 
 def _flags(config) -> list[str]:
-    """What differs from the defaults, as a command line."""
+    """The values that differ from the defaults, as a command line."""
     found = []
     for name, value in vars(config).items():
         if value is not None and value != getattr(type(config), name):
@@ -174,21 +131,68 @@ def _flags(config) -> list[str]:
     return found
 
 
-def _run(cases: list[list[str]], world: int) -> None:
-    """Trace the cases in a process of `world` ranks."""
-    with tempfile.TemporaryFile("w+") as said:
+def _trace(cases: list[list[str]], world_size: int) -> None:
+    """Run bench_compile on each command line, in one process; raises ValueError where one fails."""
+    with tempfile.TemporaryFile("w+") as stderr:
         done = subprocess.run(
             [sys.executable, "-c", _PROGRAM],
             input=json.dumps(cases),
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=stderr,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent.parent)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
-        said.seek(0)
-        errors = [line for line in said.read().splitlines() if line.strip()]
+        stderr.seek(0)
+        errors = [line for line in stderr.read().splitlines() if line.strip()]
     if done.returncode:
         flags = " ".join(cases[min(done.stdout.count("traced"), len(cases) - 1)][4:])
         raise ValueError(
-            f"tracing {world} ranks with {flags} failed: {' '.join(errors[-1:]).removeprefix('error: ')}"
+            f"tracing {world_size} ranks with {flags} failed: {' '.join(errors[-1:]).removeprefix('error: ')}"
         )
+
+
+def _add_layers(shallow: list[dict], config, model_config) -> dict:
+    """The report with all layers, on the line through the reports of DEPTHS layers.
+
+    Where the model has so few layers that all were traced, it is the one report that there is.
+    """
+    if len(shallow) == 1:
+        return shallow[0]
+    layers = _layers_of_a_stage(model_config, config)
+    times = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+
+    def on_the_line(one, two):
+        if isinstance(two, dict):
+            empty = {"count": 0, "bytes": 0}  # of a collective that the shallower model does not have
+            return {key: on_the_line(one.get(key, empty), two[key]) for key in two}
+        return round(one + times * (two - one))
+
+    graphs = {}
+    for name, graph in shallow[0]["graphs"].items():
+        counted = ("dot_flops", "collectives", "input_bytes", "output_bytes", "peak_bytes")
+        one, two = ({key: each[key] for key in counted} for each in (graph, shallow[1]["graphs"][name]))
+        graphs[name] = {"runs_per_step": graph["runs_per_step"], **on_the_line(one, two)}
+    return {"graphs": graphs}
+
+
+def _add_ranks(report: dict, traced, config, model_config) -> dict:
+    """The report of the Config that was traced, with all ranks and micro-batches of `config`."""
+    mesh = rank_0_mesh(config)
+    whole, small = (
+        state_of(build(config, model_config, each), config, each) for each in (mesh, rank_0_mesh(traced))
+    )
+    surplus = small.master_weights + small.moments - whole.master_weights - whole.moments
+    graphs = {name: dict(graph) for name, graph in report["graphs"].items()}
+    for name, graph in graphs.items():
+        graph["runs_per_step"] = config.graphs[name]
+        if name in ("update", "step"):  # the graph that reads and writes the optimizer's state
+            graph["input_bytes"] -= surplus
+            graph["output_bytes"] -= surplus
+    return {
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "data_parallel_size": mesh.dp.size(),
+        "ticks": config.ticks,
+        "graphs": graphs,
+        "state_bytes": vars(whole),
+    }

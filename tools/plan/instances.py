@@ -1,37 +1,37 @@
-"""What a Trainium instance can do at its best, by AWS's own figures, and which share of that a training step
-is assumed to get.
+"""What Trainium instances can do at their best, and the share of that which a step is assumed to get.
 
 Sources, all of AWS's Neuron documentation (https://awsdocs-neuron.readthedocs-hosted.com, read at SDK 2.32):
 
 - [trn1] about-neuron/arch/neuron-hardware/trn1-arch: chips, 190 bf16 and 47.5 fp32 TFLOPS and 32 GiB a chip,
-  NeuronLink 384 and 768, EFA 800 and 1,600 Gbps. The memory's 820 a second are GiB there and GB in the NKI
-  architecture guide; the smaller is taken.
+  NeuronLink 384 and 768, EFA 800 and 1,600 Gbps. The memory bandwidth is 820 GiB/s in this page and 820 GB/s
+  in the NKI architecture guide; the smaller one is used.
 - [trn2] about-neuron/arch/neuron-hardware/trn2-arch: 667 bf16 and 181 fp32 TFLOPS, 96 GiB and 2.9 TB/s a
   chip, NeuronLink within an instance 1,024 GB/s a chip (and a trn1's 384), EFA 3,200 Gbps. Two cores are one
   rank (LNC=2, the default): 4 ranks a chip.
-- [nccom] tools/neuron-sys-tools/nccom-test: measured all-reduces and all-gathers. The page says that they
-  need not be up to date, and names no machine; 32 ranks an instance are a trn1's.
+- [nccom] tools/neuron-sys-tools/nccom-test: measured all-reduces and all-gathers. The page says that they may
+  be out of date, and names no instance type; 32 ranks an instance are a trn1's.
 - [inter] neuron-runtime/explore/internode-collective-comm: algorithms and latencies between trn2 instances.
 
-Not verified: that trn1n's 768 are GB/s a chip too (the column of [trn1] has lost its heading), and the prices
-(PRICED).
+Two figures are not verified: that trn1n's 768 are GB/s a chip too (the column in [trn1] has lost its
+heading), and the prices (PRICE_SOURCE).
 """
 
 from dataclasses import dataclass
 
 GIB = 2**30
-
-
-PRICED = "on demand, Linux, us-east-1, as others quoted AWS's list (trn1 June 2026, trn1n 2024); AWS's own page could not be read"
+PRICE_SOURCE = (
+    "on demand, Linux, us-east-1, as others quoted AWS's list (trn1 June 2026, trn1n 2024); "
+    "AWS's own page could not be read"
+)
 
 
 @dataclass(frozen=True)
-class Machine:
-    """An instance type. A core is what a rank runs on.
+class Instance:
+    """An instance type. A core is what one rank runs on.
 
-    FLOP/s, bytes and bytes/s are of one core, `network_bandwidth` (each way) of the instance;
-    `link_bandwidth` is the chip's NeuronLink divided by its cores. `price` is USD an hour (PRICED), or None
-    where no list price was found.
+    FLOP/s, bytes and bytes/s are those of one core, except `network_bandwidth`, which is that of the instance
+    in each direction. `link_bandwidth` is the chip's NeuronLink divided by its cores. `price` is USD an hour
+    (PRICE_SOURCE), or None where no list price was found.
     """
 
     cores: int
@@ -44,8 +44,8 @@ class Machine:
     price: float | None
 
 
-MACHINES = {
-    "trn1.32xlarge": Machine(
+INSTANCES = {
+    "trn1.32xlarge": Instance(
         cores=32,
         bf16_flops=190e12 / 2,
         fp32_flops=47.5e12 / 2,
@@ -55,7 +55,7 @@ MACHINES = {
         network_bandwidth=800e9 / 8,
         price=21.50,
     ),
-    "trn1n.32xlarge": Machine(
+    "trn1n.32xlarge": Instance(
         cores=32,
         bf16_flops=190e12 / 2,
         fp32_flops=47.5e12 / 2,
@@ -65,7 +65,7 @@ MACHINES = {
         network_bandwidth=1600e9 / 8,
         price=24.78,
     ),
-    "trn2.48xlarge": Machine(
+    "trn2.48xlarge": Instance(
         cores=64,
         bf16_flops=667e12 / 4,
         fp32_flops=181e12 / 4,
@@ -79,8 +79,8 @@ MACHINES = {
 
 
 @dataclass(frozen=True)
-class Assumed:
-    """Shares of a machine's figures, and seconds before a message's first byte, at one end of the range."""
+class Assumptions:
+    """One end of the range: shares of an instance's figures, and seconds to a message's first byte."""
 
     products: float
     memory: float
@@ -90,18 +90,24 @@ class Assumed:
     network_latency: float
 
 
-# One set for all machines, models and topologies.
-# products: from AWS's Llama-2 7B rows. With the other constants in the middle of their ranges these leave the
-# products 0.53 to   0.61 of the peak; 0.08 less and 0.04 more are added for other shapes. What softmax, norms
-# and casts hold up is in it. memory: no measurement was found. Streams of HBM seldom reach more than 0.9, and
-# strided ones fall to 0.6. link: [nccom] 41 to 53 GB/s a rank within an instance, in messages of 16 MB and
-# more, of trn1's 192. network: [nccom] 0.4 of EFA by one all-reduce of 128 MB among 64 ranks of two
-# instances. Several groups at once, which is what a   step has, may fill it up to what protocols leave.
-# link_latency: [nccom] 6 us (a newer example) to 150 us (an older one) for a message of 1 kB among 32 ranks.
-# network_latency: [inter] 15 us a hop, 2 log2(16) hops; [nccom] 1.3 ms for up to 1 MB among 64 ranks of two
-# instances.
-FAST = Assumed(products=0.65, memory=0.9, link=0.275, network=0.9, link_latency=6e-6, network_latency=120e-6)
-SLOW = Assumed(
+# One set for all instances, models and topologies. The ends of the range come from:
+#
+# products         AWS's Llama-2 7B rows. With the other constants in the middle of their ranges, the products
+#                  get 0.53 to 0.61 of the peak there. The range is 0.08 wider below and 0.04 above, for other
+#                  shapes. Time that softmax, norms and casts take from products is included.
+# memory           No measurement was found. Streams of HBM seldom reach more than 0.9, and strided ones fall
+#                  to 0.6.
+# link             [nccom] 41 to 53 GB/s a rank, of trn1's 192, within an instance in messages of at least
+#                  16 MB.
+# network          [nccom] 0.4 of EFA for one all-reduce of 128 MB among 64 ranks of two instances. A step has
+#                  several groups at once, which may fill EFA up to the overhead of protocols.
+# link_latency     [nccom] 6 us (a newer example) to 150 us (an older one) for 1 kB among 32 ranks.
+# network_latency  [inter] 15 us a hop, 2 log2(16) hops; [nccom] 1.3 ms for up to 1 MB among 64 ranks of two
+#                  instances.
+FAST = Assumptions(
+    products=0.65, memory=0.9, link=0.275, network=0.9, link_latency=6e-6, network_latency=120e-6
+)
+SLOW = Assumptions(
     products=0.45, memory=0.6, link=0.21, network=0.4, link_latency=150e-6, network_latency=1300e-6
 )
-IDEAL = Assumed(products=1, memory=1, link=1, network=1, link_latency=0, network_latency=0)
+IDEAL = Assumptions(products=1, memory=1, link=1, network=1, link_latency=0, network_latency=0)

@@ -1,51 +1,50 @@
-"""How long a step takes on a machine: arithmetic on the report of tools/bench_compile. A model, not a
-measurement.
+"""How long a step takes on an instance, by arithmetic on the report of bench_compile.
 
-The formula is FORMULA; F, B and the messages are of one graph and one core:
+This is a model, not a measurement. The terms of FORMULA are those of one graph on one core:
 
-- F: the FLOPs of its products.
-- B: each input read once, each output written once, and what else lives at the peak written and read once. A
-  compiler that keeps more on the chip moves less; one that reads a weight twice, more.
-- wire: of a message of b bytes among n ranks a core sends b (n - 1) / n, of an all-reduce twice that (a
-  ring's, which no algorithm undercuts), and from one pipeline stage to the next b. Where a group has ranks on
-  several nodes, all groups that have ranks on a node share its network.
-- runs: the graphs of pipeline ticks run M + P - 1 times a micro-batch of accumulation, so (P - 1) / (M + P -
-  1) of their time is the bubble; the stages wait for each other in every tick, and no tick's message is
-  hidden behind another's products.
+- F: the FLOPs of its matrix products.
+- B: each input read once, each output written once, and everything else that lives at the peak written and
+  read once. A compiler that keeps more on the chip moves less; one that reads a weight twice moves more.
+- wire: for a message of b bytes among n ranks a core sends b (n - 1) / n; for an all-reduce twice that (as a
+  ring does, and no algorithm sends less); from one pipeline stage to the next b. Where a group has ranks on
+  several nodes, all groups with ranks on a node share its network.
+- runs: the graphs of pipeline ticks run M + P - 1 times in an accumulation step. (P - 1) / (M + P - 1) of
+  their time is the bubble. The stages wait for each other in every tick.
 
-The fast end of a range takes the better of each assumed share (tools/plan/instances.py), the slow end the
-worse; no message is hidden behind products at either. Left out: the host, which traces the next step
-meanwhile, and whatever waits for it; loading of data; saving; and the rest of the graph, which is taken to
-run beside the products (the assumed share of the products makes up for it).
+The fast end of the range has the better of each assumed share (tools/plan/instances.py), the slow end the
+worse. At both ends messages and products take turns. Not counted are the host, which traces the next step
+meanwhile, whatever waits for it, loading of data, and saving. The other operations of the graph are taken to
+run at the same time as the products; the assumed share of the products makes up for it.
 """
 
 from dataclasses import dataclass
 
-from tools.graphs.report import held_bytes, most_bytes
-from tools.plan.instances import FAST, IDEAL, SLOW, Assumed, Machine
+from tools.graphs.memory import held_bytes, most_bytes
+from tools.graphs.report import step_flops
+from tools.plan.instances import FAST, IDEAL, SLOW, Assumptions, Instance
 
-FORMULA = """\
-step    = sum over graphs of runs x (busy + network); of M micro-batches through P stages, both ticks run M + P - 1 times
-busy    = max(F / (peak FLOP/s x products), B / (memory bandwidth x memory))
-network = sum over messages of wire / (link bandwidth x link) + link latency; over several nodes of
-          max(wire / (link bandwidth x link), groups x wire / (network bandwidth x network)) + network latency"""
-WIRE = {
-    "all-reduce": 2,
-    "all-gather": 1,
-    "reduce-scatter": 1,
-    "all-to-all": 1,
-}  # x (n - 1) / n; of a permute, b
+FORMULA = (
+    "step    = sum over graphs of runs x (busy + network); "
+    "of M micro-batches through P stages, both ticks run M + P - 1 times\n"
+    "busy    = max(F / (peak FLOP/s x products), B / (memory bandwidth x memory))\n"
+    "network = sum over messages of wire / (link bandwidth x link) + link latency; over several nodes of\n"
+    "          max(wire / (link bandwidth x link), groups x wire / (network bandwidth x network)) "
+    "+ network latency"
+)
+# What a core sends, in units of b (n - 1) / n. A collective-permute sends b.
+WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
 PARTS = ("compute", "memory", "network")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a step. Pairs are (at the fast end, at the slow end).
+    """What a step takes. Pairs are (at the fast end, at the slow end) of the range.
 
-    `parts`: seconds in which each of PARTS is what a core waits for; they add up to `seconds`. `held_bytes`:
-    what stays in a core's memory between graphs. `most_bytes`: with the most that bench_compile says can live
-    besides. `roofline_seconds`: with shares of 1, no latency, and messages hidden where that can be. `flops`:
-    of the ticks that are not idle; `bubble`: the share of the others.
+    `parts`: for each of PARTS, the seconds in which a core waits for it; they add up to `seconds`.
+    `held_bytes`: what stays in a core's memory between graphs. `most_bytes`: the most that may live at once,
+    by bench_compile. `roofline_seconds`: the time with shares of 1, no latency, and messages at the same time
+    as products. `peak_flops`: FLOP/s of a core. `flops`: those of the ticks that are not idle; `bubble`: the
+    share of the ticks that are.
     """
 
     rows: int
@@ -66,15 +65,14 @@ class Estimate:
 
     @property
     def fits(self) -> str:
-        """`yes`: even the upper bound does. `perhaps`: what is held does, and it is for the compiler to show
-        the rest."""
+        """`yes`: most_bytes fit. `perhaps`: held_bytes fit, and the rest depends on the compiler. `no`."""
         if self.most_bytes <= self.memory_bytes:
             return "yes"
         return "perhaps" if self.held_bytes < self.memory_bytes else "no"
 
     @property
     def binds(self) -> str:
-        """The part that takes most, in the middle of the range."""
+        """The part that takes most time in the middle of the range."""
         return max(PARTS, key=lambda part: sum(self.parts[part]))
 
     @property
@@ -87,7 +85,7 @@ class Estimate:
 
     @property
     def peak_share(self) -> tuple[float, float]:
-        """The share of the peak that the products take, recomputation included (hardware FLOPs utilisation)."""
+        """Hardware FLOPs utilisation: the share of the peak that products get, recomputation included."""
         return tuple(self.flops / seconds / self.peak_flops for seconds in self.seconds)
 
     def cost(self, price: float) -> tuple[float, float]:
@@ -95,81 +93,91 @@ class Estimate:
         return tuple(1e6 * price / 3600 / rate for rate in self.tokens_per_second_per_node)
 
 
-def estimate(report: dict, machine: Machine, rows: int, length: int, bf16: bool) -> Estimate:
-    """Of a report whose world fills its nodes, and whose step has `rows` rows of `length` tokens over all
-    ranks."""
-    stages, ticks = report["pipeline_parallel_size"], report["ticks"]
+def estimate(report: dict, instance: Instance, rows: int, length: int, bf16: bool) -> Estimate:
+    """The estimate of a step with `rows` rows of `length` tokens over all ranks, from its report.
+
+    Raises ValueError where the ranks do not fill nodes.
+    """
+    stages = report["pipeline_parallel_size"]
     world = report["tensor_parallel_size"] * report["data_parallel_size"] * stages
-    if world % machine.cores:
-        raise ValueError(f"the report is of {world} ranks, which do not fill nodes of {machine.cores} cores")
-    peak = machine.bf16_flops if bf16 else machine.fp32_flops
-    fast, slow = (_parts(report, machine, peak, assumed) for assumed in (FAST, SLOW))
-    ideal = 0.0
+    if world % instance.cores:
+        raise ValueError(f"the report is of {world} ranks, which do not fill nodes of {instance.cores} cores")
+    peak = instance.bf16_flops if bf16 else instance.fp32_flops
+    fast, slow = (_part_seconds(report, instance, peak, assumed) for assumed in (FAST, SLOW))
+    roofline = 0.0
     for graph in report["graphs"].values():
-        ideal += graph["runs_per_step"] * max(_graph(graph, report, machine, peak, IDEAL))
-    held, most = held_bytes(report), most_bytes(report)
-    bubble = (stages - 1) / ticks
-    flops = (1 - bubble) * sum(
-        graph["runs_per_step"] * graph["dot_flops"] for graph in report["graphs"].values()
-    )
+        roofline += graph["runs_per_step"] * max(_graph_seconds(graph, report, instance, peak, IDEAL))
+    bubble = (stages - 1) / report["ticks"]
     return Estimate(
-        rows,
-        rows * length,
-        world // machine.cores,
-        held,
-        most,
-        machine.memory_bytes,
-        {part: (fast[part], slow[part]) for part in PARTS},
-        ideal,
-        peak,
-        flops,
-        bubble,
+        rows=rows,
+        tokens=rows * length,
+        nodes=world // instance.cores,
+        held_bytes=held_bytes(report),
+        most_bytes=most_bytes(report),
+        memory_bytes=instance.memory_bytes,
+        parts={part: (fast[part], slow[part]) for part in PARTS},
+        roofline_seconds=roofline,
+        peak_flops=peak,
+        flops=(1 - bubble) * step_flops(report),
+        bubble=bubble,
     )
 
 
-def _parts(report: dict, machine: Machine, peak: float, assumed: Assumed) -> dict[str, float]:
+def _part_seconds(report: dict, instance: Instance, peak: float, assumed: Assumptions) -> dict[str, float]:
+    """The seconds of a step in which a core waits for each of PARTS."""
     total = dict.fromkeys(PARTS, 0.0)
     for graph in report["graphs"].values():
-        compute, memory, network = _graph(graph, report, machine, peak, assumed)
+        compute, memory, network = _graph_seconds(graph, report, instance, peak, assumed)
         total["compute" if compute >= memory else "memory"] += graph["runs_per_step"] * max(compute, memory)
         total["network"] += graph["runs_per_step"] * network
     return total
 
 
-def _graph(
-    graph: dict, report: dict, machine: Machine, peak: float, assumed: Assumed
+def _graph_seconds(
+    graph: dict, report: dict, instance: Instance, peak: float, assumed: Assumptions
 ) -> tuple[float, float, float]:
-    """Seconds of (products, memory, messages) of one run, each by itself."""
-    moved = (
-        graph["input_bytes"] + graph["output_bytes"] + 2 * max(0, graph["peak_bytes"] - graph["output_bytes"])
-    )
+    """(seconds of products, of memory, of messages) of one run of a graph, if each had the core to itself."""
+    temporary = max(0, graph["peak_bytes"] - graph["output_bytes"])
+    moved = graph["input_bytes"] + graph["output_bytes"] + 2 * temporary
     return (
         graph["dot_flops"] / (peak * assumed.products),
-        moved / (machine.memory_bandwidth * assumed.memory),
-        sum(_messages(what, each, report, machine, assumed) for what, each in graph["collectives"].items()),
+        moved / (instance.memory_bandwidth * assumed.memory),
+        sum(
+            _message_seconds(kind, each, report, instance, assumed)
+            for kind, each in graph["collectives"].items()
+        ),
     )
 
 
-def _messages(what: str, each: dict[str, int], report: dict, machine: Machine, assumed: Assumed) -> float:
-    """Seconds of the messages of one kind ("all-reduce over dp")."""
-    opcode, group = what.split(" over ")
-    tp, dp, cores = report["tensor_parallel_size"], report["data_parallel_size"], machine.cores
-    pp = report["pipeline_parallel_size"]
-    # Ranks of a group, and how many of them are on one node: tensor parallel ranks are neighbours, then come
-    # the data parallel ones of a stage. Replicas of a slice are some of the tensor parallel ranks; the report
-    # does not say how many.
-    beside, stages = min(tp, cores), max(1, cores // (tp * dp))
-    size, inside = {
-        "tp": (tp, beside),
-        "replicas": (tp, beside),
+def _message_seconds(
+    kind: str, messages: dict[str, int], report: dict, instance: Instance, assumed: Assumptions
+) -> float:
+    """The seconds of all messages of one kind, such as "all-reduce over dp", in one run of a graph."""
+    opcode, group = kind.split(" over ")
+    size, on_a_node = _group_sizes(report, instance.cores)[group]
+    share = 1 if opcode == "collective-permute" else WIRE[opcode] * (size - 1) / size
+    wire = messages["bytes"] * share
+    inside = wire / (instance.link_bandwidth * assumed.link)
+    if size <= on_a_node:
+        return inside + messages["count"] * assumed.link_latency * (size > 1)
+    groups = instance.cores // on_a_node
+    outside = groups * wire / (instance.network_bandwidth * assumed.network)
+    return max(inside, outside) + messages["count"] * assumed.network_latency
+
+
+def _group_sizes(report: dict, cores: int) -> dict[str, tuple[int, int]]:
+    """{group: (its ranks, how many of them are on one node of `cores` cores)}.
+
+    Tensor parallel ranks are neighbours; then come the data parallel ones, then the stages. Replicas of a
+    slice are some of the tensor parallel ranks; the report does not say how many.
+    """
+    tp, dp, pp = (report[f"{kind}_parallel_size"] for kind in ("tensor", "data", "pipeline"))
+    tp_on_a_node, stages_on_a_node = min(tp, cores), max(1, cores // (tp * dp))
+    return {
+        "tp": (tp, tp_on_a_node),
+        "replicas": (tp, tp_on_a_node),
         "dp": (dp, min(dp, max(1, cores // tp))),
-        "pp": (pp, stages),
-        "tp x pp": (tp * pp, beside * stages),
+        "pp": (pp, stages_on_a_node),
+        "tp x pp": (tp * pp, tp_on_a_node * stages_on_a_node),
         "world": (tp * dp * pp, cores),
-    }[group]
-    wire = each["bytes"] * (1 if opcode == "collective-permute" else WIRE[opcode] * (size - 1) / size)
-    seconds = wire / (machine.link_bandwidth * assumed.link)
-    if size <= inside:
-        return seconds + each["count"] * assumed.link_latency * (size > 1)
-    outside = cores // inside * wire / (machine.network_bandwidth * assumed.network)
-    return max(seconds, outside) + each["count"] * assumed.network_latency
+    }
