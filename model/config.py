@@ -34,7 +34,8 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, directory: Path) -> "ModelConfig":
-        """Read `directory`/config.json; raises ValueError for what is no Llama, or one whose parts are not implemented."""
+        """Read `directory`/config.json; raises ValueError for what is no Llama, or one whose parts are not
+        implemented."""
         if not (Path(directory) / "config.json").is_file():
             raise ValueError(f"{directory} has no config.json: a Hugging Face model directory was expected")
         try:

@@ -1,12 +1,12 @@
 """Text generation: forward passes with a cache of keys and values, and the choice of the next token.
 
-Shapes are static. A batch of prompts is padded to a bucket's length. Each bucket has one graph for its prefill, and one
-graph serves all decoding steps: the position of a row in its sequence is data, and what the host chooses from the logits
-is no part of a graph. Every rank gathers the logits of the whole vocabulary and chooses by the same rule and seeds, so
-all choose the same token.
+Shapes are static. A batch of prompts is padded to a bucket's length. Each bucket has one graph for its
+prefill, and one graph serves all decoding steps: the position of a row in its sequence is data, and what the
+host chooses from the logits is no part of a graph. Every rank gathers the logits of the whole vocabulary and
+chooses by the same rule and seeds, so all choose the same token.
 
-A batch passes the stages of a pipeline as a whole, one stage after the other. Whose turn it is is data. The other stages
-compute, too, but do not write to their caches.
+A batch passes the stages of a pipeline as a whole, one stage after the other. Whose turn it is is data. The
+other stages compute, too, but do not write to their caches.
 """
 
 import math
@@ -110,11 +110,12 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, positions: int) -> in
 
 
 class CacheUpdate:
-    """One forward pass's access to the cache of a layer: writes new keys and values, and returns those to attend to.
+    """One forward pass's access to the cache of a layer: writes new keys and values, and returns those to
+    attend to.
 
-    cache: keys and values, [capacity, batch, kv_heads, head_dim] each. slots: bool [capacity, batch, 1, 1], where the one
-    new token of each row is written; None for a prompt, which fills the cache from its start. is_turn: bool [1], whether
-    this pipeline stage may write; None with one stage.
+    cache: keys and values, [capacity, batch, kv_heads, head_dim] each. slots: bool [capacity, batch, 1, 1],
+    where the one new token of each row is written; None for a prompt, which fills the cache from its start.
+    is_turn: bool [1], whether this pipeline stage may write; None with one stage.
     """
 
     def __init__(
@@ -142,8 +143,8 @@ class CacheUpdate:
 class Generator:
     """A model with a cache for `batch_size` sequences of up to `capacity` tokens.
 
-    Each rank of `group`, and of all stages, has one. It needs and changes nothing of training: the model may be one that
-    is being trained.
+    Each rank of `group`, and of all stages, has one. It needs and changes nothing of training: the model may
+    be one that is being trained.
     """
 
     def __init__(self, runtime: Runtime, model: Llama, group: Group, batch_size: int, capacity: int):
@@ -164,10 +165,11 @@ class Generator:
         sampling: Sampling = GREEDY,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
-        """The completion of each prompt, without the token of `ends` that ended it. Prompts and completions are token ids.
+        """The completion of each prompt, without the token of `ends` that ended it. Prompts and completions
+        are token ids.
 
-        `on_token(prompt's number, token)` is called for each token as it is chosen, also for one that ends a completion. The
-        host waits for the device at every token.
+        `on_token(prompt's number, token)` is called for each token as it is chosen, also for one that ends a
+        completion. The host waits for the device at every token.
         """
         completions = []
         if not self._runtime.executes:
@@ -204,8 +206,8 @@ class Generator:
         return completions
 
     def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Begin with up to batch_size prompts: the logits of the token after each, fp32 [batch_size, vocab_size] on the
-        CPU."""
+        """Begin with up to batch_size prompts: the logits of the token after each, fp32 [batch_size,
+        vocab_size] on the CPU."""
         bucket = bucket_of(max(map(len, prompts)), self.capacity)
         rows = prompts + [[0]] * (self.batch_size - len(prompts))
         input_ids = torch.tensor([row + [0] * (bucket - len(row)) for row in rows])
@@ -213,7 +215,8 @@ class Generator:
         return self._run(f"prefill of {bucket}", self._prefill_graph, input_ids, last)
 
     def _decode(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        """Continue with one token for each row, at its 0-based position: the logits of the next one, as _prefill's."""
+        """Continue with one token for each row, at its 0-based position: the logits of the next one, as
+        _prefill's."""
         rest = [0] * (self.batch_size - len(tokens))
         input_ids, position_ids = (torch.tensor(values + rest).unsqueeze(1) for values in (tokens, positions))
         return self._run("decode", self._decode_graph, input_ids, position_ids)

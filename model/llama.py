@@ -1,6 +1,7 @@
 """Llama 2, 3, 3.1 and 3.2, written in parallel layers, with Hugging Face's parameter names.
 
-A `Llama` is one rank's part of the model. With a tensor parallel group of one it is the whole model, by the same code.
+A `Llama` is one rank's part of the model. With a tensor parallel group of one it is the whole model, by the
+same code.
 """
 
 from dataclasses import dataclass
@@ -36,8 +37,9 @@ class LayerCache(Protocol):
 class LayerInputs:
     """What every layer needs to know about the tokens of a batch.
 
-    cos, sin: fp32 [sequence, batch, 1, head_dim] of the rotary embedding. masks: those of segment_masks, or None for flash
-    attention. token_seeds: of LoRA's dropout, int32 [sequence, batch], or None where nothing is dropped.
+    cos, sin: fp32 [sequence, batch, 1, head_dim] of the rotary embedding. masks: those of segment_masks, or
+    None for flash attention. token_seeds: of LoRA's dropout, int32 [sequence, batch], or None where nothing
+    is dropped.
     """
 
     cos: torch.Tensor
@@ -197,11 +199,12 @@ class Llama(nn.Module):
     ):
         """Build the modules with uninitialised parameters, which model/weights/loading.py fills.
 
-        group: the tensor parallel ranks. dtype: of parameters and activations. gradient_checkpointing: what the backward
-        computes again: none, selective (attention scores) or full (decoder layers). sequence_parallel: norms and residuals
-        are divided over `group`, too. layers: the module of the parallel layers, parallel.layers or parallel.nxd.
-        flash_attention: to be used where model/attention/flash_nki.py says that it is right. Raises ValueError where the
-        groups cannot divide the model.
+        group: the tensor parallel ranks. dtype: of parameters and activations. gradient_checkpointing: what
+        the backward computes again: none, selective (attention scores) or full (decoder layers).
+        sequence_parallel: norms and residuals are divided over `group`, too. layers: the module of the
+        parallel layers, parallel.layers or parallel.nxd. flash_attention: to be used where
+        model/attention/flash_nki.py says that it is right. Raises ValueError where the groups cannot divide
+        the model.
         """
         super().__init__()
         check_divisible(config, group, pipeline)
@@ -243,7 +246,8 @@ class Llama(nn.Module):
 
     @property
     def rank_index(self) -> torch.Tensor:
-        """This rank's place among those that divide the vocabulary, as data: integer [1] on the model's device."""
+        """This rank's place among those that divide the vocabulary, as data: integer [1] on the model's
+        device."""
         return self.model.embed_tokens.rank_index
 
     def forward(
@@ -255,14 +259,15 @@ class Llama(nn.Module):
     ) -> torch.Tensor:
         """The logits of a model of one stage. Several stages pass a batch on in ticks (model/stage.py).
 
-        Inputs are [batch, sequence], row_seeds [batch]. Returns this rank's part of the vocabulary, [batch, sequence,
-        vocabulary / ranks].
+        Inputs are [batch, sequence], row_seeds [batch]. Returns this rank's part of the vocabulary, [batch,
+        sequence, vocabulary / ranks].
         """
         inputs = self.layer_inputs(position_ids, segment_ids, row_seeds)
         return self.head(self.stage(self.embed(input_ids), inputs), len(input_ids), inputs.token_seeds)
 
     def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The cross entropy in nats of each target, fp32 [batch, sequence]; 0 where there is none (parallel/loss.py)."""
+        """The cross entropy in nats of each target, fp32 [batch, sequence]; 0 where there is none
+        (parallel/loss.py)."""
         return parallel_cross_entropy(
             logits, labels, self.rank_index, self.model.embed_tokens.parameter_group
         )
@@ -274,13 +279,15 @@ class Llama(nn.Module):
     def layer_inputs(
         self, position_ids: torch.Tensor, segment_ids: torch.Tensor, row_seeds: torch.Tensor | None = None
     ) -> LayerInputs:
-        """Rotary angles, masks and dropout seeds of rows [batch, sequence]; row_seeds [batch] where LoRA may drop."""
+        """Rotary angles, masks and dropout seeds of rows [batch, sequence]; row_seeds [batch] where LoRA may
+        drop."""
         cos, sin = rotary_cos_sin(position_ids.t(), self.rotary_frequencies)
         masks = None if self.flash_attention else segment_masks(segment_ids)
         return LayerInputs(cos, sin, masks, self.dropout_seeds(row_seeds, position_ids.shape[1]))
 
     def dropout_seeds(self, row_seeds: torch.Tensor | None, sequence: int) -> torch.Tensor | None:
-        """The seeds of LoRA's dropout, int32 [sequence, batch] from row_seeds [batch]; None where nothing is dropped."""
+        """The seeds of LoRA's dropout, int32 [sequence, batch] from row_seeds [batch]; None where nothing is
+        dropped."""
         drops = row_seeds is not None and self.training and self.token_seeds.dropout > 0
         return hash_token_seeds(row_seeds, sequence) if drops else None
 
@@ -290,13 +297,15 @@ class Llama(nn.Module):
         """This stage's decoder layers: x [tokens, features] -> the same shape."""
 
         def run(x, layer, cos, sin, inputs, cache=None):
-            # cos and sin are arguments of their own, because a checkpoint saves the tensors among its arguments.
+            # cos and sin are arguments of their own, because a checkpoint saves the tensors among its
+            # arguments.
             with self.token_seeds.during(inputs.token_seeds):
                 return layer(x, LayerInputs(cos, sin, inputs.masks, inputs.token_seeds), cache)
 
         checkpoints = self.gradient_checkpointing == "full" and torch.is_grad_enabled()
         if checkpoints:
-            # A re-entrant checkpoint has gradients only where its input needs one, which a frozen embedding's does not.
+            # A re-entrant checkpoint has gradients only where its input needs one, which a frozen embedding's
+            # does not.
             x.requires_grad_(True)
         for layer, cache in zip(self.model.layers, caches or [None] * len(self.model.layers), strict=True):
             layer_input, arguments = x, (x, layer, inputs.cos, inputs.sin, inputs)
@@ -308,7 +317,8 @@ class Llama(nn.Module):
         return self.pipeline.skip_padding(layer_input, x, self.config.num_hidden_layers, self.stage_index)
 
     def head(self, x: torch.Tensor, batch: int, token_seeds: torch.Tensor | None = None) -> torch.Tensor:
-        """The last stage's x [tokens, features] -> logits, [batch, sequence, this rank's part of the vocabulary]."""
+        """The last stage's x [tokens, features] -> logits, [batch, sequence, this rank's part of the
+        vocabulary]."""
 
         def receive(tensor):
             return self.pipeline.from_last_stage(tensor, self.stage_index)

@@ -1,9 +1,9 @@
 """LoRA (https://arxiv.org/abs/2106.09685) on column- and row-parallel layers.
 
 y = W x + (alpha / r) B A dropout(x), with alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732). Of
-the pair, the factor that has the divided dimension is divided with it, and the other is replicated. The
-ranks communicate between A and B, where the tensors are r wide, in the message that the base layer sends
-anyway: no collective is added. The replicated factor is used for the rank's own positions, as a norm's weight is.
+the pair, the factor that has the divided dimension is divided with it, and the other is replicated. The ranks
+communicate between A and B, where the tensors are r wide, in the message that the base layer sends anyway: no
+collective is added. The replicated factor is used for the rank's own positions, as a norm's weight is.
 """
 
 import zlib
@@ -57,7 +57,8 @@ class TokenSeeds:
 
     @contextmanager
     def during(self, values: torch.Tensor | None) -> Iterator[None]:
-        """Within this context LoRA layers drop features by these seeds (hash_token_seeds), int32 [sequence, batch]."""
+        """Within this context LoRA layers drop features by these seeds (hash_token_seeds), int32 [sequence,
+        batch]."""
         self.values, before = values, self.values
         try:
             yield
@@ -121,11 +122,13 @@ class LoraLinear(nn.Module):
         return list(F.linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
 
     def gather_input(self, x: torch.Tensor, group: Group) -> torch.Tensor:
-        """As the base layer's: x of this rank's positions -> x of all positions (column-parallel layers only)."""
+        """As the base layer's: x of this rank's positions -> x of all positions (column-parallel layers
+        only)."""
         return self.base_layer.gather_input(x, group)
 
     def matmul(self, x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
-        """y of x [tokens, in] and `low_rank` [tokens, r], both of all positions (column-parallel layers only)."""
+        """y of x [tokens, in] and `low_rank` [tokens, r], both of all positions (column-parallel layers
+        only)."""
         return self._add_update(self.base_layer.matmul(x), low_rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,9 +174,9 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
     """Put LoRA on the target modules and freeze everything else, in place.
 
-    Where a module of one pipeline stage is a target, its counterparts on the other stages get a padding LoRA, whose
-    factors and gradients are 0. Raises ValueError for a target that names no parallel linear layer. Returns the seeds
-    that dropout reads: set them (`TokenSeeds.during`) around a forward pass in training.
+    Where a module of one pipeline stage is a target, its counterparts on the other stages get a padding LoRA,
+    whose factors and gradients are 0. Raises ValueError for a target that names no parallel linear layer.
+    Returns the seeds that dropout reads: set them (`TokenSeeds.during`) around a forward pass in training.
     """
     linear = {
         name: module

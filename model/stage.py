@@ -1,9 +1,10 @@
-"""The forward and the backward of one pipeline stage in one tick, each followed by a mark_step (parallel/pipeline.py).
+"""The forward and the backward of one pipeline stage in one tick, each followed by a mark_step
+(parallel/pipeline.py).
 
-What differs from rank to rank or from tick to tick is data, so one graph serves all forward ticks and another one all
-backward ticks. Autograd keeps what it saved in a forward tick until the backward tick: those tensors are outputs of the
-one graph and inputs of the other. So as little as possible is saved: masks and rotary angles are computed again, and a
-matrix product saves its operands and no transposed copies of them.
+What differs from rank to rank or from tick to tick is data, so one graph serves all forward ticks and another
+one all backward ticks. Autograd keeps what it saved in a forward tick until the backward tick: those tensors
+are outputs of the one graph and inputs of the other. So as little as possible is saved: masks and rotary
+angles are computed again, and a matrix product saves its operands and no transposed copies of them.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,10 @@ from parallel.graph import backend
 class StageActivations:
     """What a forward tick leaves for the backward tick of the same number.
 
-    `stage_input` and `stage_output` [tokens, features] are leaves: the gradient of the output is in stage_output.grad (of
-    the last stage, from the head), that of the input in stage_input.grad after `backward`. `output_edge` and
-    `embedding_edge` are where autograd continues: into the layers, and into the embedding (None where it is frozen).
+    `stage_input` and `stage_output` [tokens, features] are leaves: the gradient of the output is in
+    stage_output.grad (of the last stage, from the head), that of the input in stage_input.grad after
+    `backward`. `output_edge` and `embedding_edge` are where autograd continues: into the layers, and into the
+    embedding (None where it is frozen).
     """
 
     model: Llama
@@ -37,8 +39,9 @@ class StageActivations:
     def backward(self, output_grad: torch.Tensor) -> torch.Tensor:
         """Add to the parameters' gradients; returns the gradient [tokens, features] for the stage before.
 
-        `output_grad` [tokens, features] is what this method returned in the tick before this one; the stage that it is for
-        receives it here. The first stage's gradient goes into the embedding, and it returns zeros.
+        `output_grad` [tokens, features] is what this method returned in the tick before this one; the stage
+        that it is for receives it here. The first stage's gradient goes into the embedding, and it returns
+        zeros.
         """
         received = permute(output_grad, self.model.pipeline.group, -1)
         torch.autograd.backward([self.output_edge], [self.stage_output.grad + received])
@@ -47,7 +50,8 @@ class StageActivations:
             embedding_grad = torch.where(first, self.stage_input.grad, zeros)
             torch.autograd.backward([self.embedding_edge], [embedding_grad])
         input_grad = torch.where(first, zeros, self.stage_input.grad)
-        # The object outlives this tick's graph; what is alive at a mark_step is an output of its graph and takes memory.
+        # The object outlives this tick's graph; what is alive at a mark_step is an output of its graph and
+        # takes memory.
         self.stage_input.grad = self.stage_output.grad = self.output_edge = self.embedding_edge = None
         return input_grad
 
@@ -83,7 +87,8 @@ def finished_logits(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(logits, rows) of the micro-batch that the last stage finishes in this tick, on all stages.
 
-    `stage_output` is this rank's. In the first ticks no micro-batch is finished, and the rows are padding without targets.
+    `stage_output` is this rank's. In the first ticks no micro-batch is finished, and the rows are padding
+    without targets.
     """
     rows = model.pipeline.finished_microbatch(batch, tick)
     seeds = model.dropout_seeds(rows["row_seeds"], rows["input_ids"].shape[1])
@@ -92,8 +97,8 @@ def finished_logits(
 
 @dataclass
 class Schedule:
-    """The ticks of a batch on the device: their numbers, integers [1], and the zeros [tokens, features] that stand for the
-    output of a tick before the first one. A batch that one stage takes at once has no ticks."""
+    """The ticks of a batch on the device: their numbers, integers [1], and the zeros [tokens, features] that
+    stand for the output of a tick before the first one. A batch that one stage takes at once has no ticks."""
 
     ticks: list[torch.Tensor]
     zero_activations: torch.Tensor | None = None
@@ -115,8 +120,9 @@ def schedule(model: Llama, rows: int, length: int, device: torch.device) -> Sche
 class _ComputedAgain(saved_tensors_hooks):
     """Within this context autograd saves no LayerInputs (`compute`): the backward computes them again.
 
-    Of a view it saves a copy, which costs no operation: torch_xla lets a view hold everything that it is a view of, and a
-    mark_step would return all of that. Saved tensors stay where Python sees them, for parallel/graph/live.py.
+    Of a view it saves a copy, which costs no operation: torch_xla lets a view hold everything that it is a
+    view of, and a mark_step would return all of that. Saved tensors stay where Python sees them, for
+    parallel/graph/live.py.
     """
 
     def __init__(self, compute: Callable[[], LayerInputs]):
@@ -169,8 +175,8 @@ class _SavesOperands(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b of x [tokens, features], whose backward keeps x and W. torch_xla's own keeps a transposed copy of W, and of
-    x one more for each layer with that input."""
+    """x W^T + b of x [tokens, features], whose backward keeps x and W. torch_xla's own keeps a transposed
+    copy of W, and of x one more for each layer with that input."""
 
     @staticmethod
     def forward(ctx, x, weight, bias=None):

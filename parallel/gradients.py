@@ -9,9 +9,9 @@ from parallel.collectives import all_reduce
 class GradientAccumulator:
     """This rank's sums over the micro-batches of a step so far.
 
-    `grad_sums`: fp32 [parts, columns] of each bucket. `counts`: fp32 [n]. Where the micro-batches of a step are graphs of
-    their own, the sums are tensors that stay (`persistent`) and change in place. Where the whole step is one graph, they
-    exist only while it is recorded, and are None before.
+    `grad_sums`: fp32 [parts, columns] of each bucket. `counts`: fp32 [n]. Where the micro-batches of a step
+    are graphs of their own, the sums are tensors that stay (`persistent`) and change in place. Where the
+    whole step is one graph, they exist only while it is recorded, and are None before.
     """
 
     def __init__(self, buckets: Buckets, num_counts: int, device: torch.device, persistent: bool):
@@ -36,8 +36,8 @@ class GradientAccumulator:
 def global_norm(buckets: Buckets, gradients: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm of the gradient of the whole model, fp32 [1], from this rank's part of each bucket.
 
-    Each slice counts once: where `replicas` ranks hold the same slice, its squares are divided by that number before the
-    sum.
+    Each slice counts once: where `replicas` ranks hold the same slice, its squares are divided by that number
+    before the sum.
     """
     squares = torch.stack(
         [

@@ -34,12 +34,12 @@ create_mesh = Mesh.create  # parallel/nxd.py has one of its own
 class ParallelLayer(nn.Module):
     """The base of all parallel layers: the group, and the shards of the parameters.
 
-    `parameter_group` divides the parameters where that is not the tensor parallel group alone: a vocabulary is divided
-    over pipeline stages, too. `has_adapter`: see column_parallel.
+    `parameter_group` divides the parameters where that is not the tensor parallel group alone: a vocabulary
+    is divided over pipeline stages, too. `has_adapter`: see column_parallel.
 
-    With pipeline stages (parallel/pipeline.py): the parameters of a layer that `is_padding` exist only so that all ranks
-    have the same graph; `input_is_padding` means that its input comes from such a layer; `counterparts` are the names of
-    the layers in the same position of the other stages.
+    With pipeline stages (parallel/pipeline.py): the parameters of a layer that `is_padding` exist only so
+    that all ranks have the same graph; `input_is_padding` means that its input comes from such a layer;
+    `counterparts` are the names of the layers in the same position of the other stages.
     """
 
     is_padding = input_is_padding = has_adapter = False
@@ -109,7 +109,8 @@ class ColumnParallelLinear(ParallelLayer):
             self.bias = None
 
     def gather_input(self, x: torch.Tensor, group: Group) -> torch.Tensor:
-        """x of this rank's positions -> x of all positions. In the backward its gradient is summed over the group."""
+        """x of this rank's positions -> x of all positions. In the backward its gradient is summed over the
+        group."""
         if self.sequence_parallel_enabled:
             return gather_from_sequence_parallel_region(x, group)
         return copy_to_tensor_model_parallel_region(x, group)
@@ -125,11 +126,13 @@ class ColumnParallelLinear(ParallelLayer):
 def column_parallel(
     x: torch.Tensor, layers: list[nn.Module], receive: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
-    """The outputs of several column-parallel layers with the same input x, which is gathered once for all of them.
+    """The outputs of several column-parallel layers with the same input x, which is gathered once for all of
+    them.
 
     A layer that `has_adapter` (LoRA's) computes a narrow tensor from this rank's positions of x first, by
-    `low_rank_inputs(x, layers)`. It is gathered in the same message as x, and is the second argument of its `matmul`.
-    `receive` is applied to the message before it is gathered: it brings it from another pipeline stage.
+    `low_rank_inputs(x, layers)`. It is gathered in the same message as x, and is the second argument of its
+    `matmul`. `receive` is applied to the message before it is gathered: it brings it from another pipeline
+    stage.
     """
     adapted = [layer for layer in layers if layer.has_adapter]
     low_rank = adapted[0].low_rank_inputs(x, adapted) if adapted else []
@@ -182,7 +185,8 @@ class RowParallelLinear(ParallelLayer):
 
 
 def reduce_output(tensors: list[torch.Tensor], layer: ParallelLayer) -> list[torch.Tensor]:
-    """The sum over the group of each tensor [tokens, n]; under sequence parallelism, this rank's positions of it."""
+    """The sum over the group of each tensor [tokens, n]; under sequence parallelism, this rank's positions of
+    it."""
     collective = (
         reduce_scatter_to_sequence_parallel_region
         if layer.sequence_parallel_enabled

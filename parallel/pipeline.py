@@ -1,25 +1,26 @@
 """Pipeline parallelism: which layers a stage has, and which micro-batch it works on in each tick.
 
-A tick is one clock step of the pipeline. A batch is cut into M pipeline micro-batches and passes the P stages in M + P - 1
-ticks (GPipe's schedule, https://arxiv.org/abs/1811.06965): in tick t, stage s works on micro-batch t - s. Between two ticks
-every stage sends its output to the next one, by one collective permute. After the last forward tick, the backward ticks
-run in reverse order, and gradients go the other way.
+A tick is one clock step of the pipeline. A batch is cut into M pipeline micro-batches and passes the P stages
+in M + P - 1 ticks (GPipe's schedule, https://arxiv.org/abs/1811.06965): in tick t, stage s works on
+micro-batch t - s. Between two ticks every stage sends its output to the next one, by one collective permute.
+After the last forward tick, the backward ticks run in reverse order, and gradients go the other way.
 
-All ranks have the same graph, because stage and tick are data: tensors choose which micro-batch a rank looks at, and
-whether its input is the embedding or what it received. So there is one graph for all forward ticks and one for all
-backward ticks, and their size does not depend on M (model/stage.py).
+All ranks have the same graph, because stage and tick are data: tensors choose which micro-batch a rank looks
+at, and whether its input is the embedding or what it received. So there is one graph for all forward ticks
+and one for all backward ticks, and their size does not depend on M (model/stage.py).
 
-- Bubble: before its first micro-batch and after its last, a stage computes on finite numbers that reach no loss, so their
-  gradients are exactly 0. This is the fraction (P - 1) / (M + P - 1) of its time.
-- Memory: what the backward needs lives between a forward tick and its backward tick, at most M + P - 1 times. Under full
-  recomputation that is the inputs of the layers and the stage's output. Logits and losses live within a backward tick.
-- Padding layers: every stage has ceil(layers / P) layers. Where P does not divide the layers, the last one of some stages
-  is padding: it is computed, and its output is ignored.
-- Embedding and head: in one graph for all ranks every stage has to hold both. So their vocabulary is divided over the
-  stages, too (the group `vocabulary`): nothing is computed twice, all ranks need the same memory, and tied weights are one
-  tensor. In a tick all stages embed the micro-batch that stage 0 begins, and compute logits of the one that the last stage
-  has finished. Each tick needs an all-reduce of [tokens, features] over the stages after the embedding, one before
-  the head, and their transposes in the backward.
+- Bubble: before its first micro-batch and after its last, a stage computes on finite numbers that reach no
+  loss, so their gradients are exactly 0. This is the fraction (P - 1) / (M + P - 1) of its time.
+- Memory: what the backward needs lives between a forward tick and its backward tick, at most M + P - 1 times.
+  Under full recomputation that is the inputs of the layers and the stage's output. Logits and losses live
+  within a backward tick.
+- Padding layers: every stage has ceil(layers / P) layers. Where P does not divide the layers, the last one of
+  some stages is padding: it is computed, and its output is ignored.
+- Embedding and head: in one graph for all ranks every stage has to hold both. So their vocabulary is divided
+  over the stages, too (the group `vocabulary`): nothing is computed twice, all ranks need the same memory,
+  and tied weights are one tensor. In a tick all stages embed the micro-batch that stage 0 begins, and compute
+  logits of the one that the last stage has finished. Each tick needs an all-reduce of [tokens, features] over
+  the stages after the embedding, one before the head, and their transposes in the backward.
 """
 
 import math
@@ -37,8 +38,8 @@ IGNORE_INDEX = -100  # the label of a token that is no target
 class Pipeline:
     """The stages as one rank sees them.
 
-    `group` has one rank of each stage; `vocabulary`, the ranks that divide the vocabulary (None: the tensor parallel ranks
-    alone); `num_microbatches` is into how many pipeline micro-batches a batch is cut.
+    `group` has one rank of each stage; `vocabulary`, the ranks that divide the vocabulary (None: the tensor
+    parallel ranks alone); `num_microbatches` is into how many pipeline micro-batches a batch is cut.
     """
 
     group: Group = ALONE
@@ -51,10 +52,11 @@ class Pipeline:
         return self.group.rank() == self.group.size() - 1
 
     def layer_ids_of_stages(self, layers: int) -> list[list[int]]:
-        """The layer ids of each stage, for a model of `layers` layers. An id from `layers` on is a padding layer.
+        """The layer ids of each stage, for a model of `layers` layers. An id from `layers` on is a padding
+        layer.
 
-        The first stages have one real layer more where the counts differ. Raises ValueError where there are fewer layers
-        than stages.
+        The first stages have one real layer more where the counts differ. Raises ValueError where there are
+        fewer layers than stages.
         """
         stages, ids, first = self.group.size(), [], 0
         if layers < stages:
@@ -87,8 +89,8 @@ class Pipeline:
         return torch.where(stage_index < more, layer_output, layer_input) if more else layer_output
 
     def microbatches(self, rows: int) -> int:
-        """Into how many micro-batches `rows` rows are cut: fewer than num_microbatches where those do not divide them (in
-        an evaluation, say)."""
+        """Into how many micro-batches `rows` rows are cut: fewer than num_microbatches where those do not
+        divide them (in an evaluation, say)."""
         return math.gcd(self.num_microbatches, rows)
 
     def ticks(self, rows: int) -> int:
@@ -96,7 +98,8 @@ class Pipeline:
         return self.microbatches(rows) + self.group.size() - 1
 
     def microbatch(self, batch: dict[str, torch.Tensor], number: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The rows of the micro-batch with this number, integer [1] on the device. Numbers are clamped to those that exist."""
+        """The rows of the micro-batch with this number, integer [1] on the device. Numbers are clamped to
+        those that exist."""
         count = self.microbatches(len(batch["input_ids"]))
         if count == 1:
             return batch
@@ -109,8 +112,8 @@ class Pipeline:
     def finished_microbatch(
         self, batch: dict[str, torch.Tensor], tick: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The rows of the micro-batch that the last stage finishes in this tick; in the first ticks there is none, and the
-        rows are padding without targets."""
+        """The rows of the micro-batch that the last stage finishes in this tick; in the first ticks there is
+        none, and the rows are padding without targets."""
         number = tick - (self.group.size() - 1)
         rows, exists = self.microbatch(batch, number), number >= 0
         empty = (("labels", IGNORE_INDEX), ("segment_ids", 0))
@@ -119,8 +122,9 @@ class Pipeline:
     def stage_input(
         self, embedded: torch.Tensor, previous_output: torch.Tensor, stage_index: torch.Tensor
     ) -> torch.Tensor:
-        """The input of this stage: `embedded` rows in the first stage, else the output of the stage before in the previous
-        tick. `previous_output` is this stage's own, which the next stage receives. All have one shape."""
+        """The input of this stage: `embedded` rows in the first stage, else the output of the stage before in
+        the previous tick. `previous_output` is this stage's own, which the next stage receives. All have one
+        shape."""
         if self.group.size() == 1:
             return embedded
         return torch.where(stage_index == 0, embedded, permute(previous_output, self.group, 1))

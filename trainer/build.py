@@ -23,6 +23,7 @@ from parallel.pipeline import Pipeline
 from parallel.runtime import Runtime
 from parallel.shard import named_shards
 from trainer.config import Config
+from trainer.dataset import check_row_length
 from trainer.objective import FIGURES
 from trainer.optimizer import AdamW
 
@@ -54,7 +55,9 @@ def build_model(
     layers: ModuleType = native,
     flash_attention: bool = False,
 ) -> Llama:
-    """This rank's model on the meta device, as it is trained; raises ValueError where the mesh cannot divide it."""
+    """This rank's model on the meta device, as it is trained; raises ValueError where the mesh cannot divide
+    it."""
+    check_row_length(config, model_config)
     model = Llama(
         model_config,
         mesh.tp,
@@ -71,9 +74,11 @@ def build_model(
 
 
 def build_state(runtime: Runtime, job: Job) -> TrainState:
-    """The state before the first step of this run, on one rank: new, or as the checkpoint has it that the run resumes.
+    """The state before the first step of this run, on one rank: new, or as the checkpoint has it that the run
+    resumes.
 
-    The rank reads its own slices of the weights and nothing else. Nothing is executed: a mark_step has to follow.
+    The rank reads its own slices of the weights and nothing else. Nothing is executed: a mark_step has to
+    follow.
     """
     config, device = job.config, runtime.device
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)

@@ -11,16 +11,21 @@ from model.config import ModelConfig
 from trainer.config import Config
 
 
-def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Rows, Rows | None, str]:
-    """(training rows, held-out rows or None, summary): the data sets as rows of --max_seq_length tokens.
-
-    Raises ValueError for a record that cannot be used, and where nothing is left to train or to evaluate.
-    """
+def check_row_length(config: Config, model_config: ModelConfig) -> None:
+    """Raise ValueError where the model has fewer positions than a row has tokens."""
     if config.max_seq_length > model_config.max_position_embeddings:
         raise ValueError(
             f"--max_seq_length {config.max_seq_length} is more than the model's positions "
             f"(max_position_embeddings {model_config.max_position_embeddings})"
         )
+
+
+def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Rows, Rows | None, str]:
+    """(training rows, held-out rows or None, summary): the data sets as rows of --max_seq_length tokens.
+
+    Raises ValueError for a record that cannot be used, and where nothing is left to train or to evaluate.
+    """
+    check_row_length(config, model_config)
     sources = _tokenize(config, tokenizer)
     _check_vocabulary(sources, model_config.vocab_size)
     chosen, held_out = [np.arange(len(source)) for source in sources], None

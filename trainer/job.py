@@ -13,7 +13,6 @@ from data.loader import BEGINNING, Loader
 from data.packing import Rows
 from model.attention.flash_nki import why_not_flash
 from model.config import ModelConfig
-from model.llama import Llama
 from model.lora import LoraConfig
 from model.weights.hub import in_one_line, resolve
 from model.weights.loading import check_weights
@@ -23,8 +22,8 @@ from model.weights.sources import RandomWeights, SafetensorsFiles, open_weights
 from parallel import layers as native
 from parallel.layer_backend import parallel_layers
 from parallel.mesh import Mesh
-from parallel.pipeline import Pipeline
 from parallel.runtime import extracts_graphs
+from trainer.build import build_model
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
@@ -97,7 +96,9 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     model_config = ModelConfig.from_pretrained(directory)
     adapter = _read_adapter(config)
     lora = adapter.config if adapter else lora_config(config)
-    check_model_can_be_divided(model_config, mesh)
+    build_model(
+        config, model_config, mesh
+    )  # on the meta device: raises ValueError where it cannot be divided
     trained = trained_shapes(model_config, lora)
     if adapter:
         adapter.check(trained)
@@ -141,14 +142,6 @@ def _read_adapter(config: Config) -> PeftAdapter | None:
     if not config.adapter_name_or_path:
         return None
     return PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
-
-
-def check_model_can_be_divided(model_config: ModelConfig, mesh: Mesh) -> None:
-    """Raise ValueError where the layers cannot be divided over the mesh.
-
-    The model is built on the meta device for that: it takes no memory.
-    """
-    Llama(model_config, mesh.tp, pipeline=Pipeline(mesh.pp, mesh.model))
 
 
 def _identity(

@@ -1,9 +1,9 @@
 """The training loop: read it from top to bottom, change it, run `torchrun trainer/main.py`.
 
-Every rank runs this file: as a process on Neuron, as a thread on XLA:CPU. Operations on the device are recorded, not run.
-`runtime.mark_step(name, function, *inputs)` calls the function, ends the graph that it recorded, compiles it if it is new,
-and starts it. Two rules keep the graphs few and equal on all ranks: what depends on the rank or the step is data in a
-tensor, and values are read only after a mark_step.
+Every rank runs this file: as a process on Neuron, as a thread on XLA:CPU. Operations on the device are
+recorded, not run. `runtime.mark_step(name, function, *inputs)` calls the function, ends the graph that it
+recorded, compiles it if it is new, and starts it. Two rules keep the graphs few and equal on all ranks: what
+depends on the rank or the step is data in a tensor, and values are read only after a mark_step.
 """
 
 from collections.abc import Iterable
@@ -45,7 +45,8 @@ def run(runtime: Runtime, job: Job) -> TrainState:
     if job.resume:
         job.resume.close()  # all ranks have read what they need
 
-    # Evaluate before the first step: what the model can do untrained; and no graph is left to be compiled later.
+    # Evaluate before the first step: what the model can do untrained; and no graph is left to be compiled
+    # later.
     if eval_loader:
         evaluation = evaluate(runtime, state.model, eval_loader, state.mesh)
         metrics.evaluation(first_step, *evaluation, samples.generate())
@@ -89,7 +90,8 @@ def train_step(
     scalars: torch.Tensor,
     stop_request: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step. What is between two mark_steps is a function; Config.graphs says how often each one runs.
+    """One optimizer step. What is between two mark_steps is a function; Config.graphs says how often each one
+    runs.
 
     Inputs and results are those of `update`. The state changes in place.
     """
@@ -131,18 +133,20 @@ def update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reduce the gradients over all ranks, clip them, update the weights.
 
-    scalars [3] are the optimizer's for this step; stop_request [1] is 1 where this rank has to stop. Returns what the
-    host reads a step later: (report, the sum of all ranks' stop requests [1]). The report is fp32: gradient norm, target
-    tokens, tokens, and the mean of each of objective.FIGURES.
+    scalars [3] are the optimizer's for this step; stop_request [1] is 1 where this rank has to stop. Returns
+    what the host reads a step later: (report, the sum of all ranks' stop requests [1]). The report is fp32:
+    gradient norm, target tokens, tokens, and the mean of each of objective.FIGURES.
     """
     mesh, buckets, optimizer, accumulator = state.mesh, state.buckets, state.optimizer, state.accumulator
 
-    # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the step's tokens.
+    # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the
+    # step's tokens.
     counts = all_reduce(accumulator.counts, mesh.dp)
     target_tokens = counts[0:1].clamp(min=1.0)
     gradients = [grad_sum / target_tokens for grad_sum in buckets.reduce(accumulator.grad_sums)]
 
-    # Clipping and update of fp32 master weights, from which the parameters are rounded; under --zero_1 of this rank's part.
+    # Clipping and update of fp32 master weights, from which the parameters are rounded; under --zero_1 of
+    # this rank's part.
     grad_norm = global_norm(buckets, gradients)
     if state.config.max_grad_norm:
         gradients = clip_gradients(gradients, grad_norm, state.config.max_grad_norm)

@@ -47,8 +47,8 @@ class Metrics:
     ) -> None:
         """Keep the report of the 1-based `step`, and write that of the step before it.
 
-        waited: seconds for which the step waited for data. stalled: seconds for which a save before it held training up.
-        report: what trainer.loop.update returned, on the device, part of the last mark_step.
+        waited: seconds for which the step waited for data. stalled: seconds for which a save before it held
+        training up. report: what trainer.loop.update returned, on the device, part of the last mark_step.
         """
         if self._active:
             self.flush()

@@ -42,10 +42,11 @@ def backward_tick(
     activations: StageActivations,
     output_grad: torch.Tensor,
 ) -> torch.Tensor:
-    """The loss of the micro-batch that the last stage has finished, and this stage's backward; adds to the accumulator.
+    """The loss of the micro-batch that the last stage has finished, and this stage's backward; adds to the
+    accumulator.
 
-    `activations` are those of the forward tick of the same number. `output_grad` [tokens, features] is what the backward
-    tick before this one returned. Returns the gradient for the stage before.
+    `activations` are those of the forward tick of the same number. `output_grad` [tokens, features] is what
+    the backward tick before this one returned. Returns the gradient for the stage before.
     """
     logits, rows = finished_logits(state.model, batch, tick, activations.stage_output)
     loss_sum, counts = loss_and_counts(state.model, logits, rows)

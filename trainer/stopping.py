@@ -12,8 +12,8 @@ from trainer.job import Job
 class Stopping:
     """Collects the stop requests of all ranks, so that all stop after the same step.
 
-    A rank's request is data of the step's graph. The sum over the ranks is read one step late, as the metrics are: so all
-    ranks read the same value, although a signal reaches their processes at different times.
+    A rank's request is data of the step's graph. The sum over the ranks is read one step late, as the metrics
+    are: so all ranks read the same value, although a signal reaches their processes at different times.
     """
 
     def __init__(self, runtime: Runtime, job: Job):
@@ -25,7 +25,8 @@ class Stopping:
     def request(self, save_seconds: float) -> torch.Tensor:
         """[1] on the CPU: 1.0 where this rank has to stop, else 0.0.
 
-        The time left has to be enough for three steps, the longest of the last ten, and for two saves of `save_seconds`.
+        The time left has to be enough for three steps, the longest of the last ten, and for two saves of
+        `save_seconds`.
         """
         needed = 3 * max(self._steps, default=0.0) + 2 * save_seconds
         late = self._deadline is not None and time.monotonic() + needed > self._deadline
@@ -34,8 +35,8 @@ class Stopping:
     def should_stop(self, stop_requests: torch.Tensor) -> bool:
         """Whether a rank requested to stop one step ago or earlier.
 
-        `stop_requests` [1] on the device is the sum of this step's. The host waits here until the device has finished the
-        step before.
+        `stop_requests` [1] on the device is the sum of this step's. The host waits here until the device has
+        finished the step before.
         """
         held, self._held = self._held, stop_requests
         stop = held is not None and self._runtime.read(held)[0] > 0

@@ -49,8 +49,8 @@ def attend(
     query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of
     segment_masks. Returns [sequence * batch, heads * head_dim]. Block by block of queries, with the keys up
     to its end: blocks above the diagonal are not computed, and no tensor holds the scores of all queries.
-    With `gradient_checkpointing` the backward computes scores again, and holds one block's at a time. The query heads that
-    share a KV head form one product: nothing is repeated.
+    With `gradient_checkpointing` the backward computes scores again, and holds one block's at a time. The
+    query heads that share a KV head form one product: nothing is repeated.
     """
     sequence, batch, heads, head_dim = query.shape
     # [batch * kv_heads, sequence, head_dim], of queries [batch * kv_heads, shared, sequence, head_dim]

@@ -1,6 +1,7 @@
 """torch_xla's private calls: the only file that knows them.
 
-Written for torch_xla 2.9. torch_xla is imported at the first call, because its environment has to be set before.
+Written for torch_xla 2.9. torch_xla is imported at the first call, because its environment has to be set
+before.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The recompile guard: which graph each named mark_step has, and what changed when it has another one.
 
-A new graph after the first costs minutes on a NeuronCore, and usually comes from a harmless-looking line of Python. The
-guard compares hashes. Only a new graph is written as HLO text and compared with the one before it.
+A new graph after the first costs minutes on a NeuronCore, and usually comes from a harmless-looking line of
+Python. The guard compares hashes. Only a new graph is written as HLO text and compared with the one before
+it.
 
-The text names the line of each operation if Python's frames were recorded, which doubles the time of tracing. So lines
-are recorded from the start and after a new graph, until one step had known graphs only. XLA_IR_DEBUG=1 records them always.
+The text names the line of each operation if Python's frames were recorded, which doubles the time of tracing.
+So lines are recorded from the start and after a new graph, until one step had known graphs only.
+XLA_IR_DEBUG=1 records them always.
 """
 
 import os

@@ -9,9 +9,10 @@ from parallel.graph import backend
 def live_tensors(devices: int) -> list[list]:
     """The tensors that are alive on each of this process's XLA devices, oldest first.
 
-    Tensors that were alive before the ranks started are frozen and not walked. Tensors are sorted by creation,
-    because the collector's order depends on its generations. Garbage is collected here and nowhere else: if it were
-    collected between two ranks' calls, a tensor in a reference cycle would be in one rank's graph and not in another's.
+    Tensors that were alive before the ranks started are frozen and not walked. Tensors are sorted by
+    creation, because the collector's order depends on its generations. Garbage is collected here and nowhere
+    else: if it were collected between two ranks' calls, a tensor in a reference cycle would be in one rank's
+    graph and not in another's.
     """
     import torch
 

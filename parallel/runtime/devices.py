@@ -1,4 +1,5 @@
-"""Which kind of device the ranks of this machine are. Call it by module (devices.on_neuron()): tests replace it."""
+"""Which kind of device the ranks of this machine are. Call it by module (devices.on_neuron()): tests replace
+it."""
 
 import importlib.util
 import os
@@ -13,5 +14,6 @@ def on_neuron() -> bool:
 
 
 def extracts_graphs() -> bool:
-    """Whether neuron_parallel_compile runs this program: graphs are collected and not executed, every value is garbage."""
+    """Whether neuron_parallel_compile runs this program: graphs are collected and not executed, every value
+    is garbage."""
     return os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY") == "1"

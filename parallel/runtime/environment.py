@@ -7,7 +7,8 @@ from parallel.runtime import devices
 
 
 def leaves_at_once() -> bool:
-    """Whether this process has nothing to do: under torchrun on a CPU, local rank 0 hosts the ranks of all others.
+    """Whether this process has nothing to do: under torchrun on a CPU, local rank 0 hosts the ranks of all
+    others.
 
     Needs no torch: the processes that leave do so before they import anything heavy.
     """
@@ -33,10 +34,11 @@ def requested_world_size(flag: int | None) -> int:
 
 
 def use_huge_pages() -> None:
-    """On XLA:CPU, start this process again with glibc's large allocations in huge pages, unless it already runs so.
+    """On XLA:CPU, start this process again with glibc's large allocations in huge pages, unless it already
+    runs so.
 
-    To be called before any slow import. A step allocates and frees hundreds of megabytes; without huge pages it spends a
-    tenth of its time on page faults.
+    To be called before any slow import. A step allocates and frees hundreds of megabytes; without huge pages
+    it spends a tenth of its time on page faults.
     """
     if not devices.on_neuron() and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -44,7 +46,8 @@ def use_huge_pages() -> None:
 
 
 def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> None:
-    """Set the variables that XLA:CPU needs for `world_size` virtual devices, or Neuron to round stochastically.
+    """Set the variables that XLA:CPU needs for `world_size` virtual devices, or Neuron to round
+    stochastically.
 
     To be called before torch_xla is imported.
     """
@@ -58,8 +61,8 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
             "are small beside their weight are lost: leave the flag out here to train with fp32 master weights.",
             file=sys.stderr,
         )
-    # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks, and with donated
-    # buffers the first rank's sync waits for the others.
+    # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks, and
+    # with donated buffers the first rank's sync waits for the others.
     os.environ |= {
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(world_size),
@@ -67,7 +70,8 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
         "XLA_THREAD_POOL_SIZE": str(4 * world_size),
         "XLA_ENABLE_PARAM_ALIASING": "0",
     }
-    # Level 3, the default, unrolls every small loop: a LoRA step took nine times as long to compile, and ran no faster.
+    # Level 3, the default, unrolls every small loop: a LoRA step took nine times as long to compile, and ran
+    # no faster.
     if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=2"

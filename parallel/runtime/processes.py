@@ -23,7 +23,8 @@ class ProcessRuntime(Runtime):
         return of_this_attempt(_get_default_store())
 
     def barrier(self):
-        # Through the process group's store: torch_xla's rendezvous would run a graph of its own on the device.
+        # Through the process group's store: torch_xla's rendezvous would run a graph of its own on the
+        # device.
         store, self._barriers = self.store, self._barriers + 1
         name = f"barrier-{self._barriers}"
         if store.add(name, 1) == self.world_size:
@@ -39,8 +40,8 @@ class ProcessRuntime(Runtime):
         return pickle.loads(store.get(name))
 
     def _end_graph(self, name):
-        # On every rank, although only rank 0 looks at the hash: garbage is collected here, and all ranks must do so
-        # at the same point.
+        # On every rank, although only rank 0 looks at the hash: garbage is collected here, and all ranks must
+        # do so at the same point.
         [tensors] = live_tensors(1)
         graph = backend.graph_hash(tensors) if self.guard else b""
         self._execute(name, graph, tensors)
@@ -55,7 +56,8 @@ def launch_process(function: Callable[[Runtime], object]) -> None:
 
     torch.distributed.init_process_group("xla")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    # Replica groups are numbered by the device's place, and processes meet by torchrun's: they must be the same.
+    # Replica groups are numbered by the device's place, and processes meet by torchrun's: they must be the
+    # same.
     position = xla_runtime.global_ordinal(), xla_runtime.world_size()
     if position != (rank, world_size):
         raise OSError(

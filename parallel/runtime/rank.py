@@ -13,7 +13,8 @@ class GraphMismatch(RuntimeError):
 
 
 class GraphListener:
-    """Is told about every mark_step of a rank. Benchmarks and tests derive from it; each method does nothing here."""
+    """Is told about every mark_step of a rank. Benchmarks and tests derive from it; each method does nothing
+    here."""
 
     def tracing(self, name: str | None) -> None:
         """The rank begins to record the operations of the graph `name`."""
@@ -28,8 +29,8 @@ class GraphListener:
 class Runtime:
     """One rank's view of where it runs: `rank`, `world_size` and `device` (a torch.device).
 
-    `executes` is False where graphs are only collected (extracts_graphs): then what was computed is not true, so it must
-    not be written, and no branch may depend on it. `listeners` are told about every mark_step.
+    `executes` is False where graphs are only collected (extracts_graphs): then what was computed is not true,
+    so it must not be written, and no branch may depend on it. `listeners` are told about every mark_step.
     """
 
     def __init__(self, rank: int, world_size: int, device):
@@ -39,8 +40,8 @@ class Runtime:
         self.guard: Guard | None = None
 
     def watch_graphs(self, on_recompile: str) -> None:
-        """From here on, a named mark_step whose graph changes is a warning (`warn`), an error (`error`) or nothing
-        (`ignore`)."""
+        """From here on, a named mark_step whose graph changes is a warning (`warn`), an error (`error`) or
+        nothing (`ignore`)."""
         watches = self.rank == 0 and on_recompile != "ignore"
         self.guard = Guard(on_recompile, self.compilations) if watches else None
 
@@ -60,8 +61,9 @@ class Runtime:
     def mark_step(self, name: str | None = None, function: Callable | None = None, *inputs) -> Any:
         """Record `function(*inputs)` as one graph, start to execute it, and return what the function returns.
 
-        Also executes what was recorded before, since the last mark_step. Without a function, only that. Returns before
-        the device has finished. `name` is the graph's name in warnings; without one, the graph may differ each time.
+        Also executes what was recorded before, since the last mark_step. Without a function, only that.
+        Returns before the device has finished. `name` is the graph's name in warnings; without one, the graph
+        may differ each time.
         """
         for listener in self.listeners:
             listener.tracing(name)
@@ -78,7 +80,8 @@ class Runtime:
         raise NotImplementedError
 
     def read(self, tensor) -> list[float]:
-        """The values of a tensor [n] of the last mark_step, for which the host waits; zeros where nothing is executed."""
+        """The values of a tensor [n] of the last mark_step, for which the host waits; zeros where nothing is
+        executed."""
         return tensor.cpu().tolist() if self.executes else [0.0] * len(tensor)
 
     def _execute(self, name, graph, tensors):

@@ -1,9 +1,9 @@
 """Ranks as threads of one process, each with a virtual device of XLA:CPU.
 
-On XLA:CPU the members of a collective find each other by the executable that they run. So rank 0 compiles first, and the
-others find its executable in the cache. A rank that traced another graph would never arrive, and XLA would abort the
-process after some seconds. Before anything is executed, mark_step therefore compares the graphs of all ranks and raises
-GraphMismatch.
+On XLA:CPU the members of a collective find each other by the executable that they run. So rank 0 compiles
+first, and the others find its executable in the cache. A rank that traced another graph would never arrive,
+and XLA would abort the process after some seconds. Before anything is executed, mark_step therefore compares
+the graphs of all ranks and raises GraphMismatch.
 """
 
 import threading

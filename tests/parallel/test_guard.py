@@ -21,8 +21,8 @@ STEP, BATCH, BACKWARD, REDUCTION = (
     "loss_sum.backward()",
     "counts = all_reduce(accumulator.counts, mesh.dp)",
 )
-# The line of the loop before which a cause is planted, and the cause. A global AT has the step, which counts from 0
-# (reported steps count from 1), and the learning rate.
+# The line of the loop before which a cause is planted, and the cause. A global AT has the step, which counts
+# from 0 (reported steps count from 1), and the learning rate.
 CAUSES = {
     "shape": (
         BATCH,

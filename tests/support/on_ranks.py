@@ -1,7 +1,7 @@
 """Runs a function on N ranks, or a program, in a process of its own: XLA's world is fixed once per process.
 
-Such a process is forked from a server that has imported torch, torch_xla and transformers and has not started XLA. It costs
-less than a second where a new interpreter costs five.
+Such a process is forked from a server that has imported torch, torch_xla and transformers and has not started
+XLA. It costs less than a second where a new interpreter costs five.
 """
 
 import importlib
@@ -22,7 +22,8 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def on_ranks(function, world_size: int, **arguments) -> list:
-    """[function(runtime, **arguments) of rank 0, of rank 1, ...]. Arguments are moved as JSON, results by torch.save."""
+    """[function(runtime, **arguments) of rank 0, of rank 1, ...]. Arguments are moved as JSON, results by
+    torch.save."""
     import torch
 
     with tempfile.TemporaryDirectory() as directory:
@@ -41,7 +42,8 @@ def on_ranks(function, world_size: int, **arguments) -> list:
 
 
 def run_program(command: list[str], cwd: Path, environment: dict) -> subprocess.CompletedProcess:
-    """What `python *command` does, which is a file or "-m" and a module, and arguments. The status is not checked."""
+    """What `python *command` does, which is a file or "-m" and a module, and arguments. The status is not
+    checked."""
     return _forked(environment, _run, command, cwd)
 
 
@@ -63,7 +65,8 @@ def _forked(environment, function, *arguments) -> subprocess.CompletedProcess:
 
 
 def _server():
-    """The multiprocessing context whose processes are forked from a server, which runs from the first call on."""
+    """The multiprocessing context whose processes are forked from a server, which runs from the first call
+    on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
     before = dict(os.environ)

@@ -1,5 +1,5 @@
-"""What a process of a test has imported when it is forked: everything slow that is not ours. Nothing is computed here, because
-a thread does not survive a fork."""
+"""What a process of a test has imported when it is forked: everything slow that is not ours. Nothing is
+computed here, because a thread does not survive a fork."""
 
 import gc
 

@@ -29,7 +29,7 @@ def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, li
     from data.loader import Loader
     from model.generation import Generator, capacity_for
     from parallel.mesh import Mesh
-    from trainer.loop import evaluate
+    from trainer.evaluation import evaluate
 
     mesh = Mesh.create(runtime.rank, runtime.world_size, config.tensor_parallel_size)
     model = source.build(
@@ -38,7 +38,6 @@ def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, li
         torch.bfloat16 if config.bf16 else torch.float32,
         sequence_parallel=config.divides_sequence,
     )
-    zeros = torch.zeros(3).to(runtime.device)
     runtime.mark_step()
     loader = Loader(
         rows,
@@ -48,7 +47,7 @@ def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, li
         dp_size=mesh.dp.size(),
         seed=config.seed,
     )
-    loss, _ = evaluate(runtime, model, loader, mesh, zeros)
+    loss, _ = evaluate(runtime, model, loader, mesh)
     capacity = capacity_for(
         max(len(each.prompt) for each in questions),
         chosen.max_new_tokens,
