@@ -19,7 +19,8 @@ import torch.nn.functional as F
 
 from model.attention.blockwise import segment_masks
 from model.attention.rotary import rotary_cos_sin
-from model.llama import LayerInputs, Llama
+from model.decoder_layer import LayerInputs
+from model.llama import Llama
 from parallel.collectives import all_gather, permute
 from parallel.mesh import Group
 from parallel.runtime import Runtime

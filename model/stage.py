@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from model.llama import LayerInputs, Llama
+from model.decoder_layer import LayerInputs
+from model.llama import Llama
 from parallel.collectives import permute
 from parallel.graph import backend
 

@@ -8,7 +8,8 @@ softmax, the embedding (gather and scatter) and the optimizer have no matrix pro
 from torch import nn
 
 from model.attention.blockwise import block_size
-from model.llama import Llama, LlamaDecoderLayer
+from model.decoder_layer import LlamaDecoderLayer
+from model.llama import Llama
 from model.lora import LoraLinear
 from trainer.config import Config
 
