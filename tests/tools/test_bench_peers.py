@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from data.packing import Pieces, pack
-from tools.bench_peers.__main__ import MODEL, main, make, rates, run, table
-from tools.bench_peers.peers import figures, full_rows, read
+from tools.bench_peers.__main__ import main
+from tools.bench_peers.inputs import MODEL, make, read
+from tools.bench_peers.peers import figures, full_rows
+from tools.bench_peers.runs import run
+from tools.bench_peers.table import rates, table
 
 TINY = MODEL | {
     "vocab_size": 96,

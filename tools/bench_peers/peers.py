@@ -1,12 +1,10 @@
-"""The peers of tools/bench_peers/__main__.py, each in a process of its own: a plain loop on torch_xla, and
-trl's SFTTrainer with peft.
+"""The peers of bench_peers: a plain loop on torch_xla, and trl's SFTTrainer with peft.
 
     python -m tools.bench_peers.peers plain|trl|trl_padded DIRECTORY
 
-DIRECTORY is what tools.bench_peers.make left: config.json, a tokenizer, data.jsonl, settings.json. The tokens
-are markstep's own, made by data.tokens. Prints one line of JSON: the seconds of each step after the warmup,
-and of a step, on the average of the data set, tokens that are no padding, those of them that train, and
-positions, padding included.
+DIRECTORY has what tools.bench_peers.inputs.make wrote. The tokens are those that markstep trains on, made by
+data.tokens. Prints one line of JSON: the seconds of each step after the warmup, and averages of a step over
+the data set: tokens without padding, those of them that are trained on, and positions, padding included.
 """
 
 import json
@@ -17,25 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokens import IGNORED, Tokens, cache_directory, tokenize
+from data.tokens import IGNORED, Tokens
+from tools.bench_peers.inputs import read
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FILES = {"data": "data.jsonl", "settings": "settings.json", "tokens": "tokens"}
-
-
-def read(directory: Path) -> tuple[Tokens, dict]:
-    """(the tokens of the data, the settings: row_length, rows of a step, steps, warmup)."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokens = tokenize(
-        str(directory / FILES["data"]), tokenizer, cache=cache_directory(str(directory / FILES["tokens"]))
-    )
-    return tokens, json.loads((directory / FILES["settings"]).read_text(encoding="utf-8"))
 
 
 def full_rows(tokens: Tokens, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(input_ids, labels), int64 [rows, length]: all examples one behind the other, cut where a row ends."""
+    """(input_ids, labels), int64 [rows, length]: all examples one after the other, cut where a row ends."""
     count = len(tokens.input_ids) // length
     ids = np.asarray(tokens.input_ids[: count * length], np.int64)
     labels = np.where(tokens.trained[: count * length], ids, IGNORED)
@@ -43,7 +30,7 @@ def full_rows(tokens: Tokens, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def adapted(directory: Path):
-    """(the transformers model with random weights, fp32; the LoRA that all sides train)."""
+    """(a transformers model with random weights in fp32, the LoRA that all sides train)."""
     import torch
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,11 +43,11 @@ def adapted(directory: Path):
 
 
 def plain(directory: Path) -> dict:
-    """A transformers model with peft's LoRA in a loop on torch_xla: full rows without masks, so that examples
-    see each other.
+    """Train a transformers model with peft's LoRA in a loop on torch_xla; returns the figures.
 
-    As markstep, it reads the loss of a step when the next one has been started, so that tracing hides behind
-    the device."""
+    Rows are full and have no masks, so that examples see each other. As in markstep, the loss of a step is
+    read when the next one has started, so that the host traces while the device works.
+    """
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     import torch
     import torch_xla
@@ -80,7 +67,7 @@ def plain(directory: Path) -> dict:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step == 1:  # the first has the moments' zeros in it
+        if step == 1:  # the first step also creates AdamW's moments
             instructions = pending_instructions()
         torch_xla.sync()
         if started is not None:
@@ -97,7 +84,7 @@ def plain(directory: Path) -> dict:
 
 
 def pending_instructions() -> int:
-    """HLO instructions of what has been recorded since the last sync."""
+    """The number of HLO instructions that have been recorded since the last sync."""
     from parallel.graph import backend
     from parallel.graph.hlo import Graph
     from parallel.graph.live import live_tensors
@@ -107,79 +94,89 @@ def pending_instructions() -> int:
 
 
 def trl(directory: Path, padded: bool) -> dict:
-    """trl's SFTTrainer and peft on the CPU: packed by `bfd`, a row a micro-batch; or an example a row, all
-    padded.
+    """Train with trl's SFTTrainer and peft on the CPU; returns the figures.
 
-    trl packs without contamination by position ids alone, which transformers makes a mask of where a batch is
-    one row: the micro-batches are flattened into one row, and attention costs least where they have one. A
-    step is enough for warming up."""
-    os.environ.update(
-        USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
-    )  # else accelerate takes the XLA device
-    import datasets
+    Without `padded`, rows are packed by trl's strategy `bfd`. trl separates the examples of a packed row by
+    position ids alone, and transformers makes a mask of these only where a batch is one row. So trl flattens
+    a micro-batch into one row, and attention costs least where the micro-batch has one row: it has one here,
+    and the others are accumulated. With `padded`, each row is one example. One step is enough as warmup.
+    """
+    # Else accelerate would take the XLA device.
+    os.environ.update(USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    tokens, settings = read(directory)
+    rows, length, ended = settings["rows"], settings["row_length"], []
+    trainer = _sft_trainer(directory, tokens, settings, padded, ended)
+    several = [] if padded else [row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1]
+    isolated = is_isolated(trainer.model, trainer.data_collator(several[:1])) if several else None
+    trainer.train()
+    packed = trainer.train_dataset
+    found = figures(ended, rows, packed["input_ids"], packed["labels"], rows * length if padded else None)
+    return found | {"isolated": isolated}
+
+
+def _sft_trainer(directory: Path, tokens: Tokens, settings: dict, padded: bool, ended: list[float]):
+    """trl's trainer, which appends the moment of each step's end to `ended`."""
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
-
-    tokens, settings = read(directory)
-    pieces = list(zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True))
-    labels = np.where(tokens.trained, tokens.input_ids, IGNORED)
-    dataset = datasets.Dataset.from_dict(
-        {
-            "input_ids": [tokens.input_ids[begin:end].tolist() for begin, end in pieces],
-            "labels": [labels[begin:end].tolist() for begin, end in pieces],
-        }
-    )
-    rows, length, ended = settings["rows"], settings["row_length"], []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             ended.append(time.perf_counter())
 
-    layout = (
-        {"per_device_train_batch_size": rows, "pad_to_multiple_of": length}
-        if padded
-        else {
+    rows, length = settings["rows"], settings["row_length"]
+    if padded:
+        layout = {"per_device_train_batch_size": rows, "pad_to_multiple_of": length}
+    else:
+        layout = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": rows,
             "packing": True,
             "packing_strategy": "bfd",
         }
-    )
     model, lora = adapted(directory)
-    trainer = SFTTrainer(
+    arguments = SFTConfig(
+        str(directory / "trl"),
+        max_length=length,
+        max_steps=1 + settings["steps"],
+        learning_rate=2e-4,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+        **layout,
+    )
+    return SFTTrainer(
         model,
-        SFTConfig(
-            str(directory / "trl"),
-            max_length=length,
-            max_steps=1 + settings["steps"],
-            learning_rate=2e-4,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            logging_steps=1000,
-            report_to=[],
-            disable_tqdm=True,
-            **layout,
-        ),
-        train_dataset=dataset,
+        arguments,
+        train_dataset=_dataset(tokens),
         processing_class=AutoTokenizer.from_pretrained(directory),
         peft_config=lora,
         callbacks=[Clock()],
     )
-    several = [] if padded else [row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1]
-    isolated = is_isolated(trainer.model, trainer.data_collator(several[:1])) if several else None
-    trainer.train()
-    packed = trainer.train_dataset
-    return figures(ended, rows, packed["input_ids"], packed["labels"], rows * length if padded else None) | {
-        "isolated": isolated
-    }
+
+
+def _dataset(tokens: Tokens):
+    """The examples as a datasets.Dataset with the columns input_ids and labels."""
+    import datasets
+
+    pieces = list(zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True))
+    labels = np.where(tokens.trained, tokens.input_ids, IGNORED)
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [tokens.input_ids[begin:end].tolist() for begin, end in pieces],
+            "labels": [labels[begin:end].tolist() for begin, end in pieces],
+        }
+    )
 
 
 def is_isolated(model, batch: dict) -> bool:
     """Whether the last example of a packed row stays as it is when the tokens before it change.
 
-    As trl calls the model, without a cache: with one, transformers makes no mask of the position ids."""
+    The model is called without a cache, as trl does: with one, transformers makes no mask of position ids.
+    """
     import torch
 
     begin = int((batch["position_ids"][0] == 0).nonzero()[-1])
@@ -194,8 +191,12 @@ def is_isolated(model, batch: dict) -> bool:
 
 
 def figures(ended: list[float], rows: int, ids, labels, positions: int | None = None) -> dict:
-    """ended: the moments at which the last step of the warmup and those behind it ended. ids and labels: of
-    all rows of the data set; a step has `rows` of them. Without `positions`, they have no padding."""
+    """What a side reports (see the top of this file).
+
+    `ended`: the moments at which the last step of the warmup and all steps after it ended. `ids`, `labels`:
+    of all rows of the data set, of which a step has `rows`. `positions`: of a step; None: its tokens, without
+    padding.
+    """
     tokens = rows * float(np.mean([len(row) for row in ids]))
     targets = rows * float(np.mean([np.count_nonzero(np.asarray(row) != IGNORED) for row in labels]))
     return {
