@@ -6,8 +6,9 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.encoding import without_end
 from data.formats import format_prompt
-from data.tokens import CHAT, INSTRUCTION, without_end
+from data.tokens import CHAT, INSTRUCTION
 from model.weights.hub import in_one_line, read_json
 
 FILE, GENERATION = "prompt_format.json", "generation_config.json"
