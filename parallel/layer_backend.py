@@ -5,7 +5,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from parallel import layers, runtime
+from parallel import runtime
 
 OLDEST = (0, 17)  # of SDK 2.28, the first with torch 2.9
 WAY_OUT = "install it from AWS's package index (README, On Trainium), or pass --parallel_layers native"
@@ -19,6 +19,8 @@ def parallel_layers(choice: str, stages: int = 1) -> ModuleType:
     that can be used.
     """
     if choice == "native" or choice == "auto" and (stages > 1 or not runtime.on_neuron()):
+        from parallel import layers
+
         return layers
     if stages > 1:
         raise ValueError(

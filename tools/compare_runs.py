@@ -1,4 +1,4 @@
-"""Compare two runs step by step: where losses and gradient norms part, and both curves in a picture.
+"""Two runs step by step: where their losses and gradient norms part, and both curves in a picture.
 
     python -m tools.compare_runs A B [--exact | --tolerance 1e-5] [--picture compare_runs.png]
 
@@ -14,9 +14,6 @@ from pathlib import Path
 from tools import cli
 from tools.extras import require
 
-DESCRIPTION = (
-    "Two runs step by step: where their losses and gradient norms part, and both curves in a picture."
-)
 CANNOT_BE_COMPARED = 2
 COMPARED = ("loss", "grad_norm")
 
@@ -130,7 +127,7 @@ def write_table(a: dict[int, dict], b: dict[int, dict], differences, names: tupl
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = cli.parser("compare_runs", DESCRIPTION)
+    parser = cli.parser("compare_runs", __doc__)
     parser.add_argument("a", type=Path, help="an output directory, or its metrics.jsonl: the reference")
     parser.add_argument("b", type=Path, help="the run that is compared with it")
     how = parser.add_mutually_exclusive_group()

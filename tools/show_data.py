@@ -1,10 +1,11 @@
-"""Show what a model will be trained on, as a page for a browser.
+"""What a model will be trained on, as a page for a browser: how long the examples are, the packed rows, and
+the text of one row.
 
     python -m tools.show_data --model_id DIR --dataset FILE ... [--output show_data.html] [--row 0]
 
-The page has the lengths of the examples, the packed rows, and the text of one row. The tool takes every flag
-of trainer/main.py and reads the data by its code, so it shows what the same flags train on. The page is one
-file, which loads nothing. The exit status is 1 where training would refuse the data, or there is no such row.
+The tool takes every flag of trainer/main.py and reads the data by its code, so it shows what the same flags
+train on. The page is one file, which loads nothing. The exit status is 1 where training would refuse the
+data, or there is no such row.
 """
 
 import base64
@@ -32,10 +33,6 @@ from trainer.job import load_tokenizer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DESCRIPTION = (
-    "What a model will be trained on, as a page for a browser: how long the examples are, the packed rows, "
-    "and the text of one row."
-)
 SHOWN_ROWS = 64
 PALETTE = ("#1f77b4", "#d95f02", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#c2187c", "#a08a00", "#008b9a")
 TRAINED, SPECIAL = 1, 2  # bits of a token's mark
@@ -203,7 +200,7 @@ def write_page(rows: Rows, index: int, summary: str, tokenizer) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = cli.parser("show_data", DESCRIPTION, trainer_flags=True)
+    parser = cli.parser("show_data", __doc__, trainer_flags=True)
     parser.epilog = "All other flags are those of trainer/main.py; its --help explains them."
     parser.add_argument(
         "--output", type=Path, default=Path("show_data.html"), help="the page; default show_data.html"

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from data.loader import BEGINNING, Loader
 from data.packing import Rows
 from model.attention.flash_nki import why_not_flash
@@ -167,12 +165,7 @@ def attention_of(
     if layers is native:
         return False, "markstep's own layers and blockwise attention"
     examples = max(len(group) for each in rows for group in each.groups)
-    reason = why_not_flash(
-        examples,
-        config.max_seq_length,
-        model_config.head_dim,
-        torch.bfloat16 if config.bf16 else torch.float32,
-    )
+    reason = why_not_flash(examples, config.max_seq_length, model_config.head_dim, config.bf16)
     chosen = f"blockwise attention: {reason}" if reason else "its NKI flash attention: a row is one example"
     return not reason, f"neuronx-distributed's layers, and {chosen}"
 

@@ -1,4 +1,5 @@
-"""Compare models on a data set: loss, perplexity, and their answers next to the expected ones.
+"""Models side by side on a data set: loss, perplexity, and their answers beside the expected ones, in a
+page.
 
     python -m tools.evaluate --base --checkpoint output/checkpoint-150 --model output/merged
         --output evaluation FLAGS
@@ -19,12 +20,6 @@ from parallel.runtime import launch, leaves_at_once, prepare_environment, reques
 from tools import cli
 from tools.evaluate.report import write_results
 from tools.extras import require
-
-DESCRIPTION = (
-    "Models side by side on a data set: loss, perplexity, and their answers beside the expected ones, "
-    "in a page."
-)
-
 
 def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, list[str]]:
     """(loss per target token, greedy answer to each question) of one model; every rank calls this."""
@@ -120,7 +115,7 @@ def prepare(chosen, config):
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The tool's own flags, and the flags of trainer/main.py."""
-    parser = cli.parser("evaluate", DESCRIPTION, trainer_flags=True)
+    parser = cli.parser("evaluate", __doc__, trainer_flags=True)
     parser.epilog = "All other flags are those of trainer/main.py; its --help explains them."
     parser.add_argument(
         "--model", nargs="+", default=[], help="merged models, or other Llamas: directories or hub ids"

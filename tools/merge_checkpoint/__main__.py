@@ -1,10 +1,9 @@
-"""The command line that turns a sharded checkpoint into a Hugging Face model.
+"""A sharded checkpoint -> a Hugging Face model, or the LoRA adapter alone in peft's format.
 
     python -m tools.merge_checkpoint output/checkpoint-10 merged [--adapter_only | --base_only]
         [--dtype bfloat16] [--verify]
 
-With --adapter_only, the LoRA adapter alone is written, in peft's format. A checkpoint that
-neuronx-distributed wrote is merged too: it needs --model_id for the config and the tokenizer.
+A checkpoint that neuronx-distributed wrote is merged too: it needs --model_id for config and tokenizer.
 """
 
 import sys
@@ -14,11 +13,9 @@ from tools import cli
 from tools.merge_checkpoint.merging import merge
 from tools.merge_checkpoint.sources import DTYPES
 
-DESCRIPTION = "A sharded checkpoint -> a Hugging Face model, or the LoRA adapter alone in peft's format."
-
 
 def main() -> int:
-    parser = cli.parser("merge_checkpoint", DESCRIPTION)
+    parser = cli.parser("merge_checkpoint", __doc__)
     parser.add_argument(
         "checkpoint", type=Path, help="a directory checkpoint-<step>, or one that neuronx-distributed wrote"
     )
