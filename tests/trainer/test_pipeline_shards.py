@@ -11,7 +11,7 @@ from tests.support.on_ranks import on_ranks
 from tests.support.saved import TOKENIZER
 from tests.tools.test_inspect_checkpoint import flip
 from tests.trainer.test_training import read, several_runs, start
-from tools.inspect_checkpoint import main as inspect
+from tools.inspect_checkpoint.__main__ import main as inspect
 from tools.merge_checkpoint.__main__ import main as merge
 from trainer.config import parse
 from trainer.job import prepare
