@@ -61,7 +61,9 @@ def test_the_same_answer_from_a_checkpoint_by_two_ranks_and_from_the_keyboard(tm
 def test_prompts_of_a_file(tmp_path):
     path, form = tmp_path / "prompts.jsonl", PromptFormat.of("instruction")
     path.write_text(
-        '{"instruction": "Who?", "context": "He."}\n{"instruction": "Who?", "input": "He."}\n{"prompt": "Once"}\n'
+        '{"instruction": "Who?", "context": "He."}\n'
+        '{"instruction": "Who?", "input": "He."}\n'
+        '{"prompt": "Once"}\n'
     )
     (who, ids), again, (once, text) = read_prompts(path, form, TOKENIZER)
     assert (who, ids) == again == ("Who?", form.encode(TOKENIZER, "Who?", "He.")) and once == "Once"

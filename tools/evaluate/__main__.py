@@ -21,6 +21,7 @@ from tools import cli
 from tools.evaluate.report import write_results
 from tools.extras import require
 
+
 def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, list[str]]:
     """(loss per target token, greedy answer to each question) of one model; every rank calls this."""
     import torch
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         from parallel.mesh import Mesh
 
         sources, rows, questions = prepare(chosen, config)
-        for source in sources:
+        for source in sources:  # built on no device, which raises where the ranks cannot divide it
             Llama(source.config, Mesh.create(0, world_size, config.tensor_parallel_size).tp)
     except (ValueError, OSError) as error:
         return cli.fail(in_one_line(error))
