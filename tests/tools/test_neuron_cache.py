@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.support.on_ranks import ROOT
 from tools.neuron_cache.__main__ import main
+from tools.neuron_cache.archive import pack, unpack
 from tools.neuron_cache.cache import cache_location, entries_of
 from tools.neuron_cache.key import NOT_IN_THE_GRAPH, key_of
 from tools.neuron_cache.listing import listing
-
-from tests.support.on_ranks import ROOT
-from tools.neuron_cache.archive import pack, unpack
 from trainer.config import parse
 
 COMPILER = "neuronxcc-2.24.5133.0+58f8de22"

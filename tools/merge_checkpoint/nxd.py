@@ -110,7 +110,7 @@ class NxdCheckpoint:
 
     @staticmethod
     def is_one(directory: Path) -> bool:
-        """Whether the directory, or its `model`, holds files or directories of neuronx-distributed's ranks."""
+        """Whether the directory, or its `model`, holds files or directories named by rank."""
         return any(
             RANK.fullmatch(path.name)
             for folder in (Path(directory), Path(directory) / "model")
@@ -123,7 +123,7 @@ class NxdCheckpoint:
         return self._parts[name].dtype
 
     def stream(self, name: str) -> Iterator[torch.Tensor]:
-        """Consecutive bands of rows, [rows, columns] or [rows], each of at most 32 MB or of one row.
+        """Consecutive bands of rows, each at most 32 MB or one row: [rows, columns], or [rows] of a norm.
 
         Raises ValueError where the replicas of norms or KV heads differ, or a tied head from the embedding.
         """
