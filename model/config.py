@@ -58,7 +58,8 @@ class ModelConfig:
             )
         if getattr(config, "quantization_config", None):
             raise ValueError(
-                f"{directory}/config.json: the model is quantized (quantization_config); plain weights are read"
+                f"{directory}/config.json: the model is quantized (quantization_config); plain weights "
+                "are read"
             )
         scaling = config.rope_scaling
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))

@@ -104,7 +104,8 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, positions: int) -> in
     needed = longest_prompt + max_new_tokens
     if needed > positions:
         raise ValueError(
-            f"a prompt of {longest_prompt} tokens and --max_new_tokens {max_new_tokens} are more than the model's "
+            f"a prompt of {longest_prompt} tokens and --max_new_tokens {max_new_tokens} are more than the "
+            "model's "
             f"positions (max_position_embeddings {positions}): shorten one of them"
         )
     return -(-needed // ROUNDED_TO) * ROUNDED_TO

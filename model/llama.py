@@ -205,7 +205,8 @@ def check_divisible(config: ModelConfig, group: Group, pipeline: Pipeline = ONE_
     parts = group.size() * pipeline.group.size()
     if config.vocab_size % parts:
         raise ValueError(
-            f"the model's vocab_size {config.vocab_size} is not divisible by {parts}, the tensor parallel size "
+            f"the model's vocab_size {config.vocab_size} is not divisible by {parts}, the tensor parallel "
+            "size "
             f"{group.size()} x {pipeline.group.size()} pipeline stages, which divide it"
         )
     kv_heads = config.num_key_value_heads

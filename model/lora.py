@@ -24,7 +24,7 @@ MASK = 0x7FFFFFFF  # the 31 bits of an int32 that is not negative
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """peft's settings of the same names; `target_modules` are Hugging Face module names or their last parts."""
+    """peft's settings of the same names. target_modules: Hugging Face module names, or their last parts."""
 
     r: int
     lora_alpha: float
@@ -67,7 +67,7 @@ class TokenSeeds:
 
 
 class LoraLinear(nn.Module):
-    """A parallel layer with a low-rank update; parameters `base_layer.*`, `lora_A.weight`, `lora_B.weight`."""
+    """A parallel layer with a low-rank update: `base_layer.*`, `lora_A.weight` and `lora_B.weight`."""
 
     has_adapter = True
 
@@ -223,7 +223,7 @@ def is_lora(name: str) -> bool:
 
 
 def generator_of(name: str, seed: int) -> torch.Generator:
-    """A generator of the name's own: what it draws depends neither on the topology nor on the order of calls."""
+    """A generator for this name: what it draws depends on neither the topology nor the order of calls."""
     return torch.Generator().manual_seed(
         zlib.crc32(f"{seed}/{name}".encode())
     )  # of a seed, torch's takes 32 bits

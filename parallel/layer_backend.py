@@ -28,7 +28,8 @@ def parallel_layers(choice: str, stages: int = 1) -> ModuleType:
         )
     if not devices.on_neuron():
         raise ValueError(
-            "--parallel_layers nxd needs the Neuron SDK and a process for each rank; on a CPU, pass native or auto"
+            "--parallel_layers nxd needs the Neuron SDK and a process for each rank; on a CPU, pass "
+            "native or auto"
         )
     try:
         installed = version("neuronx-distributed")
@@ -38,7 +39,8 @@ def parallel_layers(choice: str, stages: int = 1) -> ModuleType:
         ) from None
     if importlib.util.find_spec("neuronx_distributed") is None:
         raise ValueError(
-            f"--parallel_layers {choice}: neuronx-distributed {installed} is PyPI's placeholder, which is empty: "
+            f"--parallel_layers {choice}: neuronx-distributed {installed} is PyPI's placeholder, which is "
+            "empty: "
             f"{WAY_OUT}"
         )
     if tuple(map(int, re.findall(r"\d+", installed)[:2])) < OLDEST:

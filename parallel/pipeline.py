@@ -61,7 +61,8 @@ class Pipeline:
         stages, ids, first = self.group.size(), [], 0
         if layers < stages:
             raise ValueError(
-                f"the model's num_hidden_layers {layers} is less than --pipeline_parallel_size {stages}: a stage "
+                f"the model's num_hidden_layers {layers} is less than --pipeline_parallel_size {stages}: "
+                "a stage "
                 "would have no layer"
             )
         count, more = divmod(layers, stages)

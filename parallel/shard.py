@@ -70,7 +70,8 @@ def named_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]
             full_name = f"{prefix}.{name}" if prefix else name
             if name not in getattr(owner, "shards", {}):
                 raise ValueError(
-                    f"the parameter {full_name} belongs to no parallel layer: derive {type(owner).__name__} from "
+                    f"the parameter {full_name} belongs to no parallel layer: derive "
+                    f"{type(owner).__name__} from "
                     "parallel.layers.ParallelLayer and add it by add_parameter"
                 )
             yield full_name, parameter, replace(owner.shards[name], padding=owner.is_padding)

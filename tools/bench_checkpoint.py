@@ -187,13 +187,15 @@ def main() -> int:
         seconds, memory = np.array(values).T
         speed = np.sort(np.array(found["copy"])[:, 0] / seconds)
         print(
-            f"{side:<8} {np.median(seconds):6.2f} s   {size / 1e9 / np.median(seconds):5.2f} GB/s   speed to cp "
+            f"{side:<8} {np.median(seconds):6.2f} s   {size / 1e9 / np.median(seconds):5.2f} GB/s   speed "
+            "to cp "
             f"{np.median(speed):.2f} ({speed[0]:.2f} - {speed[-1]:.2f})   at most {memory.max():6.0f} MB"
         )
     measure("merge", checkpoint, output)
     seconds, memory = measure("load", output, output)
     print(
-        f"load     {seconds:6.2f} s   at most {memory:6.0f} MB, and 1/{RANKS} of the model is {size / RANKS / 1e6:.0f} MB"
+        f"load     {seconds:6.2f} s   at most {memory:6.0f} MB, and 1/{RANKS} of the model is "
+        f"{size / RANKS / 1e6:.0f} MB"
     )
     shutil.rmtree(chosen.directory)
     return 0

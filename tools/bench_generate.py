@@ -87,7 +87,8 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
     print(f"markstep      {np.median(ours):8.1f} tokens/s, {runtime.compilations() - before} graphs")
     print(f"transformers  {np.median(theirs):8.1f} tokens/s, {torch.get_num_threads()} threads")
     print(
-        f"ratio {np.median(ratios):.2f} ({ratios.min():.2f} - {ratios.max():.2f}); {equal} of {PROMPTS} answers equal"
+        f"ratio {np.median(ratios):.2f} ({ratios.min():.2f} - {ratios.max():.2f}); {equal} of {PROMPTS} "
+        "answers equal"
     )
 
 

@@ -31,7 +31,8 @@ def draw(examples: int, row_length: int, seed: int) -> Tokens:
     lengths = rng.lognormal(np.log(MEDIAN), np.sqrt(2 * np.log(MEAN / MEDIAN)), examples)
     lengths = lengths.round().clip(SHORTEST, LONGEST).astype(np.int64)
     print(
-        f"{examples} examples: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, longest {lengths.max()} tokens"
+        f"{examples} examples: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, longest "
+        f"{lengths.max()} tokens"
     )
     lengths = np.minimum(lengths, row_length)
     offsets = np.append(0, lengths.cumsum())
@@ -144,16 +145,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {name}: {error}", file=sys.stderr)
         return 1
     print(
-        f"{total} tokens when cut, at least {bound} rows; {chosen.rounds} rounds, ratios within a round: median (min - max)"
+        f"{total} tokens when cut, at least {bound} rows; {chosen.rounds} rounds, ratios within a round: "
+        "median (min - max)"
     )
     print(
-        f"{'':<20} {'seconds':>8} {'min':>7} {'max':>7} {'to ours':>21} {'to ours and rows':>21}   rows  / least   full"
+        f"{'':<20} {'seconds':>8} {'min':>7} {'max':>7} {'to ours':>21} {'to ours and rows':>21}   rows  "
+        "/ least   full"
     )
     for name, (_, *values) in seconds.items():
         ratios = [np.sort(np.divide(values, seconds[ours][1:])) for ours in ("ours", "ours and rows")]
         spreads = [f"{np.median(ratio):.3g} ({ratio[0]:.3g} - {ratio[-1]:.3g})" for ratio in ratios]
         print(
-            f"{name:<20} {np.median(values):>8.3f} {min(values):>7.3f} {max(values):>7.3f} {spreads[0]:>21} {spreads[1]:>21} "
+            f"{name:<20} {np.median(values):>8.3f} {min(values):>7.3f} {max(values):>7.3f} "
+            f"{spreads[0]:>21} {spreads[1]:>21} "
             f"{rows[name]:>6} {rows[name] / bound:>8.4f} {total / (rows[name] * row_length):.2%}"
         )
     return 0

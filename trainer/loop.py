@@ -120,7 +120,7 @@ def whole_step(
 
 
 def forward_backward(state: TrainState, batch: Batch) -> None:
-    """Add the gradients of the *sum* of a micro-batch's losses, and its counts, to the accumulator, in fp32."""
+    """Add the gradients of the *sum* of a micro-batch's losses, and its counts, to the accumulator."""
     model = state.model
     logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"], batch["row_seeds"])
     loss_sum, counts = loss_and_counts(model, logits, batch)  # trainer/objective.py

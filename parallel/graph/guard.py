@@ -67,7 +67,8 @@ class Guard:
         where = f'{f"step {self._step}" if self._step else "before step 1"}: mark_step("{name}")'
         if value_was_read:
             self._report(
-                f"{where}: a graph was compiled before it, because a value was read (.item(), .cpu(), print) that no "
+                f"{where}: a graph was compiled before it, because a value was read (.item(), .cpu(), "
+                "print) that no "
                 "mark_step had executed; PT_XLA_DEBUG_LEVEL=1 shows the line"
             )
         elif new and before:

@@ -57,8 +57,10 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
         return
     if stochastic_rounding:
         print(
-            "warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, so updates that "
-            "are small beside their weight are lost: leave the flag out here to train with fp32 master weights.",
+            "warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, "
+            "so updates that "
+            "are small beside their weight are lost: leave the flag out here to train with fp32 master "
+            "weights.",
             file=sys.stderr,
         )
     # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks, and

@@ -9,7 +9,7 @@ from parallel.runtime.threads import launch_threads
 
 
 def launch(function: Callable[[Runtime], object], world_size: int) -> None:
-    """Run `function(runtime)` on every rank; the first error of any rank ends the others and is raised here."""
+    """Run `function(runtime)` on every rank. The first error of any rank ends the others and is raised."""
     if devices.on_neuron():
         launch_process(function)
     else:

@@ -17,7 +17,7 @@ class ProcessRuntime(Runtime):
 
     @property
     def store(self):
-        """The key-value store of the processes of all nodes: they talk through it without using the device."""
+        """The key-value store of the processes of all nodes, which needs no device."""
         from torch.distributed.distributed_c10d import _get_default_store
 
         return of_this_attempt(_get_default_store())
@@ -61,15 +61,17 @@ def launch_process(function: Callable[[Runtime], object]) -> None:
     position = xla_runtime.global_ordinal(), xla_runtime.world_size()
     if position != (rank, world_size):
         raise OSError(
-            f"torchrun made this process rank {rank} of {world_size}, and its device is number {position[0]} of "
-            f"{position[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of another launcher"
+            f"torchrun made this process rank {rank} of {world_size}, and its device is number "
+            f"{position[0]} of "
+            f"{position[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of "
+            "another launcher"
         )
     with collecting_at_mark_steps():
         run_process(function, ProcessRuntime(rank, world_size, torch_xla.device()))
 
 
 def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) -> None:
-    """Run `function(runtime)` in a process group that exists; an error, or a killed process, ends all ranks."""
+    """Run `function(runtime)` in an existing process group. An error or a killed process ends all ranks."""
     watch = Watch(runtime.store.clone(), runtime.rank)
     try:
         function(runtime)

@@ -15,7 +15,7 @@ from parallel.runtime.rank import GraphMismatch, Runtime
 
 
 class LockstepBarrier:
-    """A barrier of threads that must all arrive from the same call; raises GraphMismatch where they do not."""
+    """A barrier of threads that must all arrive from the same call; else it raises GraphMismatch."""
 
     def __init__(self, world_size: int):
         self.shared = None
@@ -74,8 +74,10 @@ class ThreadRuntime(Runtime):
         odd = [str(rank) for rank, graph in enumerate(hashes) if graph != hashes[0]]
         if odd:
             raise GraphMismatch(
-                f"rank{'s' if len(odd) > 1 else ''} {', '.join(odd)} of {self.world_size} traced another graph than "
-                "rank 0 before this mark_step. All ranks must run the same operations: what depends on the rank must "
+                f"rank{'s' if len(odd) > 1 else ''} {', '.join(odd)} of {self.world_size} traced another "
+                "graph than "
+                "rank 0 before this mark_step. All ranks must run the same operations: what depends on "
+                "the rank must "
                 "be data in a tensor of shape [1] or more, never a Python branch, a shape or a constant."
             )
         self._execute(name, hashes[0], live[0])

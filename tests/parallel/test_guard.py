@@ -26,7 +26,9 @@ STEP, BATCH, BACKWARD, REDUCTION = (
 CAUSES = {
     "shape": (
         BATCH,
-        "batch = {name: each.cpu()[..., :32].to(each.device) if AT.step == 3 else each for name, each in batch.items()}",
+        "batch = "
+        "{name: each.cpu()[..., :32].to(each.device) if AT.step == 3 else each "
+        "for name, each in batch.items()}",
     ),
     "dtype": (
         BATCH,

@@ -69,7 +69,7 @@ def several_runs(runtime, commands):
 
 
 def final_states(runtime, commands, look):
-    """{output directory's name: look(optimizer) after the last step} on this rank, of several command lines."""
+    """{output directory's name: look(optimizer) after the last step} on this rank."""
     return {
         os.path.basename(flags[flags.index("--output_dir") + 1]): look(run_one(runtime, flags).optimizer)
         for flags in commands

@@ -256,7 +256,7 @@ MODES = {
 
 
 def test_runs_are_saved_and_go_on_with_other_stages(tmp_path):
-    """Three layers, so that a slot is spare; with dropout; and what is merged is what one stage has trained."""
+    """Three layers, so that one is padding; with dropout; the merged model is what one stage has trained."""
     save_llama(tmp_path / "base", hidden_size=32, intermediate_size=48)
 
     def command(mode, run, output, *more):

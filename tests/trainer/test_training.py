@@ -318,12 +318,13 @@ def test_full_training_comes_back(tmp_path):
 def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
     """The launch command of the LoRA tutorial, on a machine of 8 virtual devices."""
     save_llama(tmp_path / "base", num_key_value_heads=8)
-    flags = f"""--model_id {tmp_path}/base --dataset {ROOT}/data/sample/instructions.jsonl --num_train_epochs 3 --do_train
-        --learning_rate 5e-5 --warmup_ratio 0.03 --max_steps 4 --per_device_train_batch_size 1 --per_device_eval_batch_size 1
-        --gradient_accumulation_steps 2 --gradient_checkpointing true --bf16 --zero_1 false --tensor_parallel_size 8
-        --pipeline_parallel_size 1 --logging_steps 1 --save_total_limit 1 --output_dir out --lr_scheduler_type constant
-        --lora_r 16 --lora_alpha 32 --lora_dropout 0.0 --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128
-        --packing true""".split()
+    flags = f"""--model_id {tmp_path}/base --dataset {ROOT}/data/sample/instructions.jsonl --num_train_epochs 3
+        --do_train --learning_rate 5e-5 --warmup_ratio 0.03 --max_steps 4
+        --per_device_train_batch_size 1 --per_device_eval_batch_size 1
+        --gradient_accumulation_steps 2 --gradient_checkpointing true --bf16 --zero_1 false
+        --tensor_parallel_size 8 --pipeline_parallel_size 1 --logging_steps 1 --save_total_limit 1
+        --output_dir out --lr_scheduler_type constant --lora_r 16 --lora_alpha 32 --lora_dropout
+        0.0 --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128 --packing true""".split()
     start(*flags, program=torchrun(8), cwd=tmp_path)
     lines = read(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["compilations"] == 2

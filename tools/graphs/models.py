@@ -78,5 +78,6 @@ def read_model(name: str) -> ModelConfig:
 
 
 def rank_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> Llama:
-    """The model of the mesh's rank as it is trained, on the meta device; ValueError where it cannot be divided."""
+    """The model of the mesh's rank as it is trained, on the meta device; ValueError where it cannot be
+    divided."""
     return build_model(config, model_config, mesh, lora_config(config))
