@@ -102,7 +102,7 @@ def _use(given, operations):
 
 
 def _named(operations):
-    """One operation that stands for all: preferably one of the user's own lines, not an inner part of torch."""
+    """One operation that stands for all: preferably one of the user's own lines."""
     return max(operations, key=lambda each: (bool(each.line), each.above != HINT))
 
 

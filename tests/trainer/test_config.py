@@ -1,4 +1,4 @@
-"""Presets, and the global batch that any cluster keeps."""
+"""Presets, and the global batch, which is the same on every cluster."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Loss and perplexity of held-out rows against transformers', and what a run answers between its steps."""
+"""Loss and perplexity of held-out rows compared with transformers, and the answers during a run."""
 
 import json
 import math
@@ -29,8 +29,7 @@ def examples():
 
 
 def evaluated(runtime, checkpoint):
-    """{dp: (loss, targets)} by the loop's own evaluation, of a model that is not merged; 5 rows in batches of
-    2 a rank."""
+    """{dp: (loss, targets)} of an unmerged model by the loop's evaluation: 5 rows, batches of 2 per rank."""
     from pathlib import Path
 
     from data.loader import Loader
@@ -94,8 +93,10 @@ def test_examples_as_questions():
 
 
 def test_a_run_answers_between_its_steps(tmp_path):
-    """tp 2 x dp 2 with sequence parallelism, after the same run that answers nothing: two graphs more, and
-    the same training."""
+    """Compared with the same run without answers, there are two more graphs, and the training is the same.
+
+    The topology is tp 2 x dp 2 with sequence parallelism.
+    """
     flags = [
         "--max_steps",
         "4",

@@ -1,4 +1,4 @@
-"""Prompts as they are in training, found again beside the weights; and what ends an answer."""
+"""Prompts are those of training, which are saved next to the weights; and the tokens that end an answer."""
 
 import json
 

@@ -318,7 +318,8 @@ def test_full_training_comes_back(tmp_path):
 def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
     """The launch command of the LoRA tutorial, on a machine of 8 virtual devices."""
     save_llama(tmp_path / "base", num_key_value_heads=8)
-    flags = f"""--model_id {tmp_path}/base --dataset {ROOT}/data/sample/instructions.jsonl --num_train_epochs 3
+    flags = f"""
+        --model_id {tmp_path}/base --dataset {ROOT}/data/sample/instructions.jsonl --num_train_epochs 3
         --do_train --learning_rate 5e-5 --warmup_ratio 0.03 --max_steps 4
         --per_device_train_batch_size 1 --per_device_eval_batch_size 1
         --gradient_accumulation_steps 2 --gradient_checkpointing true --bf16 --zero_1 false
