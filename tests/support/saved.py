@@ -31,11 +31,7 @@ def whole(kind, name, step=1, shapes=SHAPES):
 
 
 def shards_of(mesh, shapes=SHAPES):
-<<<<<<< HEAD
-    """Each stage has the parameters of all stages, as a model has them; those of others are padding."""
-=======
     """{name: shard} of a rank. As in a model, each stage has the parameters of all: others' are spare."""
->>>>>>> h4
     size, rank, stages = mesh.tp.size(), mesh.tp.rank(), mesh.pp.size()
     shards = {
         name: Shard(shape) if dim is None else Shard(shape, dim, size, rank)
@@ -48,11 +44,7 @@ def shards_of(mesh, shapes=SHAPES):
 
 
 def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, changed=None, by=1.0):
-<<<<<<< HEAD
-    """An optimizer with the state of the step (zeros at 0); to the parameter `changed`, `by` is added."""
-=======
     """An optimizer with the state of a step (zeros at 0); `by` is added to the parameter `changed`."""
->>>>>>> h4
     shards = shards_of(mesh, shapes)
     trained = [(name, torch.nn.Parameter(torch.zeros(shard.shape)), shard) for name, shard in shards.items()]
     buckets = Buckets(trained, mesh, zero_1, bucket_bytes)
