@@ -266,7 +266,7 @@ class Generator:
     def _logits(self, x, batch):
         """x [batch, features] -> fp32 [batch, vocab_size] on all ranks."""
         logits = self._model.head(x, batch).squeeze(1)
-        return all_gather(logits, self._model.model.embed_tokens.parameter_group, -1).float()
+        return all_gather(logits, self._model.vocabulary_group, -1).float()
 
 
 @contextmanager

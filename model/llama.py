@@ -130,12 +130,15 @@ class Llama(nn.Module):
         inputs = self.layer_inputs(position_ids, segment_ids, row_seeds)
         return self.head(self.stage(self.embed(input_ids), inputs), len(input_ids), inputs.token_seeds)
 
+    @property
+    def vocabulary_group(self) -> Group:
+        """The ranks that divide the vocabulary: the tensor parallel ranks of all pipeline stages."""
+        return self.model.embed_tokens.parameter_group
+
     def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The cross entropy in nats of each target, fp32 [batch, sequence]; 0 where there is none
         (parallel/loss.py)."""
-        return parallel_cross_entropy(
-            logits, labels, self.rank_index, self.model.embed_tokens.parameter_group
-        )
+        return parallel_cross_entropy(logits, labels, self.rank_index, self.vocabulary_group)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, sequence] -> [tokens, features]."""
