@@ -3,10 +3,10 @@ while it loads.
 
     python -m tools.bench_checkpoint DIRECTORY [--layers 24] [--rounds 3]
 
-DIRECTORY gets a checkpoint of a full training, in fp32, as 8 tensor parallel ranks save it: 4.4 GB with 24
-layers, without the optimizer's moments, which a merge does not read. Each side is a process of its own and
-writes as many bytes to the same disk, and waits until the disk has them; imports are not timed. The sides
-alternate; ratios are taken within a round.
+DIRECTORY gets a checkpoint of a full training in fp32, as 8 tensor parallel ranks save it: 4.4 GB with 24
+layers, without the optimizer's moments, which a merge does not read. Each side is a process of its own,
+writes the same number of bytes to the same disk, and waits until they are on the disk; imports are not timed.
+The sides alternate; ratios are those within a round.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+
+from tools import cli
 
 RANKS = 8
 MODEL = {
@@ -39,8 +41,7 @@ MODEL = {
 
 
 def make_checkpoint(directory: Path, layers: int) -> Path:
-    """checkpoint-1 in `directory`, of random weights; the ranks save one after the other, for the memory's
-    sake."""
+    """Write checkpoint-1 with random weights, one rank after the other to save memory; returns its path."""
     from data.loader import Position
     from model.config import ModelConfig
     from model.llama import Llama
@@ -87,6 +88,7 @@ def make_checkpoint(directory: Path, layers: int) -> Path:
 
 
 def copy(checkpoint: Path, output: Path) -> None:
+    """Copy the ranks' files with cp."""
     output.mkdir()
     files = sorted(checkpoint.glob("rank-*"))
     subprocess.run(["cp", *files, output], check=True)
@@ -100,7 +102,7 @@ def merge(checkpoint: Path, output: Path) -> None:
 
 
 def naive(checkpoint: Path, output: Path) -> None:
-    """Load the files of all ranks, concatenate, save."""
+    """Load the files of all ranks, concatenate the tensors, and save them."""
     from safetensors.torch import load_file, save_file
 
     output.mkdir()
@@ -120,7 +122,7 @@ def naive(checkpoint: Path, output: Path) -> None:
 
 
 def load(model: Path, _) -> None:
-    """What rank 3 of 8 does before training starts, with the CPU as its device."""
+    """Load a merged model as rank 3 of 8 does before training, with the CPU as its device."""
     from model.config import ModelConfig
     from model.llama import Llama
     from model.weights.loading import fill
@@ -135,13 +137,14 @@ SIDES = {function.__name__: function for function in (copy, merge, naive, load)}
 
 
 def measure(side: str, source: Path, output: Path) -> tuple[float, float]:
-    """(seconds, MB of memory at most beyond what the imports took) of one side in a process of its own."""
+    """(seconds, most MB of memory that were added to those of the imports) of a side in its own process."""
     command = [sys.executable, "-m", "tools.bench_checkpoint", source, "--side", side, "--output", output]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
 def run_side(side: str, source: Path, output: Path) -> None:
+    """Run a side in this process, and print what measure() returns."""
     import transformers  # noqa: F401
 
     import tools.merge_checkpoint.merging  # noqa: F401
@@ -153,15 +156,14 @@ def run_side(side: str, source: Path, output: Path) -> None:
 
 
 def peak_memory() -> float:
-    """MB of this process, mapped files included."""
+    """The most MB of memory that this process has had, mapped files included."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_checkpoint", description=__doc__.splitlines()[0]
-    )
+    """The tool; returns its exit status."""
+    parser = cli.parser("bench_checkpoint", __doc__)
     parser.add_argument(
         "directory", type=Path, help="where some 15 GB are written, and deleted at the end; must not exist"
     )

@@ -2,18 +2,18 @@
 
     python -m tools.bench_generate [--model DIR] [--batch_size 1] [--rounds 5]
 
-20 prompts of 16 to 120 random tokens, `--max_new_tokens` each, none ended early; fp32, one rank. Both sides
-get the same batches (transformers' padded on the left); sides alternate, after a round for warming up.
-Without --model: 6 layers, hidden 512, vocabulary 8,192, random weights.
+20 prompts of 16 to 120 random tokens get --max_new_tokens each, and none ends early; fp32, one rank. Both
+sides get the same batches (transformers' are padded on the left). The sides alternate, after a round for
+warming up. Without --model: 6 layers, hidden 512, vocabulary 8,192, random weights.
 """
 
-import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from parallel.runtime import launch, prepare_environment
+from tools import cli
 
 PROMPTS = 20
 DEFAULT = {
@@ -27,8 +27,8 @@ DEFAULT = {
 }
 
 
-def by_transformers(model, prompts: list[list[int]], batch_size: int, new: int) -> list[list[int]]:
-    """The answers of transformers' generate."""
+def generate_by_transformers(model, prompts: list[list[int]], batch_size: int, new: int) -> list[list[int]]:
+    """`new` tokens for each prompt, by transformers' generate."""
     import torch
 
     answers = []
@@ -45,7 +45,7 @@ def by_transformers(model, prompts: list[list[int]], batch_size: int, new: int) 
 
 
 def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) -> None:
-    """Print seconds and ratios; one rank."""
+    """Print tokens a second of both sides and their ratio. `runtime` is that of a single rank."""
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
@@ -78,7 +78,7 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
         begun = time.perf_counter()
         answers = generator.generate(prompts, new, set())
         between = time.perf_counter()
-        expected = by_transformers(reference, prompts, batch_size, new)
+        expected = generate_by_transformers(reference, prompts, batch_size, new)
         if number:
             ours.append(PROMPTS * new / (between - begun))
             theirs.append(PROMPTS * new / (time.perf_counter() - between))
@@ -93,9 +93,8 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_generate", description=__doc__.splitlines()[0]
-    )
+    """The tool; returns its exit status."""
+    parser = cli.parser("bench_generate", __doc__)
     parser.add_argument("--model", help="a directory of a merged model, or of any other Llama")
     parser.add_argument(
         "--batch_size", type=int, default=1, help="prompts that are answered at once; default 1"
@@ -113,15 +112,14 @@ def main(arguments: list[str] | None = None) -> int:
                 import transformers
 
                 transformers.set_seed(0)
-                transformers.LlamaForCausalLM(transformers.ModelConfig(**DEFAULT)).save_pretrained(directory)
+                transformers.LlamaForCausalLM(transformers.LlamaConfig(**DEFAULT)).save_pretrained(directory)
             from model.config import ModelConfig
             from model.weights.loading import check_weights
             from model.weights.sources import SafetensorsFiles
 
             check_weights(ModelConfig.from_pretrained(directory), SafetensorsFiles(directory))
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return cli.fail(error)
         launch(
             lambda runtime: measure(
                 runtime, directory, chosen.batch_size, chosen.max_new_tokens, chosen.rounds

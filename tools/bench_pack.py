@@ -2,13 +2,12 @@
 
     python -m tools.bench_pack [--examples 15000] [--row_length 2048] [--rounds 5] [--seed 0]
 
-Each side gets the same examples in memory, cut to the row's length beforehand. Ours gives the numbers of each
-row's examples; trl packs a datasets.Dataset with the columns input_ids and labels, as its SFTTrainer does,
-and moves the tokens. Where it says "and rows", what a step is fed is built too, one row at a time: by
+Each side gets the same examples in memory, which are cut to the row's length before. Ours returns the numbers
+of each row's examples. trl packs a datasets.Dataset with the columns input_ids and labels, as its SFTTrainer
+does, and moves the tokens. Sides called "and rows" also build the inputs of a step, one row at a time: by
 data.packing.Rows, or by trl's padding-free collator.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -20,16 +19,14 @@ import numpy as np
 
 from data.packing import Pieces, Rows, pack
 from data.tokens import IGNORED, Tokens
-
-MEDIAN, MEAN, SHORTEST, LONGEST = 110, 205, 12, 5000
+from tools import cli
+from tools.example_lengths import draw_lengths
 
 
 def draw(examples: int, row_length: int, seed: int) -> Tokens:
-    """Examples of random tokens, their lengths log-normal and cut to the row; the second half of each is
-    trained on."""
+    """Examples of random tokens, cut to the row; the second half of each is trained on."""
     rng = np.random.default_rng(seed)
-    lengths = rng.lognormal(np.log(MEDIAN), np.sqrt(2 * np.log(MEAN / MEDIAN)), examples)
-    lengths = lengths.round().clip(SHORTEST, LONGEST).astype(np.int64)
+    lengths = draw_lengths(rng, examples)
     print(
         f"{examples} examples: median {np.median(lengths):.0f}, mean {lengths.mean():.0f}, longest "
         f"{lengths.max()} tokens"
@@ -48,7 +45,7 @@ def draw(examples: int, row_length: int, seed: int) -> Tokens:
 
 
 def our_sides(tokens: Tokens, row_length: int) -> dict[str, tuple]:
-    """{name: (what is timed, the tokens in its result)} of ours, as the trainer calls it."""
+    """{name: (the function that is timed, the number of tokens in its result)} of our packing."""
     pieces = Pieces(np.zeros(len(tokens), np.int64), tokens.offsets[:-1], tokens.offsets[1:])
 
     def packing(build: bool) -> list[list[int]]:
@@ -65,11 +62,12 @@ def our_sides(tokens: Tokens, row_length: int) -> dict[str, tuple]:
 
 
 def trl_sides(tokens: Tokens, row_length: int) -> dict[str, tuple]:
-    """The same of trl: by its default, which packs each 1000 examples by themselves, and all at once; raises
-    ImportError."""
-    os.environ.update(
-        USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
-    )  # trl imports accelerate: no device for that
+    """The same as our_sides for trl: its default, which packs every 1000 examples, and all at once.
+
+    Raises ImportError where trl is not installed.
+    """
+    # trl imports accelerate, which would take the XLA device.
+    os.environ.update(USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     import datasets
     import pyarrow
     import torch
@@ -117,7 +115,8 @@ def trl_sides(tokens: Tokens, row_length: int) -> dict[str, tuple]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_pack", description=__doc__.splitlines()[0])
+    """The tool; returns its exit status."""
+    parser = cli.parser("bench_pack", __doc__)
     for name, default in (("examples", 15000), ("row_length", 2048), ("rounds", 5), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     chosen = parser.parse_args(arguments)
@@ -129,21 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
         sides.update(trl_sides(tokens, row_length))
     except (ImportError, RuntimeError) as error:
         print(f"ours alone is measured; for trl beside it: pip install trl ({error!r})")
-    seconds, rows, bound = {name: [] for name in sides}, {}, -(-total // row_length)
     try:
-        for number in range(1 + chosen.rounds):  # the first is for warming up
-            for name in list(sides)[:: -1 if number % 2 else 1]:  # nobody always runs after the same one
-                packing, kept = sides[name]
-                begin = time.perf_counter()
-                result = packing()
-                seconds[name].append(time.perf_counter() - begin)
-                rows[name] = len(result)
-                if kept(result) != total:
-                    raise ValueError(f"its rows have {kept(result)} of {total} tokens")
-                del result  # else the next one's seconds would have its release
+        seconds, rows = measure(sides, total, chosen.rounds)
     except ValueError as error:
-        print(f"error: {name}: {error}", file=sys.stderr)
-        return 1
+        return cli.fail(error)
+    bound = -(-total // row_length)
     print(
         f"{total} tokens when cut, at least {bound} rows; {chosen.rounds} rounds, ratios within a round: "
         "median (min - max)"
@@ -152,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{'':<20} {'seconds':>8} {'min':>7} {'max':>7} {'to ours':>21} {'to ours and rows':>21}   rows  "
         "/ least   full"
     )
-    for name, (_, *values) in seconds.items():
-        ratios = [np.sort(np.divide(values, seconds[ours][1:])) for ours in ("ours", "ours and rows")]
+    for name, values in seconds.items():
+        ratios = [np.sort(np.divide(values, seconds[ours])) for ours in ("ours", "ours and rows")]
         spreads = [f"{np.median(ratio):.3g} ({ratio[0]:.3g} - {ratio[-1]:.3g})" for ratio in ratios]
         print(
             f"{name:<20} {np.median(values):>8.3f} {min(values):>7.3f} {max(values):>7.3f} "
@@ -161,6 +150,27 @@ def main(arguments: list[str] | None = None) -> int:
             f"{rows[name]:>6} {rows[name] / bound:>8.4f} {total / (rows[name] * row_length):.2%}"
         )
     return 0
+
+
+def measure(
+    sides: dict[str, tuple], total: int, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """({side: its seconds in each round}, {side: its rows}), after a round for warming up.
+
+    Raises ValueError where the rows of a side have not all `total` tokens.
+    """
+    seconds, rows = {name: [] for name in sides}, {}
+    for number in range(1 + rounds):
+        for name in list(sides)[:: -1 if number % 2 else 1]:  # no side always runs after the same one
+            packing, kept = sides[name]
+            begin = time.perf_counter()
+            result = packing()
+            seconds[name].append(time.perf_counter() - begin)
+            rows[name] = len(result)
+            if kept(result) != total:
+                raise ValueError(f"{name}: its rows have {kept(result)} of {total} tokens")
+            del result  # else its release would count for the next side
+    return {name: values for name, (_, *values) in seconds.items()}, rows
 
 
 if __name__ == "__main__":
