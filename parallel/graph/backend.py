@@ -68,3 +68,23 @@ def reset_collective_order(device: torch.device) -> None:
 def profiler_span(name: str) -> AbstractContextManager:
     """A named span of the calling thread in XLA's profile."""
     return _xlac().profiler.TraceMe(name)
+
+
+def data_handle(tensor: torch.Tensor) -> int:
+    """A number for the data of a tensor that is not pending: two tensors with one handle share their data."""
+    return _xlac()._unique_id_for_ir_and_data(tensor)
+
+
+def graph_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The data that the graph of the tensors reads, as tensors, in the order of its parameters."""
+    return _xlac()._get_tensors_xla_device_data_node(tensors)[1]
+
+
+def run_compiled(graph: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Start the compiled graph with this hash; returns its outputs, before the device has computed them."""
+    return _xlac()._run_cached_graph(graph, inputs)
+
+
+def replace_data(tensor: torch.Tensor, source: torch.Tensor) -> None:
+    """Give a tensor the data of another one, in place of what it has or waits for."""
+    _xlac()._replace_xla_tensor(tensor, source)

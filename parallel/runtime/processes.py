@@ -40,11 +40,11 @@ class ProcessRuntime(Runtime):
         return pickle.loads(store.get(name))
 
     def _end_graph(self, name):
-        # On every rank, although only rank 0 looks at the hash: garbage is collected here, and all ranks must
-        # do so at the same point.
-        [tensors] = live_tensors(1)
-        graph = backend.graph_hash(tensors) if self.guard else b""
-        self._execute(name, graph, tensors)
+        pending = backend.pending_tensors(live_tensors(1)[0])
+        if pending:
+            graph = backend.graph_hash(pending)
+            self._compile(name, graph, pending)
+            self._start(graph, pending)
 
 
 def launch_process(function: Callable[[Runtime], object]) -> None:

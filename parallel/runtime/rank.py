@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+from parallel.graph import backend
 from parallel.graph.guard import Guard
 from parallel.runtime.devices import extracts_graphs
 
@@ -84,11 +85,18 @@ class Runtime:
         executed."""
         return tensor.cpu().tolist() if self.executes else [0.0] * len(tensor)
 
-    def _execute(self, name, graph, tensors):
-        import torch_xla
+    def _compile(self, name: str | None, graph: bytes, pending: list) -> None:
+        """Compile the graph of the pending tensors, whose hash is `graph`, if it is new."""
+        with self.guard.compiling(name, graph, pending) if self.guard else nullcontext():
+            backend.compile_graph(pending)
 
-        with self.guard.compiling(name, graph, tensors) if self.guard else nullcontext():
-            torch_xla.sync()
+    def _start(self, graph: bytes, pending: list) -> None:
+        """Execute the compiled graph, and give the pending tensors its outputs."""
+        for tensor, output in zip(
+            pending, backend.run_compiled(graph, backend.graph_inputs(pending)), strict=True
+        ):
+            tensor.data = output  # not _replace_xla_tensor, which leaves what views of the tensor are made of
+        backend.reset_collective_order(self.device)
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""

@@ -59,28 +59,29 @@ class ThreadRuntime(Runtime):
         return value
 
     def _end_graph(self, name):
-        import torch_xla
-
         self._lockstep.wait(self.rank, "a mark_step")
         if self.rank == 0:
-            self._compile_first(name)
+            self._lockstep.shared = self._compile_for_all(name)
         self._lockstep.wait(self.rank, "a compiled mark_step")
-        if self.rank != 0:
-            torch_xla.sync()
+        graph, pending_of = self._lockstep.shared
+        if pending := pending_of.pop(self.rank):
+            self._start(graph, pending)
 
-    def _compile_first(self, name):
-        live = live_tensors(self.world_size)
-        hashes = [backend.graph_hash(tensors) for tensors in live]
+    def _compile_for_all(self, name):
+        """(hash of the graph, {rank: its pending tensors})."""
+        pending = [backend.pending_tensors(tensors) for tensors in live_tensors(self.world_size)]
+        hashes = [backend.graph_hash(tensors) for tensors in pending]
         odd = [str(rank) for rank, graph in enumerate(hashes) if graph != hashes[0]]
         if odd:
             raise GraphMismatch(
                 f"rank{'s' if len(odd) > 1 else ''} {', '.join(odd)} of {self.world_size} traced another "
-                "graph than "
-                "rank 0 before this mark_step. All ranks must run the same operations: what depends on "
-                "the rank must "
-                "be data in a tensor of shape [1] or more, never a Python branch, a shape or a constant."
+                "graph than rank 0 before this mark_step. All ranks must run the same operations: what "
+                "depends on the rank must be data in a tensor of shape [1] or more, never a Python branch, a "
+                "shape or a constant."
             )
-        self._execute(name, hashes[0], live[0])
+        if pending[0]:
+            self._compile(name, hashes[0], pending[0])
+        return hashes[0], dict(enumerate(pending))
 
 
 def launch_threads(function, world_size: int) -> None:

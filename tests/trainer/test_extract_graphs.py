@@ -53,9 +53,9 @@ class Collecting(ThreadRuntime):
         super().__init__(runtime.rank, runtime.world_size, runtime.device, runtime._lockstep)
         self.graphs = []
 
-    def _execute(self, name, graph, tensors):
+    def _compile(self, name, graph, pending):
         self.graphs.append((name, graph))
-        super()._execute(name, graph, tensors)
+        super()._compile(name, graph, pending)
 
     def _end_graph(self, name):
         super()._end_graph(name)
