@@ -1,1 +1,1 @@
-"""Records -> tokens and labels -> packed rows -> batches of each rank."""
+"""From records to batches: records, tokens and labels, packed rows, and the batches of each rank."""

@@ -1,4 +1,4 @@
-"""Records -> the text of an example and which of it is trained, in the formats that people have."""
+"""From a record, in one of the usual formats, to the text of an example and its trained part."""
 
 import importlib
 import inspect
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from data.sources import BadRecord, in_one_line
 
-# Format -> the fields that it needs, and those that it may have. The first whose needs are met is guessed.
+# {format: (required fields, optional fields)}. `auto` takes the first format whose required fields are there.
 FORMATS = {
     "messages": (("messages",), ()),
     "prompt_completion": (("prompt", "completion"), ()),
@@ -23,10 +23,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Rendered:
-    """`prompt` is not trained, `text` is. A chat template's `text` is the whole, of which the characters in
-    `spans` train.
+    """The text of an example: `prompt`, which is not trained, followed by `text`, which is.
 
-    `question` is what a model is asked: the prompt, a chat up to its first answer, or of plain text the text.
+    A chat is a `text` without a prompt, in which only the characters in `spans` are trained. `question` is
+    what a model would be prompted with: the prompt, the chat up to its first answer, or the whole plain text.
     """
 
     prompt: str
@@ -46,7 +46,7 @@ def format_prompt(instruction: str, context: str = "") -> str:
 
 
 def guess_format(record: object, where: str) -> str:
-    """The format whose fields the record has; raises BadRecord where there is none."""
+    """The first format whose required fields the record has; raises BadRecord where there is none."""
     if not isinstance(record, dict):
         raise BadRecord(f"{where}: an object was expected; this is {type(record).__name__}")
     for name, (needed, _) in FORMATS.items():
@@ -60,8 +60,10 @@ def guess_format(record: object, where: str) -> str:
 
 
 def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
-    """(the user's function of --format module:function, the source of its module); raises ValueError where
-    there is none."""
+    """The user's function of --format module:function, and the source code of its module.
+
+    Raises ValueError where there is no such function.
+    """
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -75,8 +77,11 @@ def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
 
 
 def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
-    """The example that a record of that format is; raises BadRecord for a field that is missing, empty or of
-    another type."""
+    """The example in a record of a format.
+
+    Raises BadRecord where a field is missing, empty or of another type, and ValueError where the tokenizer
+    has no chat template for a format that needs one. `where` is the record's position.
+    """
     if not isinstance(record, dict):
         raise BadRecord(
             f"{where}: an object with {', '.join(FORMATS[format_name][0])} was expected; this is "
@@ -102,6 +107,7 @@ def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
 
 
 def _text(record: dict, field: str, where: str, required: bool) -> str:
+    """The text in a field, "" for an optional field that is missing; raises BadRecord for anything else."""
     value = record.get(field)
     if value is None and not required:
         return ""
@@ -110,68 +116,89 @@ def _text(record: dict, field: str, where: str, required: bool) -> str:
         raise BadRecord(f"{where}: the field {field!r} {problem}; a text was expected")
     if required and not value.strip():
         raise BadRecord(f"{where}: the field {field!r} is empty; a text was expected")
-    if SURROGATE.search(value):  # JSON can escape half a pair, and no tokenizer takes it
+    if SURROGATE.search(value):  # JSON can escape half a pair; no tokenizer accepts it
         raise BadRecord(f"{where}: the field {field!r} has a lone surrogate; Unicode text was expected")
     return value
 
 
 def _render_chat(messages: object, first: int, where: str, tokenizer) -> Rendered:
-    """A chat by the tokenizer's template; the assistant's turns from message `first` on are trained, with
-    what ends them.
+    """A chat in the tokenizer's template. Trained are the assistant's messages from number `first` on.
 
-    The template is not asked where they are (few say it): a turn is what it adds to the turns before and the
-    generation prompt.
+    With a message, the end that the template gives it is trained.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template, which --format messages needs: take an instruct model's tokenizer, "
-            "or write prompt and completion"
+            "the tokenizer has no chat template, which --format messages needs: take an instruct model's "
+            "tokenizer, or write prompt and completion"
         )
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord(
-            f"{where}: the field 'messages' is no list of messages; objects with role and content were expected"
-        )
-    for number, message in enumerate(messages):
-        place = f"{where}, message {number}"
-        if not isinstance(message, dict):
-            raise BadRecord(
-                f"{place}: an object with role and content was expected; this is {type(message).__name__}"
-            )
-        if message.get("role") not in ROLES:
-            raise BadRecord(f"{place}: the role is {message.get('role')!r}; {', '.join(ROLES)} are known")
-        _text(message, "content", place, required=True)
+    _check_messages(messages, where)
     trained = [number for number in range(first, len(messages)) if messages[number]["role"] == "assistant"]
     if not trained:
         raise BadRecord(f"{where}: no message of the assistant: nothing would be trained")
-
-    def written(count: int, generation: bool = False, messages=messages) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=generation
-            )
-        except Exception as error:  # a template's own errors, whatever they are
-            raise BadRecord(f"{where}: the chat template fails: {in_one_line(error)}") from None
-
-    def opening() -> str:
-        """What the template writes before an answer that opens a chat: the same whatever is said (it renders
-        no empty chat)."""
-        return os.path.commonprefix(
-            [written(1, messages=[{"role": "assistant", "content": content}]) for content in "01"]
-        )
-
-    whole, spans = written(len(messages)), {}
+    whole = _apply_template(messages, where, tokenizer)
     if not whole:
         raise BadRecord(f"{where}: the chat template writes nothing")
+    spans = _answer_spans(messages, whole, where, tokenizer)
+    prompted = [start for number, (start, _) in spans.items() if number]
+    question = whole[: prompted[0]] if prompted else whole
+    return Rendered("", whole, question, tuple(spans[number] for number in trained))
+
+
+def _check_messages(messages: object, where: str) -> None:
+    """Raise BadRecord unless this is a list of messages with a role and a text as content."""
+    if not isinstance(messages, list) or not messages:
+        raise BadRecord(
+            f"{where}: the field 'messages' is no list of messages; "
+            "objects with role and content were expected"
+        )
+    for number, message in enumerate(messages):
+        position = f"{where}, message {number}"
+        if not isinstance(message, dict):
+            raise BadRecord(
+                f"{position}: an object with role and content was expected; this is {type(message).__name__}"
+            )
+        if message.get("role") not in ROLES:
+            raise BadRecord(f"{position}: the role is {message.get('role')!r}; {', '.join(ROLES)} are known")
+        _text(message, "content", position, required=True)
+
+
+def _answer_spans(messages: list[dict], whole: str, where: str, tokenizer) -> dict[int, tuple[int, int]]:
+    """{number of an assistant's message: (start, stop) of its characters in the chat's text `whole`}.
+
+    Few templates say where a message is. So it is what the template adds to the messages before it and the
+    generation prompt. Raises BadRecord where the template does not add to that text, but changes it.
+    """
+    spans = {}
     for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
-        after = written(number + 1)
-        before = written(number, True) if number else opening()
+        after = _apply_template(messages[: number + 1], where, tokenizer)
+        if number:
+            before = _apply_template(messages[:number], where, tokenizer, add_generation_prompt=True)
+        else:
+            before = _opening(where, tokenizer)
         if not (whole.startswith(after) and after.startswith(before)):
             raise BadRecord(
-                f"{where}, message {number}: the chat template writes the turns before an answer differently once "
-                "the answer is there, so what it adds cannot be told; write prompt and completion instead"
+                f"{where}, message {number}: the chat template writes the turns before an answer differently "
+                "once the answer is there, so what it adds cannot be told; "
+                "write prompt and completion instead"
             )
         spans[number] = (len(before), len(after))
-    asked = [start for number, (start, _) in spans.items() if number]
-    return Rendered(
-        "", whole, whole[: asked[0]] if asked else whole, tuple(spans[number] for number in trained)
-    )
+    return spans
+
+
+def _opening(where: str, tokenizer) -> str:
+    """What the template writes before an answer that opens a chat.
+
+    Templates fail on empty chats, so it is what two such chats have in common.
+    """
+    chats = [[{"role": "assistant", "content": content}] for content in "01"]
+    return os.path.commonprefix([_apply_template(chat, where, tokenizer) for chat in chats])
+
+
+def _apply_template(messages: list[dict], where: str, tokenizer, add_generation_prompt: bool = False) -> str:
+    """The text of a chat; raises BadRecord where the template fails."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # templates raise errors of their own
+        raise BadRecord(f"{where}: the chat template fails: {in_one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Batches of one data parallel rank: a function of the step, prepared by a thread while the device works."""
+"""The batches of a data parallel rank: a function of the step, computed by a thread ahead of time."""
 
 import math
 import time
@@ -15,13 +15,13 @@ import torch
 from data.packing import Rows
 from data.tokens import IGNORED
 
-EMPTY = -1  # fills the last, ragged global batch of an epoch: a row of padding, in which nothing is trained
+EMPTY = -1  # instead of a row's number: a row of padding, which fills the last global batch of an epoch
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run is: `row` rows of the 0-based `epoch` have been trained on after `step` steps."""
+    """How far a run is in the data: after `step` steps, `row` rows of the 0-based `epoch` are trained on."""
 
     step: int = 0
     epoch: int = 0
@@ -32,12 +32,12 @@ BEGINNING = Position()
 
 
 class Loader:
-    """Deals rows out to data parallel ranks and micro-batches.
+    """Assigns rows to steps, data parallel ranks and accumulation steps.
 
-    An optimizer step takes `global_batch` = batch_size x dp_size x accumulation rows of an order that depends
-    on seed and epoch; which rows these are does not depend on how the three divide it. A run that goes on
-    from `start` takes the rows that follow, whatever its global batch. Raises ValueError for no rows, sizes
-    below 1, a rank outside 0 to dp_size - 1 and a negative seed.
+    An optimizer step takes the next `global_batch` = batch_size x dp_size x accumulation rows, in an order
+    that depends on seed and epoch. Which rows these are does not depend on the three factors. A run that
+    resumes from `start` takes the rows that follow, whatever its global batch. Raises ValueError for no rows,
+    sizes below 1, a rank outside 0 to dp_size - 1, and a negative seed.
     """
 
     def __init__(
@@ -68,65 +68,64 @@ class Loader:
         )
 
     def position(self, step: int) -> Position:
-        """Where in the data the run is before the 0-based `step`, which is not below that of the start."""
+        """The position in the data before the 0-based `step`; raises ValueError for one before the start."""
         done = step - self._start.step
         if done < 0:
             raise ValueError(f"step is {step}: {self._start.step} or more was expected")
         epoch, row = self._start.epoch, self._start.row
-        first = -(-(len(self._rows) - row) // self.global_batch)  # steps that are left of the start's epoch
-        if done >= first:
-            epochs, done = divmod(done - first, -(-len(self._rows) // self.global_batch))
+        in_first = -(-(len(self._rows) - row) // self.global_batch)  # steps left in the epoch of the start
+        if done >= in_first:
+            epochs, done = divmod(done - in_first, -(-len(self._rows) // self.global_batch))
             epoch, row = epoch + 1 + epochs, 0
         return Position(step, epoch, row + done * self.global_batch)
 
     def epochs(self, step: int) -> float:
-        """How often the data has been gone through before the 0-based `step`."""
+        """The number of epochs, with a fraction, that are done before the 0-based `step`."""
         position = self.position(step)
         return position.epoch + position.row / len(self._rows)
 
     def steps_until(self, epochs: float) -> int:
-        """The number of the first step before which the data has been gone through so often."""
+        """The number of the first step before which `epochs` epochs are done."""
         most = self._start.step + (math.ceil(epochs) + 1) * -(-len(self._rows) // self.global_batch)
         return bisect_left(range(most), epochs - 1e-9, lo=self._start.step, key=self.epochs)
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of the 0-based optimizer step, counted over the whole run; `_batch` says what is
-        in each.
+        """The batch of each accumulation step of the 0-based optimizer `step`, counted over the whole run.
 
-        Row j of the global batch is in micro-batch m of rank d at place b: j = (m * dp_size + d) * batch_size
-        + b.
+        `_batch` describes a batch. Row j of the global batch is row b of rank d in accumulation step m, where
+        j = (m * dp_size + d) * batch_size + b.
         """
         position = self.position(step)
         chosen = self._order(position.epoch)[position.row : position.row + self.global_batch]
         chosen = np.concatenate([chosen, np.full(self.global_batch - len(chosen), EMPTY)])
         return [
-            self._batch(chosen, micro * self._dp_size + self._dp_rank, step)
-            for micro in range(self._accumulation)
+            self._batch(chosen, accumulation_step * self._dp_size + self._dp_rank, step)
+            for accumulation_step in range(self._accumulation)
         ]
 
     def evaluation_batches(self) -> Iterator[Batch]:
-        """All rows once, in order; every rank gets the same number of batches."""
+        """Batches with each row once, in order; every rank gets the same number of batches."""
         chosen = np.arange(len(self._rows))
-        together = self._batch_size * self._dp_size
-        chosen = np.concatenate([chosen, np.full(-len(chosen) % together, EMPTY)])
-        for number in range(len(chosen) // together):
+        global_batch = self._batch_size * self._dp_size
+        chosen = np.concatenate([chosen, np.full(-len(chosen) % global_batch, EMPTY)])
+        for number in range(len(chosen) // global_batch):
             yield self._batch(chosen, number * self._dp_size + self._dp_rank, 0)
 
     def _batch(self, chosen: np.ndarray, number: int, step: int) -> Batch:
-        """input_ids, labels, position_ids, segment_ids: int64 [batch_size, row_length], CPU; row_seeds:
-        [batch_size].
+        """Batch `number` of the rows `chosen`, on the CPU.
 
-        A row seed is 31 bits that depend on seed, step and the row's place in the global batch, whichever
-        rank has it.
+        input_ids, labels, position_ids, segment_ids: int64 [batch_size, row_length]; row_seeds: int64
+        [batch_size]. A row's seed has 31 bits and depends on seed, step and the row's number in the global
+        batch, but not on the rank.
         """
-        places = range(number * self._batch_size, (number + 1) * self._batch_size)
+        numbers = range(number * self._batch_size, (number + 1) * self._batch_size)
         rows = [
             self._empty() if index == EMPTY else self._rows.row(index)
-            for index in chosen[places.start : places.stop]
+            for index in chosen[numbers.start : numbers.stop]
         ]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         batch["row_seeds"] = np.array(
-            [zlib.crc32(f"{self._seed}/{step}/{place}".encode()) & 0x7FFFFFFF for place in places]
+            [zlib.crc32(f"{self._seed}/{step}/{row}".encode()) & 0x7FFFFFFF for row in numbers]
         )
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
@@ -136,10 +135,10 @@ class Loader:
 
 
 class Prefetcher:
-    """The batches of step after step, made and moved by a thread while the step before is traced and run.
+    """Batches of consecutive steps, which a thread makes and moves to the device one step ahead.
 
-    `waited` is how many seconds the last call of `step` has waited for it. The thread is Python's: it works
-    while the caller waits for the device, or for another rank.
+    `waited` is the number of seconds that the last call of `step` waited for the thread. Python runs it while
+    the caller waits for the device or for another rank.
     """
 
     def __init__(self, loader: Loader, move: Callable[[torch.Tensor], torch.Tensor]):
@@ -149,8 +148,7 @@ class Prefetcher:
         self._next: tuple[int, Future] | None = None
 
     def step(self, step: int, last: bool) -> list[Batch]:
-        """The micro-batches of the step, on the device; those of the next step are begun, but after the
-        `last`."""
+        """The batch of each accumulation step, on the device; starts to prepare the next step, if any."""
         if self._next is None or self._next[0] != step:
             self._next = (step, self._thread.submit(self._make, step))
         begun = time.perf_counter()
@@ -163,6 +161,7 @@ class Prefetcher:
         return batches
 
     def close(self) -> None:
+        """Wait for the thread and end it."""
         self._thread.shutdown()
 
     def _make(self, step):

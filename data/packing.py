@@ -1,4 +1,4 @@
-"""Several examples in a row of fixed length, kept apart by segment ids, positions and labels."""
+"""Packing: several examples in a row of fixed length, kept apart by segment ids, positions and labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,15 @@ from data.tokens import IGNORED, Tokens
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Best-fit decreasing: rows of indices whose lengths sum to at most `row_length`, deterministic.
+    """Rows of indices whose lengths sum to at most `row_length`, by best-fit decreasing; deterministic.
 
-    The longest example first, each into the row with the least room that is enough. Rooms are kept in a bit
-    set, so that the search is one shift. Raises ValueError for a length that is no row's.
+    Examples are taken from the longest to the shortest, and each goes into the fullest row that has room for
+    it. The rooms that rows have are bits of one integer, so the search is a shift. Raises ValueError for a
+    length that is not from 1 to `row_length`.
     """
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0  # bit r: some row has room r
+    rooms = 0  # bit r is set where a row has room for r tokens
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = int(lengths[index])
         if not 1 <= length <= row_length:
@@ -39,8 +40,7 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """What of the tokens goes into rows: piece i has the tokens start[i] to stop[i] of the source number
-    source[i]."""
+    """The parts of examples that go into rows: piece i has tokens start[i] to stop[i] of source source[i]."""
 
     source: np.ndarray  # int64 [pieces]
     start: np.ndarray  # int64 [pieces]
@@ -48,12 +48,13 @@ class Pieces:
 
     @property
     def lengths(self) -> np.ndarray:
+        """int64 [pieces]: tokens per piece."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of `row_length` tokens; `groups[r]` are the numbers of the pieces in row r, in their order."""
+    """Rows of `row_length` tokens; `groups[r]` has the numbers of the pieces in row r, in order."""
 
     tokens: list[Tokens]
     pieces: Pieces
@@ -75,15 +76,15 @@ class Rows:
 
     @property
     def efficiency(self) -> float:
-        """The share of tokens that are no padding."""
+        """The share of the rows' tokens that are not padding."""
         return int(self.pieces.lengths.sum()) / max(1, len(self) * self.row_length)
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         """input_ids, labels, position_ids, segment_ids: int64 [row_length].
 
-        Segments count from 1, 0 is padding; positions restart in each segment. Labels are shifted: labels[t]
-        is what position t has to predict, -100 where nothing is trained; nothing is predicted across a
-        boundary.
+        Segments are numbered from 1, and 0 is padding. Positions restart in each segment. Labels are shifted:
+        labels[t] is the token that position t has to predict, or IGNORED where nothing is trained. The last
+        position of a segment predicts nothing.
         """
         row = {
             "input_ids": np.full(self.row_length, self.pad_token_id),
@@ -94,8 +95,8 @@ class Rows:
         begin = 0
         for segment, piece in enumerate(self.groups[index], 1):
             tokens = self.tokens[self.pieces.source[piece]]
-            where = slice(self.pieces.start[piece], self.pieces.stop[piece])
-            ids, trained = tokens.input_ids[where], tokens.trained[where]
+            part = slice(self.pieces.start[piece], self.pieces.stop[piece])
+            ids, trained = tokens.input_ids[part], tokens.trained[part]
             end = begin + len(ids)
             row["input_ids"][begin:end] = ids
             row["labels"][begin : end - 1] = np.where(trained, ids, IGNORED)[1:]

@@ -1,4 +1,4 @@
-"""Which examples are trained on and which are held out, and what of them fits into a row."""
+"""The choice of examples to train on and to hold out, and how long ones are cut to the row length."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,19 @@ Chosen = list[np.ndarray]  # for each source, int64 numbers of its examples
 
 
 def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Chosen]:
-    """(training, held-out) examples, about `percentage` of them held out by `seed`, each side in the given
-    order.
+    """(training, held-out) examples, in the order of the data: `seed` chooses about `percentage` to hold out.
 
-    Examples that share the prompt (or the text), in whichever source, are on one side: what is evaluated was
-    not trained on. At most that many are held out, but at least the smallest group that shares a prompt;
-    raises ValueError where there is only one such group.
+    Examples of any source that share a prompt (or text) are a group and stay together, so no prompt of the
+    evaluation is trained on. At most `percentage` are held out, but at least the smallest group. Raises
+    ValueError where there is only one group.
     """
     if not 1 <= percentage <= 99:
         raise ValueError(f"the percentage to hold out is {percentage}: 1 to 99 was expected")
     groups, sizes = np.unique(np.concatenate([source.groups for source in tokens]), return_counts=True)
     if len(groups) < 2:
         raise ValueError(
-            "holding out a part for evaluation needs at least two examples with prompts (or texts) of their own; "
-            f"there {'is' if len(groups) == 1 else 'are'} {len(groups)}"
+            "holding out a part for evaluation needs at least two examples with prompts (or texts) of "
+            f"their own; there {'is' if len(groups) == 1 else 'are'} {len(groups)}"
         )
     left, held_out = int(sizes.sum()) * percentage // 100, []
     for group in np.random.default_rng(seed).permutation(len(groups)):
@@ -37,10 +36,10 @@ def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Cho
 
 
 def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
-    """Each source's examples `weights` times: whole repetitions, and a choice by `seed` for the rest; in the
-    given order.
+    """The examples of each source, repeated `weights` times, in the order of the data.
 
-    Raises ValueError where that leaves none of a source.
+    For the fractional part of a weight, `seed` chooses the examples. Raises ValueError where a weight leaves
+    no example of its source.
     """
     weighed = []
     for number, (examples, weight) in enumerate(zip(chosen, weights, strict=True)):
@@ -56,10 +55,9 @@ def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
 
 @dataclass(frozen=True)
 class Cut:
-    """What cutting to the row's length did.
+    """What `cut` removed: how many examples were longer than a row, and how many tokens were cut off.
 
-    `examples` were longer, `tokens` were cut off, and of those in `without_target` (source, number) no target
-    is left.
+    `without_target` has (source, number) of the examples that have no trained token left.
     """
 
     examples: int
@@ -70,31 +68,31 @@ class Cut:
 def cut(
     tokens: list[Tokens], chosen: Chosen, row_length: int, long_examples: str | None
 ) -> tuple[Pieces, Cut]:
-    """The chosen examples in pieces of at most `row_length` tokens, and what was cut.
+    """The chosen examples as pieces of at most `row_length` tokens, and what was removed.
 
-    An example that is longer is truncated, split into pieces (each an example of its own), or refused by
-    ValueError; None truncates, and splits plain text. A piece in which nothing would be trained is left out:
-    its tokens count as cut.
+    `long_examples` says what happens to a longer example: truncate, split (each piece is an example of its
+    own) or refuse (raises ValueError); None splits plain text and truncates other examples. A piece without a
+    trained token is left out, and its tokens count as cut off.
     """
     found, longer, cut_tokens, without_target = [], 0, 0, []
     for number, (source, examples) in enumerate(zip(tokens, chosen, strict=True)):
-        how = long_examples or ("split" if source.meta["plain_text"] else "truncate")
-        # trained_before[t]: targets among the first t tokens.
+        method = long_examples or ("split" if source.meta["plain_text"] else "truncate")
+        # trained_before[t]: the number of trained tokens among the first t.
         trained_before = np.concatenate([[0], np.cumsum(source.trained)])
         start, end = source.offsets[examples], source.offsets[examples + 1]
         longer += int((end - start > row_length).sum())
-        if how == "refuse" and (end - start > row_length).any():
+        if method == "refuse" and (end - start > row_length).any():
             first = int(np.argmax(end - start > row_length))
             raise ValueError(
                 f"{source.where(int(examples[first]))}: {end[first] - start[first]} tokens are more than "
                 f"--max_seq_length {row_length}: raise it, or pass --long_examples truncate or split"
             )
-        pieces_each = -(-(end - start) // row_length) if how == "split" else np.ones(len(start), np.int64)
+        pieces_each = -(-(end - start) // row_length) if method == "split" else np.ones(len(start), np.int64)
         owner = np.repeat(np.arange(len(start)), pieces_each)
         nth = np.arange(len(owner)) - np.repeat(np.cumsum(pieces_each) - pieces_each, pieces_each)
         piece_start = start[owner] + nth * row_length
         piece_stop = np.minimum(piece_start + row_length, end[owner])
-        # The first token of a piece is predicted by nothing.
+        # Nothing predicts the first token of a piece.
         useful = trained_before[piece_stop] > trained_before[np.minimum(piece_start + 1, piece_stop)]
         cut_tokens += int((end - start).sum() - (piece_stop - piece_start)[useful].sum())
         lost = np.setdiff1d(np.arange(len(start)), owner[useful])

@@ -1,8 +1,8 @@
-"""Records of local files, folders and hub data sets, each with the place that an error message names.
+"""Records of local files, folders and hub data sets, each with its position for error messages.
 
-Local files are read here, and not by `datasets`, whose loaders do not say in which line a file is broken; hub
-ids and directories of `save_to_disk` go through it. Nothing is held but the file that is read (of JSON lines,
-CSV and Parquet, its current part).
+Local files are read here and not by `datasets`, whose loaders do not say which line of a file is broken. Hub
+ids and directories of `save_to_disk` are read by `datasets`. Only the current file is held in memory; of JSON
+lines, CSV and Parquet, only the current part.
 """
 
 import csv
@@ -14,58 +14,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # one of them is in a directory of save_to_disk
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # name, or owner/name
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; the message says where it is, what is wrong, and what was expected."""
+    """A record that cannot be used; its message has the position, the problem and what was expected."""
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error of a library says, in one line of at most 200 characters."""
+    """The message of a library's error, in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 
-Located = tuple[str, object]  # where a record is, and the record, or a BadRecord in its place
+Located = tuple[str, object]  # (position, record), or (position, BadRecord) for one that cannot be used
 
 
 class Source:
-    """A data set by the name that a user gives: a file, a folder of files, a directory of `save_to_disk`, or
-    a hub id.
+    """A data set by its name: a file, a folder of files, a directory of `save_to_disk`, or a hub id.
 
-    Iterating gives (where, record), with a BadRecord in place of one that is broken, or of the rest of a file
-    that is. Raises ValueError where nothing of that name can be read. `streaming` reads a hub data set
-    without storing it.
+    Iterating yields (position, record). A record that is broken is a BadRecord, and so is the rest of a file
+    that cannot be read further. `streaming` reads a hub data set without storing it. Raises ValueError where
+    no data set of that name can be read.
     """
 
     def __init__(self, name: str, streaming: bool = False):
         self.name, self._hub, self._files = name, None, []
         path = Path(name)
         is_hub_id = HUB_ID.fullmatch(name) and not name.lower().endswith(SUFFIXES)
-        if os.path.isdir(name) and (
-            (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        ):
+        if os.path.isdir(name) and any((path / file).is_file() for file in SAVED_TO_DISK):
             self._hub = _from_disk(path)
         elif os.path.isdir(name):
-            self._files = sorted(
-                file
-                for file in path.rglob("*")
-                if file.suffix.lower() in SUFFIXES
-                and file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            )
-            if not self._files:
-                raise ValueError(
-                    f"--dataset {name}: the folder has no file that ends in {', '.join(SUFFIXES)}"
-                )
+            self._files = _files_in(name)
         elif os.path.exists(name) or not is_hub_id:
+            _check_file(name)
             self._files = [path]
-            if not os.path.exists(name):
-                raise ValueError(f"--dataset {name}: no such file; a file, a folder or a hub id was expected")
-            if not os.path.isfile(name):
-                raise ValueError(f"--dataset {name}: neither a file nor a folder")
-            if path.suffix.lower() not in SUFFIXES:
-                raise ValueError(f"--dataset {name}: a file that ends in {', '.join(SUFFIXES)} was expected")
         else:
             self._hub = _from_hub(name, streaming)
         for file in self._files:
@@ -73,21 +56,17 @@ class Source:
                 raise ValueError(f"--dataset {file}: permission denied; a readable file was expected")
 
     def fingerprint(self) -> str:
-        """A hash that changes with the contents: of the files' bytes, or what `datasets` keeps of a hub data
-        set."""
+        """A hash that changes with the contents.
+
+        It covers the bytes of local files; for a hub data set it is what `datasets` knows of its version.
+        """
         digest = hashlib.sha256()
         if self._hub is not None:
-            digest.update(
-                str(self._hub._fingerprint if hasattr(self._hub, "_fingerprint") else self._hub.info).encode()
-            )
+            version = self._hub._fingerprint if hasattr(self._hub, "_fingerprint") else self._hub.info
+            digest.update(str(version).encode())
         for file in self._files:
             digest.update(file.suffix.lower().encode())
-            with open(file, "rb") as stream:
-                digest.update(
-                    hashlib.file_digest(stream, "sha256").digest()
-                    if hasattr(hashlib, "file_digest")
-                    else hashlib.sha256(stream.read()).digest()
-                )
+            digest.update(_file_digest(file))
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Located]:
@@ -96,7 +75,7 @@ class Source:
             try:
                 for number, record in enumerate(self._hub):
                     yield f"{self.name} row {number}", record
-            except Exception as error:  # of the network, or of what the rows hold
+            except Exception as error:  # errors of the network, or of decoding a row
                 where = f"{self.name} row {number + 1}"
                 yield (
                     where,
@@ -109,11 +88,45 @@ class Source:
                 yield str(file), BadRecord(f"{error}; what follows in the file cannot be read")
 
 
-def _from_hub(name, streaming):
+def _files_in(name: str) -> list[Path]:
+    """The data files in a folder, at any depth, but not in hidden folders; raises ValueError for none."""
+    folder = Path(name)
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise ValueError(f"--dataset {name}: the folder has no file that ends in {', '.join(SUFFIXES)}")
+    return files
+
+
+def _check_file(name: str) -> None:
+    """Raise ValueError where `name` is no file of a known kind."""
+    if not os.path.exists(name):
+        raise ValueError(f"--dataset {name}: no such file; a file, a folder or a hub id was expected")
+    if not os.path.isfile(name):
+        raise ValueError(f"--dataset {name}: neither a file nor a folder")
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--dataset {name}: a file that ends in {', '.join(SUFFIXES)} was expected")
+
+
+def _file_digest(file: Path) -> bytes:
+    """The SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        if hasattr(hashlib, "file_digest"):  # Python 3.11: does not read the whole file at once
+            return hashlib.file_digest(stream, "sha256").digest()
+        return hashlib.sha256(stream.read()).digest()
+
+
+def _from_hub(name: str, streaming: bool):
+    """The split `train` of a hub data set."""
     from datasets import load_dataset
     from huggingface_hub.utils.logging import set_verbosity_error
 
-    set_verbosity_error()  # it warns of each of its attempts
+    set_verbosity_error()  # it would warn of each attempt
     try:
         return load_dataset(name, split="train", streaming=streaming)
     except Exception as error:  # the hub's errors share no base class
@@ -123,12 +136,13 @@ def _from_hub(name, streaming):
         ) from None
 
 
-def _from_disk(path):
+def _from_disk(path: Path):
+    """The data set, or its split `train`, that was saved by save_to_disk."""
     from datasets import DatasetDict, load_from_disk
 
     try:
         loaded = load_from_disk(str(path))
-    except Exception as error:  # what damaged directories raise has no base class either
+    except Exception as error:  # the errors of damaged directories share no base class either
         raise ValueError(f"--dataset {path}: {in_one_line(error)}") from None
     if isinstance(loaded, DatasetDict):
         if "train" not in loaded:
@@ -140,7 +154,7 @@ def _from_disk(path):
 
 
 def _lines(file: Path, blank: bool = False) -> Iterator[Located]:
-    """Each line, or each that is not blank, as text; BadRecord for one that is no UTF-8."""
+    """(position, text) of each line; a BadRecord for one that is no UTF-8. Blank lines only with `blank`."""
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
@@ -149,8 +163,8 @@ def _lines(file: Path, blank: bool = False) -> Iterator[Located]:
                 try:
                     yield f"{file}:{number}", line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    problem = f"{file}:{number}: invalid UTF-8 at byte {error.start} of the line; UTF-8 was expected"
-                    yield f"{file}:{number}", BadRecord(problem)
+                    problem = f"invalid UTF-8 at byte {error.start} of the line; UTF-8 was expected"
+                    yield f"{file}:{number}", BadRecord(f"{file}:{number}: {problem}")
 
 
 def _text(file: Path) -> str:
@@ -161,7 +175,8 @@ def _text(file: Path) -> str:
         raise BadRecord(f"{file}: invalid UTF-8 at byte {error.start}; UTF-8 was expected") from None
 
 
-def _read_jsonl(file):
+def _read_jsonl(file: Path) -> Iterator[Located]:
+    """An object in each line."""
     for where, line in _lines(file):
         if not isinstance(line, BadRecord):
             try:
@@ -171,8 +186,8 @@ def _read_jsonl(file):
         yield where, line
 
 
-def _read_json(file):
-    """An array of objects; or, as many files of that name have it, an object a line."""
+def _read_json(file: Path) -> Iterator[Located]:
+    """An array of objects; or an object in each line, as many files of that name have it."""
     with open(file, "rb") as stream:
         first = stream.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if first != b"[":
@@ -187,7 +202,9 @@ def _read_json(file):
         yield f"{file} element {number}", record
 
 
-def _read_csv(file):
+def _read_csv(file: Path) -> Iterator[Located]:
+    """Rows under a header with the names of the fields."""
+
     def lines():
         for _, line in _lines(file, blank=True):
             if isinstance(line, BadRecord):
@@ -203,26 +220,20 @@ def _read_csv(file):
             )
         for record in reader:
             where = f"{file}:{reader.line_num}"
+            # DictReader keeps surplus values under the key None, and gives missing ones the value None.
             if None in record or None in record.values():
-                given = (
-                    len(record)
-                    - (None in record)
-                    + len(record.get(None) or ())
-                    - list(record.values()).count(None)
-                )
-                yield (
-                    where,
-                    BadRecord(
-                        f"{where}: {given} fields; {len(reader.fieldnames)} were expected, as in the header"
-                    ),
-                )
+                surplus, missing = len(record.get(None) or ()), list(record.values()).count(None)
+                fields = len(record) - (None in record) + surplus - missing
+                problem = f"{fields} fields; {len(reader.fieldnames)} were expected, as in the header"
+                yield where, BadRecord(f"{where}: {problem}")
             else:
                 yield where, record
     except csv.Error as error:
         raise BadRecord(f"{file}:{reader.reader.line_num}: invalid CSV ({error})") from None
 
 
-def _read_parquet(file):
+def _read_parquet(file: Path) -> Iterator[Located]:
+    """The rows of all row groups."""
     import pyarrow
     import pyarrow.parquet
 
@@ -233,17 +244,13 @@ def _read_parquet(file):
             for record in batch.to_pylist():
                 yield f"{file} row {number}", record
                 number += 1
-    except (
-        pyarrow.ArrowException,
-        OSError,
-        ValueError,
-        OverflowError,
-    ) as error:  # of values that Python cannot hold, too
+    # The last two: values that Python cannot hold.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadRecord(f"{file}: invalid Parquet ({in_one_line(error)})") from None
 
 
-def _read_text(file):
-    """The file is one document."""
+def _read_text(file: Path) -> Iterator[Located]:
+    """The whole file as one document."""
     yield str(file), {"text": _text(file)}
 
 

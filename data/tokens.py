@@ -1,16 +1,18 @@
-"""Tokens of a data set: made once, kept in memory-mapped files by what they were made of.
+"""The tokens of a data set, which are made once and cached in memory-mapped files.
 
-A cache entry is a directory named by a hash of everything that decides its content (files, format, tokenizer
-and chat template, flags); it has its name when it is complete:
+A cache entry is a directory named by a hash of everything that determines its contents (files, format,
+tokenizer, chat template, flags). It only gets this name when it is complete:
 
-    input_ids.bin   int32 [tokens]      trained.bin   bool [tokens]      offsets.bin   int64 [examples + 1]
-    groups.bin      uint64 [examples]: equal where examples share the prompt
-    where.txt       the place of each example, a line each
-    meta.json       format, whether it was guessed, the kind of its prompts (of the first example), whether
-    all is plain text,
-                    what was skipped, the bytes of the other files
+    input_ids.bin   int32 [tokens]
+    trained.bin     bool [tokens]
+    offsets.bin     int64 [examples + 1]
+    groups.bin      uint64 [examples], equal where examples share the prompt
+    where.txt       a line per example: its position in the data set
+    meta.json       format, guessed (whether `auto` chose it), prompts (the kind, by the first example),
+                    plain_text (whether all examples are), skipped and named (bad records),
+                    files (the sizes of the others)
 
-An entry whose files have other sizes is damaged, and made anew.
+An entry whose files have other sizes is damaged, and made again.
 """
 
 import hashlib
@@ -21,28 +23,26 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from data.encoding import encode, tokenizer_fingerprint
 from data.formats import FORMATS, Rendered, guess_format, load_function, render
 from data.sources import BadRecord, Source
 
-IGNORED = -100
-VERSION = 2
-INSTRUCTION, CHAT, PLAIN = (
-    "instruction",
-    "chat",
-    "plain",
-)  # kinds of prompts: format_prompt's, a chat template's, a text
-BATCH = 1000  # records that are tokenised at once; the tokenizer's threads divide them
-NAMED = 5  # skipped records whose errors are kept word by word
+IGNORED = -100  # the label of a position that trains nothing
+VERSION = 2  # of the cache
+INSTRUCTION, CHAT, PLAIN = "instruction", "chat", "plain"  # prompts of format_prompt, chat templates, texts
+BATCH = 1000  # records that are tokenized at once; the tokenizer's threads divide them
+NAMED = 5  # skipped records whose errors are kept in full
+Example = tuple[str, Rendered, np.ndarray, np.ndarray]  # position, texts, ids, trained
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The examples of one source as flat arrays: example i has the tokens offsets[i] to offsets[i + 1]."""
+    """The examples of one data set as flat arrays; example i has the tokens offsets[i] to offsets[i + 1]."""
 
     input_ids: np.ndarray  # int32 [tokens]
     trained: np.ndarray  # bool [tokens]
@@ -53,7 +53,7 @@ class Tokens:
 
     @classmethod
     def open(cls, directory: Path) -> "Tokens":
-        """Map the files of a complete entry."""
+        """Map the files of a complete cache entry."""
         kinds = {"input_ids": np.int32, "trained": np.bool_, "offsets": np.int64, "groups": np.uint64}
         arrays = {name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in kinds.items()}
         return cls(
@@ -66,14 +66,17 @@ class Tokens:
         return len(self.groups)
 
     def where(self, index: int) -> str:
-        """The place of an example, as error messages name it."""
+        """The position of an example in the data set, for error messages."""
         with open(self.directory / "where.txt", encoding="utf-8") as file:
             return next(islice(file, index, None)).rstrip("\n")
 
 
 def cache_directory(chosen: str | None) -> Path:
-    """--data_cache_dir, or markstep/tokens in the user's cache; where that cannot be written, a temporary
-    directory."""
+    """The directory `chosen` (--data_cache_dir); default: markstep/tokens in the user's cache.
+
+    Where the user's cache cannot be written, it is a temporary directory. Raises ValueError where `chosen`
+    cannot be written.
+    """
     directory = Path(
         chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "markstep" / "tokens"
     )
@@ -98,11 +101,11 @@ def tokenize(
     streaming: bool = False,
     cache: Path,
 ) -> Tokens:
-    """The tokens of the source `name`, from the cache or made now, with a progress bar.
+    """The tokens of the data set `name`, from the cache or made now, with a progress bar.
 
-    Prompt (with the tokenizer's BOS) and answer are tokenised apart, so that a prompt has the same tokens
-    when the model is asked; an EOS ends each example. A chat has what its template writes, and nothing else.
-    Raises ValueError with the place of the first record that is bad, or with skip_bad counts those.
+    Prompt (with the tokenizer's BOS) and answer are tokenized apart, so that a prompt has the same tokens
+    when an answer is generated; an EOS ends each example. A chat has exactly what its template writes. Raises
+    ValueError, which names the position, for the first bad record; with skip_bad, bad records are counted.
     """
     source = Source(name, streaming)
     function, code = load_function(format_name) if ":" in format_name else (None, "")
@@ -121,12 +124,15 @@ def tokenize(
         train_on_prompt,
         max_samples,
         skip_bad,
-        _fingerprint(tokenizer),
+        tokenizer_fingerprint(tokenizer),
     ]
     entry = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     if not _complete(entry):
+        meta = {"format": format_name, "guessed": False, "plain_text": True, "skipped": 0, "named": []}
+        records = _rendered(islice(source, max_samples), meta, function, tokenizer, skip_bad)
+        examples = _encoded(records, source.name, tokenizer, train_on_prompt)
         try:
-            _make(entry, source, tokenizer, format_name, function, train_on_prompt, max_samples, skip_bad)
+            _make(entry, source.name, examples, meta)
         except OSError as error:
             raise ValueError(
                 f"the tokens of {name} cannot be kept in {cache}: {error.strerror}; --data_cache_dir chooses "
@@ -136,7 +142,7 @@ def tokenize(
 
 
 def _complete(entry: Path) -> bool:
-    """Whether all files of a cache entry are there, with the sizes that they had."""
+    """Whether all files of a cache entry are there, with their sizes in meta.json."""
     try:
         meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
         return all((entry / name).stat().st_size == size for name, size in meta["files"].items())
@@ -144,57 +150,77 @@ def _complete(entry: Path) -> bool:
         return False
 
 
-def _make(entry, source, tokenizer, format_name, function, train_on_prompt, max_samples, skip_bad):
-    from tqdm import tqdm
-
+def _make(entry: Path, source_name: str, examples: Iterator[Example], meta: dict) -> None:
+    """Write a cache entry; `meta` is complete when the examples have been iterated over."""
     partial = Path(tempfile.mkdtemp(prefix=entry.name + ".", dir=entry.parent))
-    meta = {"format": format_name, "guessed": False, "plain_text": True, "skipped": 0, "named": []}
-    offsets = [0]
     try:
-        with ExitStack() as stack:
-            files = {
-                kind: stack.enter_context(open(partial / f"{kind}.bin", "wb"))
-                for kind in ("input_ids", "trained", "groups", "offsets")
-            }
-            places = stack.enter_context(open(partial / "where.txt", "w", encoding="utf-8"))
-            progress = stack.enter_context(tqdm(desc=f"tokenize {source.name}", unit="record"))
-            records = _rendered(islice(source, max_samples), meta, function, tokenizer, skip_bad)
-            while batch := list(islice(records, BATCH)):
-                examples = _encode([rendered for _, rendered in batch], tokenizer, train_on_prompt)
-                for (where, rendered), (ids, trained) in zip(batch, examples, strict=True):
-                    group = hashlib.sha256(rendered.question.encode()).digest()[:8]
-                    for kind, value in (("input_ids", ids), ("trained", trained), ("groups", group)):
-                        files[kind].write(value)
-                    places.write(" ".join(where.split("\n")) + "\n")
-                    offsets.append(offsets[-1] + len(ids))
-                progress.update(len(batch))
-            files["offsets"].write(np.array(offsets, np.int64))
-        if len(offsets) == 1:
-            rest = (
+        if not _write_examples(partial, examples):
+            skipped = (
                 f"; {meta['skipped']} were skipped, the first: {meta['named'][0]}" if meta["skipped"] else ""
             )
             raise ValueError(
-                f"--dataset {source.name}: the data set is empty; at least one record was expected{rest}"
+                f"--dataset {source_name}: the data set is empty; at least one record was expected{skipped}"
             )
         meta["files"] = {path.name: path.stat().st_size for path in partial.iterdir()}
         (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        if entry.is_file():
-            entry.unlink()
-        elif entry.exists() and not _complete(entry):
-            shutil.rmtree(entry)
-        try:
-            os.rename(partial, entry)
-        except OSError:  # another run made the same entry meanwhile
-            if not _complete(entry):
-                raise
-            shutil.rmtree(partial)
+        _publish(partial, entry)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+def _write_examples(directory: Path, examples: Iterator[Example]) -> int:
+    """Write the files of an entry, except meta.json; returns the number of examples."""
+    offsets = [0]
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(open(directory / f"{name}.bin", "wb"))
+            for name in ("input_ids", "trained", "groups", "offsets")
+        }
+        positions = stack.enter_context(open(directory / "where.txt", "w", encoding="utf-8"))
+        for where, rendered, ids, trained in examples:
+            files["input_ids"].write(ids)
+            files["trained"].write(trained)
+            files["groups"].write(hashlib.sha256(rendered.question.encode()).digest()[:8])
+            positions.write(" ".join(where.split("\n")) + "\n")
+            offsets.append(offsets[-1] + len(ids))
+        files["offsets"].write(np.array(offsets, np.int64))
+    return len(offsets) - 1
+
+
+def _publish(partial: Path, entry: Path) -> None:
+    """Give a complete entry its name; a damaged entry of that name is deleted."""
+    if entry.is_file():
+        entry.unlink()
+    elif entry.exists() and not _complete(entry):
+        shutil.rmtree(entry)
+    try:
+        os.rename(partial, entry)
+    except OSError:  # another run made the same entry meanwhile
+        if not _complete(entry):
+            raise
+        shutil.rmtree(partial)
+
+
+def _encoded(
+    records: Iterator[tuple[str, Rendered]], name: str, tokenizer, train_on_prompt: bool
+) -> Iterator[Example]:
+    """The examples with their tokens, made in batches, with a progress bar."""
+    from tqdm import tqdm
+
+    with tqdm(desc=f"tokenize {name}", unit="record") as progress:
+        while batch := list(islice(records, BATCH)):
+            tokens = encode([rendered for _, rendered in batch], tokenizer, train_on_prompt)
+            for (where, rendered), (ids, trained) in zip(batch, tokens, strict=True):
+                yield where, rendered, ids, trained
+            progress.update(len(batch))
+
+
 def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[str, Rendered]]:
-    """(where, example) of each record that can be used; fills `meta`."""
+    """(position, texts) of each record that can be used; completes `meta`.
+
+    Raises ValueError for the first bad record, unless skip_bad.
+    """
     records = iter(records)
     while True:
         try:
@@ -214,7 +240,8 @@ def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[st
                 meta["named"].append(str(error))
 
 
-def _render(record, where, meta, function, tokenizer):
+def _render(record, where: str, meta: dict, function, tokenizer) -> Rendered:
+    """The texts of a record. The first one sets meta's prompts, and its format where that is `auto`."""
     if function is not None:
         try:
             record = function(record)
@@ -231,68 +258,3 @@ def _render(record, where, meta, function, tokenizer):
         CHAT if rendered.spans is not None else INSTRUCTION if name in ("dolly", "alpaca") else PLAIN,
     )
     return rendered
-
-
-def _encode(
-    batch: list[Rendered], tokenizer, train_on_prompt: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids int32, trained bool) of each example, in order."""
-    for by_template, run in groupby(batch, lambda example: example.spans is not None):
-        yield from (_encode_chats if by_template else _encode_texts)(list(run), tokenizer, train_on_prompt)
-
-
-def _encode_chats(batch, tokenizer, train_on_prompt):
-    """Each token with a part in what is trained is trained, as in transformers."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            "chats need a fast tokenizer (tokenizer.json), which says where in the text its tokens are"
-        )
-    encoded = tokenizer(
-        [example.text for example in batch],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    for example, ids, places in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        first, last = np.array(places, np.int64).reshape(-1, 2).T
-        # Some tokenizers trim white space from the places: a token begins where the one before it ends.
-        first = np.minimum(first, np.concatenate([[0], last[:-1]]))
-        trained = np.full(len(ids), train_on_prompt)
-        for start, stop in example.spans:
-            trained |= (first < stop) & ((last > start) | (first >= start))
-        yield np.array(ids, np.int32), trained
-
-
-def _encode_texts(batch, tokenizer, train_on_prompt):
-    end = tokenizer.eos_token_id
-    # verbose=False: it would warn of lengths that are handled later.
-    prompts = tokenizer([example.prompt for example in batch], verbose=False)["input_ids"]
-    texts = tokenizer([example.text for example in batch], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    for prompt, text in zip(prompts, texts, strict=True):
-        prompt = without_end(prompt, end)
-        ids = np.array([*prompt, *text, end], np.int32)
-        yield ids, (np.arange(len(ids)) >= len(prompt)) | train_on_prompt
-
-
-def without_end(ids: list[int], end: int) -> list[int]:
-    """A prompt's tokens without the end of text that some tokenizers add."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
-
-
-def _fingerprint(tokenizer) -> str:
-    """A hash of what decides the tokens of a text."""
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str()
-        if tokenizer.is_fast
-        else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    settings = [
-        type(tokenizer).__name__,
-        vocabulary,
-        tokenizer.chat_template,
-        tokenizer.bos_token,
-        tokenizer.eos_token,
-    ]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()

@@ -34,7 +34,8 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, directory: Path) -> "ModelConfig":
-        """Read `directory`/config.json; raises ValueError for what is no Llama, or one whose parts are not implemented."""
+        """Read `directory`/config.json; raises ValueError for what is no Llama, or one whose parts are not
+        implemented."""
         if not (Path(directory) / "config.json").is_file():
             raise ValueError(f"{directory} has no config.json: a Hugging Face model directory was expected")
         try:
@@ -57,7 +58,8 @@ class ModelConfig:
             )
         if getattr(config, "quantization_config", None):
             raise ValueError(
-                f"{directory}/config.json: the model is quantized (quantization_config); plain weights are read"
+                f"{directory}/config.json: the model is quantized (quantization_config); plain weights "
+                "are read"
             )
         scaling = config.rope_scaling
         kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))

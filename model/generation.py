@@ -1,12 +1,12 @@
-"""Answers, token by token: a forward pass with a cache of keys and values, and the choice of the next token.
+"""Text generation: forward passes with a cache of keys and values, and the choice of the next token.
 
-Shapes are static. A batch of prompts is padded to a bucket's length, and there is one graph for the prefill
-of each bucket and one for all decoding steps: where a row is in its sequence is data, and what the host
-chooses from the logits is no part of a graph. Every rank gathers the logits of the whole vocabulary and
+Shapes are static. A batch of prompts is padded to a bucket's length. Each bucket has one graph for its
+prefill, and one graph serves all decoding steps: the position of a row in its sequence is data, and what the
+host chooses from the logits is no part of a graph. Every rank gathers the logits of the whole vocabulary and
 chooses by the same rule and seeds, so all choose the same token.
 
-Through the stages of a pipeline a batch goes whole, and one stage after the other has its turn, which is
-data. The others compute meanwhile too, but remember nothing.
+A batch passes the stages of a pipeline as a whole, one stage after the other. Whose turn it is is data. The
+other stages compute, too, but do not write to their caches.
 """
 
 import math
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model.attention.blockwise import attend, segment_masks
+from model.attention.blockwise import segment_masks
 from model.attention.rotary import rotary_cos_sin
+from model.decoder_layer import LayerInputs
 from model.llama import Llama
 from parallel.collectives import all_gather, permute
 from parallel.mesh import Group
@@ -103,17 +104,49 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, positions: int) -> in
     needed = longest_prompt + max_new_tokens
     if needed > positions:
         raise ValueError(
-            f"a prompt of {longest_prompt} tokens and --max_new_tokens {max_new_tokens} are more than the model's "
+            f"a prompt of {longest_prompt} tokens and --max_new_tokens {max_new_tokens} are more than the "
+            "model's "
             f"positions (max_position_embeddings {positions}): shorten one of them"
         )
     return -(-needed // ROUNDED_TO) * ROUNDED_TO
 
 
-class Generator:
-    """A model with a cache for `batch_size` sequences of up to `capacity` tokens; all ranks of `group`, and
-    of all stages, have one each.
+class CacheUpdate:
+    """One forward pass's access to the cache of a layer: writes new keys and values, and returns those to
+    attend to.
 
-    Nothing of training is needed or changed: it may be made of a model that is being trained.
+    cache: keys and values, [capacity, batch, kv_heads, head_dim] each. slots: bool [capacity, batch, 1, 1],
+    where the one new token of each row is written; None for a prompt, which fills the cache from its start.
+    is_turn: bool [1], whether this pipeline stage may write; None with one stage.
+    """
+
+    def __init__(
+        self,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor | None,
+        is_turn: torch.Tensor | None,
+    ):
+        self._cache, self._slots, self._is_turn = cache, slots, is_turn
+
+    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As model.llama.LayerCache.update; the cache changes in place."""
+        key_cache, value_cache = self._cache
+        return self._write(key_cache, key), self._write(value_cache, value)
+
+    def _write(self, cache, new):
+        if self._slots is None:
+            attended, written = new, F.pad(new, (0, 0, 0, 0, 0, 0, 0, len(cache) - len(new)))
+        else:
+            attended = written = torch.where(self._slots, new, cache)
+        cache.copy_(written if self._is_turn is None else torch.where(self._is_turn, written, cache))
+        return attended
+
+
+class Generator:
+    """A model with a cache for `batch_size` sequences of up to `capacity` tokens.
+
+    Each rank of `group`, and of all stages, has one. It needs and changes nothing of training: the model may
+    be one that is being trained.
     """
 
     def __init__(self, runtime: Runtime, model: Llama, group: Group, batch_size: int, capacity: int):
@@ -121,8 +154,8 @@ class Generator:
         self._runtime, self._model = runtime, model
         config = model.config
         shape = (capacity, batch_size, max(1, config.num_key_value_heads // group.size()), config.head_dim)
-        self._cache = [
-            [torch.zeros(shape, dtype=model.dtype).to(runtime.device) for _ in "kv"]
+        self._caches = [
+            tuple(torch.zeros(shape, dtype=model.dtype).to(runtime.device) for _ in range(2))
             for _ in model.model.layers
         ]
 
@@ -134,121 +167,106 @@ class Generator:
         sampling: Sampling = GREEDY,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
-        """The answer to each prompt of tokens, without the token of `ends` that ended it; any number of
-        prompts.
+        """The completion of each prompt, without the token of `ends` that ended it. Prompts and completions
+        are token ids.
 
-        `on_token(prompt's number, token)` is told each token as it is chosen, an end too. Values of each step
-        are read: the host waits for the device.
+        `on_token(prompt's number, token)` is called for each token as it is chosen, also for one that ends a
+        completion. The host waits for the device at every token.
         """
-        answers = []
-        if (
-            not self._runtime.executes
-        ):  # graphs are collected, and no value may decide: a prefill and a decoding step each
+        completions = []
+        if not self._runtime.executes:
+            # Graphs are only collected, and no value may decide anything: one prefill and one decoding step.
             max_new_tokens, ends = 2, set()
         with _whole_sequences(self._model):
             for first in range(0, len(prompts), self.batch_size):
                 batch = prompts[first : first + self.batch_size]
                 choosers = [sampling.chooser(first + row) for row in range(len(batch))]
-                answers += self._generate(
-                    batch,
-                    max_new_tokens,
-                    ends,
-                    choosers,
-                    on_token and (lambda row, token, first=first: on_token(first + row, token)),
-                )
-        return answers
+                on_row = on_token and (lambda row, token, first=first: on_token(first + row, token))
+                completions += self._generate(batch, max_new_tokens, ends, choosers, on_row)
+        return completions
 
     def _generate(self, prompts, max_new_tokens, ends, choosers, on_token):
-        answers: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
+        completions: list[list[int]] = [[] for _ in prompts]
+        unfinished = set(range(len(prompts)))
         logits = self._prefill(prompts)
         for step in range(max_new_tokens):
-            for row in sorted(going):
-                token = choosers[row](prompts[row] + answers[row], logits[row])
+            for row in sorted(unfinished):
+                token = choosers[row](prompts[row] + completions[row], logits[row])
                 if on_token:
                     on_token(row, token)
                 if token in ends:
-                    going.remove(row)
+                    unfinished.remove(row)
                 else:
-                    answers[row].append(token)
-            if not going or step + 1 == max_new_tokens:
-                return answers
+                    completions[row].append(token)
+            if not unfinished or step + 1 == max_new_tokens:
+                return completions
             # A row that has ended computes its last token again: the graph is for all rows.
-            last = [(answer or prompt)[-1] for prompt, answer in zip(prompts, answers, strict=True)]
-            logits = self._decode(
-                last,
-                [
-                    len(prompt) + max(0, len(answer) - 1)
-                    for prompt, answer in zip(prompts, answers, strict=True)
-                ],
-            )
-        return answers
+            pairs = list(zip(prompts, completions, strict=True))
+            last_tokens = [(completion or prompt)[-1] for prompt, completion in pairs]
+            positions = [len(prompt) + max(0, len(completion) - 1) for prompt, completion in pairs]
+            logits = self._decode(last_tokens, positions)
+        return completions
 
-    @torch.no_grad()
     def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Begin with up to batch_size prompts: logits of the token after each, fp32 [batch_size, vocab_size]
-        on the CPU."""
+        """Begin with up to batch_size prompts: the logits of the token after each, fp32 [batch_size,
+        vocab_size] on the CPU."""
         bucket = bucket_of(max(map(len, prompts)), self.capacity)
         rows = prompts + [[0]] * (self.batch_size - len(prompts))
-        ids = torch.tensor([row + [0] * (bucket - len(row)) for row in rows]).to(self._runtime.device)
-        last = torch.tensor([len(row) - 1 for row in rows]).to(self._runtime.device)
-        positions = torch.arange(bucket, device=ids.device).unsqueeze(0).expand(ids.shape)
-        # One causal segment: padding stands at the end, where no token of the prompt sees it.
-        masks = segment_masks(torch.ones_like(ids))
+        input_ids = torch.tensor([row + [0] * (bucket - len(row)) for row in rows])
+        last = torch.tensor([len(row) - 1 for row in rows])
+        return self._run(f"prefill of {bucket}", self._prefill_graph, input_ids, last)
 
-        def remember(cache, new):
-            return new, F.pad(new, (0, 0, 0, 0, 0, 0, 0, self.capacity - bucket))
-
-        return self._logits(ids, positions, masks, remember, last, f"prefill of {bucket}")
-
-    @torch.no_grad()
     def _decode(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        """Go on with a token for each row, at its 0-based position: logits of the one after it, as of
-        _prefill."""
+        """Continue with one token for each row, at its 0-based position: the logits of the next one, as
+        _prefill's."""
         rest = [0] * (self.batch_size - len(tokens))
-        ids = torch.tensor(tokens + rest).unsqueeze(1).to(self._runtime.device)
-        place = torch.tensor(positions + rest).unsqueeze(1).to(self._runtime.device)
-        slots = torch.arange(self.capacity, device=ids.device).unsqueeze(0)
-        here = (slots == place).t()[:, :, None, None]  # [capacity, batch, 1, 1]
+        input_ids, position_ids = (torch.tensor(values + rest).unsqueeze(1) for values in (tokens, positions))
+        return self._run("decode", self._decode_graph, input_ids, position_ids)
 
-        def remember(cache, new):
-            return [torch.where(here, new, cache)] * 2
-
-        return self._logits(ids, place, [(slots <= place).unsqueeze(1)], remember, None, "decode")
-
-    def _logits(self, ids, positions, masks, remember, last, place):
-        """`remember(cache, new)`: the keys or values to attend to [sequence, batch, heads, head_dim], and
-        those to be kept."""
-        model, pipeline = self._model, self._model.pipeline
-        rotary = rotary_cos_sin(positions.t(), model.rotary_frequencies)
-        x = model.embed(ids)
-        for stage in range(pipeline.group.size()):
-            x = permute(x, pipeline.group, 1) if stage else x
-            x = self._layers(
-                x, *rotary, masks, remember, model.stage_index == stage if pipeline.group.size() > 1 else None
-            )
-        if last is not None:  # of a prompt only the last token's logits are asked for
-            x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
-        logits = all_gather(
-            model.head(x, len(ids)).squeeze(1), model.model.embed_tokens.parameter_group, -1
-        ).float()
-        self._runtime.mark_step(place)
+    def _run(self, name, graph, *inputs):
+        on_device = [tensor.to(self._runtime.device) for tensor in inputs]
+        logits = self._runtime.mark_step(name, graph, *on_device)
         return logits.cpu() if self._runtime.executes else torch.zeros(logits.shape)
 
-    def _layers(self, x, cos, sin, masks, remember, turn):
-        """This stage's layers, which remember where `turn`, boolean [1] as data, is true, or None."""
-        model = self._model
-        for layer, caches in zip(model.model.layers, self._cache, strict=True):
-            before, attention = x, layer.self_attn
-            query, *both = attention.heads(layer.input_layernorm(x), cos, sin)
-            seen = []
-            for cache, new in zip(caches, both, strict=True):
-                attended, kept = remember(cache, new)
-                cache.copy_(kept if turn is None else torch.where(turn, kept, cache))
-                seen.append(attended)
-            x = x + attention.o_proj(attend(query, *seen, masks))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return model.pipeline.pass_by_spare(before, x, model.config.num_hidden_layers, model.stage_index)
+    @torch.no_grad()
+    def _prefill_graph(self, input_ids, last):
+        """input_ids [batch, bucket]; last [batch], the position of each prompt's last token."""
+        positions = (
+            torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape)
+        )
+        # One causal segment: padding stands at the end, where no token of the prompt sees it.
+        masks = segment_masks(torch.ones_like(input_ids))
+        x = self._stages(input_ids, self._layer_inputs(positions, masks), None)
+        # Of a prompt only the last token's logits are needed.
+        x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
+        return self._logits(x, len(input_ids))
+
+    @torch.no_grad()
+    def _decode_graph(self, input_ids, position_ids):
+        """input_ids and position_ids [batch, 1]."""
+        slots = torch.arange(self.capacity, device=input_ids.device).unsqueeze(0)
+        masks = [(slots <= position_ids).unsqueeze(1)]
+        write_slots = (slots == position_ids).t()[:, :, None, None]
+        x = self._stages(input_ids, self._layer_inputs(position_ids, masks), write_slots)
+        return self._logits(x, len(input_ids))
+
+    def _layer_inputs(self, positions, masks):
+        return LayerInputs(*rotary_cos_sin(positions.t(), self._model.rotary_frequencies), masks)
+
+    def _stages(self, input_ids, inputs, write_slots):
+        """The output of the last stage, x [tokens, features]."""
+        model, stages = self._model, self._model.pipeline.group
+        x = model.embed(input_ids)
+        for stage in range(stages.size()):
+            x = permute(x, stages, 1) if stage else x
+            is_turn = model.stage_index == stage if stages.size() > 1 else None
+            x = model.stage(x, inputs, [CacheUpdate(cache, write_slots, is_turn) for cache in self._caches])
+        return x
+
+    def _logits(self, x, batch):
+        """x [batch, features] -> fp32 [batch, vocab_size] on all ranks."""
+        logits = self._model.head(x, batch).squeeze(1)
+        return all_gather(logits, self._model.vocabulary_group, -1).float()
 
 
 @contextmanager

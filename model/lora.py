@@ -1,14 +1,14 @@
 """LoRA (https://arxiv.org/abs/2106.09685) on column- and row-parallel layers.
 
 y = W x + (alpha / r) B A dropout(x), with alpha / sqrt(r) for rsLoRA (https://arxiv.org/abs/2312.03732). Of
-the pair, the factor that meets the divided dimension is divided with it and the other is replicated. The
-ranks meet between A and B, where the tensors are r wide, in the message that the base layer sends anyway: no
-collective is added, and the replicated factor is used for the positions that the rank has, as a norm's weight
-is.
+the pair, the factor that has the divided dimension is divided with it, and the other is replicated. The ranks
+communicate between A and B, where the tensors are r wide, in the message that the base layer sends anyway: no
+collective is added. The replicated factor is used for the rank's own positions, as a norm's weight is.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ MASK = 0x7FFFFFFF  # the 31 bits of an int32 that is not negative
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """peft's settings of the same names; `target_modules` are Hugging Face module names or their last parts."""
+    """peft's settings of the same names. target_modules: Hugging Face module names, or their last parts."""
 
     r: int
     lora_alpha: float
@@ -37,23 +37,39 @@ class LoraConfig:
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
 
+def hash_token_seeds(row_seeds: torch.Tensor, sequence: int) -> torch.Tensor:
+    """The dropout seed of each token, a hash of its row and position.
+
+    row_seeds [batch], 31 bits each -> int32 [sequence, batch] on the same device.
+    """
+    position = torch.arange(sequence, device=row_seeds.device, dtype=torch.int32)
+    return _mix(((position * 0x1E3779B1) & MASK).unsqueeze(1) ^ _mix(row_seeds.to(torch.int32)).unsqueeze(0))
+
+
 class TokenSeeds:
-    """The dropout seed of each token of the current batch, shared by a model's LoRA layers."""
+    """The dropout seeds of the batch that is being computed, shared by all LoRA layers of a model."""
 
     values: torch.Tensor | None = None
 
-    def set(self, row_seeds: torch.Tensor, sequence: int) -> None:
-        """Hash row and position: row_seeds [batch], 31 bits each -> `values`, int32 [sequence, batch], on the
-        same device."""
-        position = torch.arange(sequence, device=row_seeds.device, dtype=torch.int32)
-        self.values = _mix(
-            ((position * 0x1E3779B1) & MASK).unsqueeze(1) ^ _mix(row_seeds.to(torch.int32)).unsqueeze(0)
-        )
+    def __init__(self, dropout: float = 0.0):
+        """dropout: the probability with which the layers drop a feature."""
+        self.dropout = dropout
+
+    @contextmanager
+    def during(self, values: torch.Tensor | None) -> Iterator[None]:
+        """Within this context LoRA layers drop features by these seeds (hash_token_seeds), int32 [sequence,
+        batch]."""
+        self.values, before = values, self.values
+        try:
+            yield
+        finally:
+            self.values = before
 
 
 class LoraLinear(nn.Module):
-    """A parallel layer with a low-rank update beside it; parameters `base_layer.*`, `lora_A.weight`,
-    `lora_B.weight`."""
+    """A parallel layer with a low-rank update: `base_layer.*`, `lora_A.weight` and `lora_B.weight`."""
+
+    has_adapter = True
 
     def __init__(
         self,
@@ -63,12 +79,8 @@ class LoraLinear(nn.Module):
         seeds: TokenSeeds,
     ):
         super().__init__()
-        self.base_layer, self.scaling, self.dropout, self.seeds = (
-            base_layer,
-            config.scaling,
-            config.lora_dropout,
-            seeds,
-        )
+        self.base_layer, self.seeds = base_layer, seeds
+        self.scaling, self.dropout = config.scaling, config.lora_dropout
         self.by_row = isinstance(base_layer, RowParallelLinear)
         self.tensor_parallel_group = base_layer.tensor_parallel_group
         self.sequence_parallel_enabled = base_layer.sequence_parallel_enabled
@@ -76,7 +88,8 @@ class LoraLinear(nn.Module):
             ParallelLayer(self.tensor_parallel_group, self.sequence_parallel_enabled, group)
             for group in (self.tensor_parallel_group, base_layer.parameter_group)
         )
-        self.lora_A.spare, self.lora_B.spare = base_layer.spare or base_layer.reads_spare, base_layer.spare
+        self.lora_A.is_padding = base_layer.is_padding or base_layer.input_is_padding
+        self.lora_B.is_padding = base_layer.is_padding
         how = (base_layer.weight.dtype, base_layer.weight.device)
         if self.by_row:
             self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), 1, *how)
@@ -98,35 +111,36 @@ class LoraLinear(nn.Module):
         return self.training and self.dropout > 0
 
     @staticmethod
-    def before(x: torch.Tensor, layers: list["LoraLinear"]) -> list[torch.Tensor]:
-        """A dropout(x) of each of the layers, [tokens of x, r]: of column-parallel ones, what crosses beside
-        x.
+    def low_rank_inputs(x: torch.Tensor, layers: list["LoraLinear"]) -> list[torch.Tensor]:
+        """A dropout(x) of each layer, [tokens of x, r].
 
-        One product where no layer drops: r is too small for a fast one.
+        Without dropout it is one product for all layers: r alone is too narrow for a fast one.
         """
         if len(layers) == 1 or layers[0].drops:
             return [F.linear(layer._drop(x), layer.lora_A.weight) for layer in layers]
         factors = [layer.lora_A.weight for layer in layers]
         return list(F.linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
 
-    def enter(self, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        """Of a column-parallel layer, how it takes a tensor of the rank's positions."""
-        return self.base_layer.enter(tensor, group)
+    def gather_input(self, x: torch.Tensor, group: Group) -> torch.Tensor:
+        """As the base layer's: x of this rank's positions -> x of all positions (column-parallel layers
+        only)."""
+        return self.base_layer.gather_input(x, group)
 
-    def product(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        """Of a column-parallel layer, y of x and `low`, both of all positions."""
-        return self._add_up(self.base_layer.product(x), low)
+    def matmul(self, x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
+        """y of x [tokens, in] and `low_rank` [tokens, r], both of all positions (column-parallel layers
+        only)."""
+        return self._add_update(self.base_layer.matmul(x), low_rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.by_row:
-            y, low = self.base_layer(x, *self.before(x, [self]))
-            return self._add_up(y, low)
+            y, low_rank = self.base_layer(x, *self.low_rank_inputs(x, [self]))
+            return self._add_update(y, low_rank)
         return column_parallel(x, [self])[0]
 
-    def _add_up(self, y, low):
-        # Scaled where it is small, and transposed before: the product that gives its gradient is [r, out],
-        # which is fast.
-        return torch.addmm(y, low, self.lora_B.weight.t() * self.scaling)
+    def _add_update(self, y, low_rank):
+        # B is scaled because it is small, and transposed before: then the product that gives its gradient is
+        # [r, out], which is fast.
+        return torch.addmm(y, low_rank, self.lora_B.weight.t() * self.scaling)
 
     def _drop(self, x):
         if not self.drops:
@@ -160,9 +174,9 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
     """Put LoRA on the target modules and freeze everything else, in place.
 
-    Where a module of one pipeline stage is a target, those in its place on the others have a spare LoRA.
-    Raises ValueError for a target that names no parallel linear layer, with those that exist. Returns the
-    seeds that dropout reads: `set` them before a forward pass in training.
+    Where a module of one pipeline stage is a target, its counterparts on the other stages get a padding LoRA,
+    whose factors and gradients are 0. Raises ValueError for a target that names no parallel linear layer.
+    Returns the seeds that dropout reads: set them (`TokenSeeds.during`) around a forward pass in training.
     """
     linear = {
         name: module
@@ -171,16 +185,18 @@ def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
     }
     for target in config.target_modules:
         if not any(
-            _matches(each, [target]) for name, module in linear.items() for each in (name, *module.beside)
+            _matches(each, [target])
+            for name, module in linear.items()
+            for each in (name, *module.counterparts)
         ):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise ValueError(
                 f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}"
             )
-    seeds = model.token_seeds = TokenSeeds()
+    seeds = model.token_seeds = TokenSeeds(config.lora_dropout)
     model.requires_grad_(False)
     for name, module in linear.items():
-        if any(_matches(each, config.target_modules) for each in (name, *module.beside)):
+        if any(_matches(each, config.target_modules) for each in (name, *module.counterparts)):
             if name == "lm_head" and model.config.tie_word_embeddings:
                 raise ValueError(
                     "--lora_target_modules: lm_head shares its weight with the embedding in this model "
@@ -188,7 +204,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
                 )
             added = LoraLinear(module, config, name, seeds)
             if not _matches(name, config.target_modules):
-                added.lora_A.spare = added.lora_B.spare = True  # both are 0, and so is the gradient of each
+                added.lora_A.is_padding = added.lora_B.is_padding = True
             model.set_submodule(name, added)
     return seeds
 
@@ -207,7 +223,7 @@ def is_lora(name: str) -> bool:
 
 
 def generator_of(name: str, seed: int) -> torch.Generator:
-    """A generator of the name's own: what it draws depends neither on the topology nor on the order of calls."""
+    """A generator for this name: what it draws depends on neither the topology nor the order of calls."""
     return torch.Generator().manual_seed(
         zlib.crc32(f"{seed}/{name}".encode())
     )  # of a seed, torch's takes 32 bits

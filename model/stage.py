@@ -1,10 +1,10 @@
-"""The two ticks in which a micro-batch passes a pipeline stage (parallel/pipeline.py), each with a mark_step
-behind it.
+"""The forward and the backward of one pipeline stage in one tick, each followed by a mark_step
+(parallel/pipeline.py).
 
-What differs from rank to rank, or from tick to tick, is data: one graph serves all forward ticks, and another
-all backward ticks. Autograd's record of a forward tick waits for its backward tick: what it keeps are outputs
-of the one graph and inputs of the other. So it keeps little: masks and angles are made again, and of a
-product its operands are kept, no transposed copies of them.
+What differs from rank to rank or from tick to tick is data, so one graph serves all forward ticks and another
+one all backward ticks. Autograd keeps what it saved in a forward tick until the backward tick: those tensors
+are outputs of the one graph and inputs of the other. So as little as possible is saved: masks and rotary
+angles are computed again, and a matrix product saves its operands and no transposed copies of them.
 """
 
 from collections.abc import Callable
@@ -12,163 +12,177 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import torch_xla
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
+from model.decoder_layer import LayerInputs
 from model.llama import Llama
-from model.lora import LoraLinear
 from parallel.collectives import permute
+from parallel.graph import backend
 
 
 @dataclass
-class Passage:
-    """What a stage has done in a forward tick, and what its backward tick needs of it.
+class StageActivations:
+    """What a forward tick leaves for the backward tick of the same number.
 
-    `output` [tokens, features] is for the next stage, and of the last for the head, which leaves its gradient
-    in output.grad. `given`: what the layers have read, of the same shape. Both are leaves; `made` and
-    `embedded` are where their gradients go on: into the layers, and into the embedding (None where it is
-    frozen).
+    `stage_input` and `stage_output` [tokens, features] are leaves: the gradient of the output is in
+    stage_output.grad (of the last stage, from the head), that of the input in stage_input.grad after
+    `backward`. `output_edge` and `embedding_edge` are where autograd continues: into the layers, and into the
+    embedding (None where it is frozen).
     """
 
     model: Llama
-    given: torch.Tensor
-    output: torch.Tensor
-    made: GradientEdge | None
-    embedded: GradientEdge | None
+    stage_input: torch.Tensor
+    stage_output: torch.Tensor
+    output_edge: GradientEdge | None
+    embedding_edge: GradientEdge | None
 
-    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Add to the parameters' gradients. `gradient` is what the backward of the tick after this one has
-        returned.
+    def backward(self, output_grad: torch.Tensor) -> torch.Tensor:
+        """Add to the parameters' gradients; returns the gradient [tokens, features] for the stage before.
 
-        The first stage's goes into the embedding; the others' is for the stage before.
+        `output_grad` [tokens, features] is what this method returned in the tick before this one; the stage
+        that it is for receives it here. The first stage's gradient goes into the embedding, and it returns
+        zeros.
         """
-        arrived = permute(gradient, self.model.pipeline.group, -1)
-        torch.autograd.backward([self.made], [self.output.grad + arrived])
-        first, nothing = self.model.stage_index == 0, torch.zeros_like(self.given)
-        if self.embedded:
-            torch.autograd.backward([self.embedded], [torch.where(first, self.given.grad, nothing)])
-        return torch.where(first, nothing, self.given.grad)
+        received = permute(output_grad, self.model.pipeline.group, -1)
+        torch.autograd.backward([self.output_edge], [self.stage_output.grad + received])
+        first, zeros = self.model.stage_index == 0, torch.zeros_like(self.stage_input)
+        if self.embedding_edge:
+            embedding_grad = torch.where(first, self.stage_input.grad, zeros)
+            torch.autograd.backward([self.embedding_edge], [embedding_grad])
+        input_grad = torch.where(first, zeros, self.stage_input.grad)
+        # The object outlives this tick's graph; what is alive at a mark_step is an output of its graph and
+        # takes memory.
+        self.stage_input.grad = self.stage_output.grad = self.output_edge = self.embedding_edge = None
+        return input_grad
 
 
 def forward_tick(
-    model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor, sent: torch.Tensor
-) -> Passage:
-    """A stage's part of tick number `tick`, integer [1], of a batch; `sent` is the output of the tick before,
-    or zeros.
+    model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor, previous_output: torch.Tensor
+) -> StageActivations:
+    """The forward of this rank's stage in tick number `tick`, integer [1].
 
-    Without autograd (torch.no_grad) nothing is kept.
+    `previous_output` [tokens, features] is this stage's output of the tick before, or zeros. Without autograd
+    (torch.no_grad) nothing is kept for a backward.
     """
-    pipeline, learns = model.pipeline, torch.is_grad_enabled()
-    _set_seeds(model, pipeline.rows_of(batch, tick - model.stage_index))
+    pipeline, trains = model.pipeline, torch.is_grad_enabled()
 
-    def places():
-        rows = pipeline.rows_of(batch, tick - model.stage_index)
-        return model.places(rows["position_ids"], rows["segment_ids"])
+    def layer_inputs():
+        rows = pipeline.microbatch(batch, tick - model.stage_index)
+        return model.layer_inputs(rows["position_ids"], rows["segment_ids"], rows["row_seeds"])
 
-    kept = _Kept(places)
-    with kept, _Products():
-        embedded = model.embed(pipeline.rows_of(batch, tick)["input_ids"])
-        given = pipeline.take(embedded.detach(), sent.detach(), model.stage_index).requires_grad_(learns)
-        made = model.stage(given, *kept.made)
-    made_edge, embedded_edge = (
-        get_gradient_edge(each) if each.requires_grad else None for each in (made, embedded)
+    with _ComputedAgain(layer_inputs) as inputs, _SavesOperands():
+        embedded = model.embed(pipeline.microbatch(batch, tick)["input_ids"])
+        stage_input = pipeline.stage_input(embedded.detach(), previous_output.detach(), model.stage_index)
+        stage_input.requires_grad_(trains)
+        output = model.stage(stage_input, inputs)
+    output_edge, embedding_edge = (
+        get_gradient_edge(each) if each.requires_grad else None for each in (output, embedded)
     )
-    return Passage(model, given, made.detach().requires_grad_(learns), made_edge, embedded_edge)
+    stage_output = output.detach().requires_grad_(trains)
+    return StageActivations(model, stage_input, stage_output, output_edge, embedding_edge)
 
 
-def finish(
-    model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor, output: torch.Tensor
+def finished_logits(
+    model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor, stage_output: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(logits, rows) of the micro-batch that the last stage has finished in this tick, of which `output` is a
-    stage's output.
+    """(logits, rows) of the micro-batch that the last stage finishes in this tick, on all stages.
 
-    In the first ticks there is none: the rows are padding without targets.
+    `stage_output` is this rank's. In the first ticks no micro-batch is finished, and the rows are padding
+    without targets.
     """
-    rows = model.pipeline.finished_rows(batch, tick)
-    _set_seeds(model, rows)
-    return model.head(output, len(rows["labels"])), rows
+    rows = model.pipeline.finished_microbatch(batch, tick)
+    seeds = model.dropout_seeds(rows["row_seeds"], rows["input_ids"].shape[1])
+    return model.head(stage_output, len(rows["labels"]), seeds), rows
 
 
-def _set_seeds(model, rows):
-    if any(isinstance(layer, LoraLinear) and layer.drops for layer in model.modules()):
-        model.token_seeds.set(rows["row_seeds"], rows["input_ids"].shape[1])
+@dataclass
+class Schedule:
+    """The ticks of a batch on the device: their numbers, integers [1], and the zeros [tokens, features] that
+    stand for the output of a tick before the first one. A batch that one stage takes at once has no ticks."""
+
+    ticks: list[torch.Tensor]
+    zero_activations: torch.Tensor | None = None
 
 
-def schedule(
-    model: Llama, rows: int, length: int, device: torch.device
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """On the device, the numbers of the ticks of `rows` rows of `length` tokens, integers [1], and the zeros
-    that the first one is sent; no ticks and None where one stage takes the batch at once."""
+def schedule(model: Llama, rows: int, length: int, device: torch.device) -> Schedule:
+    """The schedule of batches of `rows` rows of `length` tokens."""
     pipeline = model.pipeline
-    if pipeline.ticks(rows) == 1:
-        return [], None
+    count = pipeline.ticks(rows)
+    if count == 1:
+        return Schedule([])
     norm = model.model.norm
     ranks = norm.tensor_parallel_group.size() if norm.sequence_parallel_enabled else 1
-    idle = torch.zeros(
-        rows // pipeline.pieces(rows) * length // ranks, model.config.hidden_size, dtype=model.dtype
-    )
-    return [torch.tensor([tick]).to(device) for tick in range(pipeline.ticks(rows))], idle.to(device)
+    tokens = rows // pipeline.microbatches(rows) * length // ranks
+    zeros = torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype)
+    return Schedule([torch.tensor([tick]).to(device) for tick in range(count)], zeros.to(device))
 
 
-class _Kept(saved_tensors_hooks):
-    """Within, autograd keeps tensors where Python sees them (parallel/graph/live.py looks for them).
+class _ComputedAgain(saved_tensors_hooks):
+    """Within this context autograd saves no LayerInputs (`compute`): the backward computes them again.
 
-    Of what `make` has given (cos, sin, masks) it keeps nothing: the backward makes them again. Of a view it
-    keeps a copy (no operation of the graph): torch_xla lets a view hold all that it is a view of, and a
-    mark_step would make a result of each.
+    Of a view it saves a copy, which costs no operation: torch_xla lets a view hold everything that it is a
+    view of, and a mark_step would return all of that. Saved tensors stay where Python sees them, for
+    parallel/graph/live.py.
     """
 
-    def __init__(self, make: Callable[[], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor] | None]]):
+    def __init__(self, compute: Callable[[], LayerInputs]):
         super().__init__(self._pack, self._unpack)
-        self.made, self._make = make(), make
-        self._kept = {_identity(tensor): number for number, tensor in enumerate(self._tensors())}
+        self._compute, self._inputs, self._numbers = compute, None, {}
+
+    def __enter__(self) -> LayerInputs:
+        super().__enter__()
+        self._inputs = self._compute()
+        self._numbers = {backend.tensor_id(each): number for number, each in enumerate(self._tensors())}
+        return self._inputs
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._masks = self.made[2]
-        if self._masks:
-            self._masks.clear()  # a checkpoint of a layer has the list among its arguments
-        self.made = self._kept = None
+        self._fill(
+            LayerInputs(None, None, None)
+        )  # a checkpoint of a layer holds the object, so it is emptied
+        self._numbers = {}
+
+    def _fill(self, values: LayerInputs) -> None:
+        vars(self._inputs).update(vars(values))
 
     def _tensors(self):
-        cos, sin, masks = self.made
-        return [cos, sin, *(masks or ())]
+        inputs = self._inputs
+        return [
+            each
+            for each in (inputs.cos, inputs.sin, *(inputs.masks or ()), inputs.token_seeds)
+            if each is not None
+        ]
 
     def _pack(self, tensor):
-        if tensor._is_view() and torch_xla._XLAC._check_tensor_need_materialization([tensor])[0]:
-            self._kept.setdefault(_identity(tensor), tensor.clone())
-        return self._kept.get(_identity(tensor), tensor)
+        identity = backend.tensor_id(tensor)
+        if tensor._is_view() and backend.are_pending([tensor])[0]:
+            self._numbers.setdefault(identity, tensor.clone())
+        return self._numbers.get(identity, tensor)
 
-    def _unpack(self, kept):
-        if isinstance(kept, torch.Tensor):
-            return kept
-        if self.made is None:
-            cos, sin, masks = self._make()
-            if masks:
-                self._masks[:] = masks
-            self.made = cos, sin, self._masks
-        return self._tensors()[kept]
+    def _unpack(self, saved):
+        if isinstance(saved, torch.Tensor):
+            return saved
+        if self._inputs.cos is None:
+            self._fill(self._compute())
+        return self._tensors()[saved]
 
 
-_identity = torch_xla._XLAC._xla_get_tensor_id
-
-
-class _Products(TorchFunctionMode):
-    """Within, linear layers are products of the kind below."""
+class _SavesOperands(TorchFunctionMode):
+    """Within this context F.linear saves its operands as they are."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
-        return (_Product.apply if function is F.linear else function)(*arguments, **(keywords or {}))
+        return (_Linear.apply if function is F.linear else function)(*arguments, **(keywords or {}))
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b of x [tokens, features], for whose backward x and W are kept as they are. torch_xla's own
-    keeps a transposed copy of W, and of x one more for each layer that reads it."""
+class _Linear(torch.autograd.Function):
+    """x W^T + b of x [tokens, features], whose backward keeps x and W. torch_xla's own keeps a transposed
+    copy of W, and of x one more for each layer with that input."""
 
     @staticmethod
     def forward(ctx, x, weight, bias=None):
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        trains_x, trains_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if trains_weight else None, weight if trains_x else None)
         return F.linear(x, weight, bias)
 
     @staticmethod

@@ -113,7 +113,7 @@ def sum_over_stages(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     return _exchange(tensor, group, all_reduce, all_reduce)
 
 
-def side_by_side(
+def coalesced(
     collective: Callable[[torch.Tensor, Group], torch.Tensor], tensors: list[torch.Tensor], group: Group
 ) -> list[torch.Tensor]:
     """The collective of each tensor [..., n], all in one message: latency is what a small one costs."""

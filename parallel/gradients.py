@@ -1,4 +1,4 @@
-"""The global norm of the reduced gradients, and clipping."""
+"""Gradients of a step: added up over its micro-batches, their global norm, clipping."""
 
 import torch
 
@@ -6,11 +6,38 @@ from parallel.buckets import Buckets
 from parallel.collectives import all_reduce
 
 
-def global_norm(buckets: Buckets, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of the gradient of the whole model, fp32, shape [1], from this rank's part of each bucket.
+class GradientAccumulator:
+    """This rank's sums over the micro-batches of a step so far.
 
-    Each slice counts once: the squares of one that `replicas` ranks hold are divided by that number before
-    the sum.
+    `grad_sums`: fp32 [parts, columns] of each bucket. `counts`: fp32 [n]. Where the micro-batches of a step
+    are graphs of their own, the sums are tensors that stay (`persistent`) and change in place. Where the
+    whole step is one graph, they exist only while it is recorded, and are None before.
+    """
+
+    def __init__(self, buckets: Buckets, num_counts: int, device: torch.device, persistent: bool):
+        self._buckets, self._persistent = buckets, persistent
+        self.grad_sums = [torch.zeros(shape).to(device) for shape in buckets.shapes] if persistent else None
+        self.counts = torch.zeros(num_counts).to(device) if persistent else None
+
+    def add(self, counts: torch.Tensor) -> None:
+        """Add the parameters' gradients, which are cleared, and `counts` [n]."""
+        self.grad_sums = self._buckets.take_gradients(self.grad_sums)
+        self.counts = counts if self.counts is None else self.counts.add_(counts)
+
+    def reset(self) -> None:
+        """Begin the next step."""
+        if self._persistent:
+            for total in (*self.grad_sums, self.counts):
+                total.zero_()
+        else:
+            self.grad_sums = self.counts = None
+
+
+def global_norm(buckets: Buckets, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of the gradient of the whole model, fp32 [1], from this rank's part of each bucket.
+
+    Each slice counts once: where `replicas` ranks hold the same slice, its squares are divided by that number
+    before the sum.
     """
     squares = torch.stack(
         [

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from parallel.collectives import (
+    coalesced,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
-    side_by_side,
 )
 from parallel.mesh import ALONE, Group, Mesh
 from parallel.shard import Shard, divide
@@ -32,16 +32,18 @@ create_mesh = Mesh.create  # parallel/nxd.py has one of its own
 
 
 class ParallelLayer(nn.Module):
-    """What the layers share: the group, and the shards of the parameters.
+    """The base of all parallel layers: the group, and the shards of the parameters.
 
-    `parameter_group`: over which parameters are divided, where that is not the tensor parallel group alone (a
-    vocabulary that is divided over pipeline stages, too). `spare`: of its shards; `reads_spare`: its input,
-    until another stage's has arrived. `beside`: what the layers in its place on other stages are called,
-    which have to be of its kind.
+    `parameter_group` divides the parameters where that is not the tensor parallel group alone: a vocabulary
+    is divided over pipeline stages, too. `has_adapter`: see column_parallel.
+
+    With pipeline stages (parallel/pipeline.py): the parameters of a layer that `is_padding` exist only so
+    that all ranks have the same graph; `input_is_padding` means that its input comes from such a layer;
+    `counterparts` are the names of the layers in the same position of the other stages.
     """
 
-    spare = reads_spare = False
-    beside: Sequence[str] = ()
+    is_padding = input_is_padding = has_adapter = False
+    counterparts: Sequence[str] = ()
 
     def __init__(
         self,
@@ -106,18 +108,15 @@ class ColumnParallelLinear(ParallelLayer):
         else:
             self.bias = None
 
-    def enter(self, tensor: torch.Tensor, group: Group) -> torch.Tensor:
-        """A tensor like x -> the same of all positions; in the backward its gradients are summed over the
+    def gather_input(self, x: torch.Tensor, group: Group) -> torch.Tensor:
+        """x of this rank's positions -> x of all positions. In the backward its gradient is summed over the
         group."""
-        collective = (
-            gather_from_sequence_parallel_region
-            if self.sequence_parallel_enabled
-            else copy_to_tensor_model_parallel_region
-        )
-        return collective(tensor, group)
+        if self.sequence_parallel_enabled:
+            return gather_from_sequence_parallel_region(x, group)
+        return copy_to_tensor_model_parallel_region(x, group)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """y of an x of all positions, whose gradient is summed over the group by the caller."""
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """y of an x of all positions. The caller sums the gradient of x over the group (gather_input)."""
         return F.linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,26 +124,26 @@ class ColumnParallelLinear(ParallelLayer):
 
 
 def column_parallel(
-    x: torch.Tensor,
-    layers: list[nn.Module],
-    arrive: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    x: torch.Tensor, layers: list[nn.Module], receive: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
-    """The outputs of several column-parallel layers that read the same x: the ranks meet once for all of
+    """The outputs of several column-parallel layers with the same input x, which is gathered once for all of
     them.
 
-    Layers may have a method `before(x, layers)` that gives a tensor of each of them, computed of x before the
-    ranks meet; it crosses in the same message, and comes back as the second argument of `product` (LoRA's
-    does). `arrive` is applied to what crosses, first: it brings it from another pipeline stage.
+    A layer that `has_adapter` (LoRA's) computes a narrow tensor from this rank's positions of x first, by
+    `low_rank_inputs(x, layers)`. It is gathered in the same message as x, and is the second argument of its
+    `matmul`. `receive` is applied to the message before it is gathered: it brings it from another pipeline
+    stage.
     """
-    beside = [layer for layer in layers if hasattr(layer, "before")]
-    whole, *rest = side_by_side(
-        lambda tensor, group: layers[0].enter(arrive(tensor), group),
-        [x, *(beside[0].before(x, beside) if beside else ())],
-        layers[0].tensor_parallel_group,
-    )
-    taken = dict(zip(beside, rest, strict=True))
+    adapted = [layer for layer in layers if layer.has_adapter]
+    low_rank = adapted[0].low_rank_inputs(x, adapted) if adapted else []
+
+    def gather(message, group):
+        return layers[0].gather_input(receive(message) if receive else message, group)
+
+    x, *low_rank = coalesced(gather, [x, *low_rank], layers[0].tensor_parallel_group)
+    low_rank_of = dict(zip(adapted, low_rank, strict=True))
     return [
-        layer.product(whole, taken[layer]) if layer in taken else layer.product(whole) for layer in layers
+        layer.matmul(x, low_rank_of[layer]) if layer in low_rank_of else layer.matmul(x) for layer in layers
     ]
 
 
@@ -178,22 +177,22 @@ class RowParallelLinear(ParallelLayer):
         else:
             self.bias = None
 
-    def forward(self, x: torch.Tensor, *along: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """y; or where tensors `along` [tokens, n] are summed in the same message, y and their sums."""
-        y, *sums = leave([F.linear(x, self.weight), *along], self)
+    def forward(self, x: torch.Tensor, *partial_sums: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """y; or [y, sums] where `partial_sums` [tokens, n] are summed over the group in the same message."""
+        y, *sums = reduce_output([F.linear(x, self.weight), *partial_sums], self)
         y = y if self.bias is None else y + self.bias
-        return [y, *sums] if along else y
+        return [y, *sums] if partial_sums else y
 
 
-def leave(tensors: list[torch.Tensor], layer: ParallelLayer) -> list[torch.Tensor]:
-    """The sums over the group of tensors [tokens, n]: of all tokens, or under sequence parallelism of the
-    rank's."""
+def reduce_output(tensors: list[torch.Tensor], layer: ParallelLayer) -> list[torch.Tensor]:
+    """The sum over the group of each tensor [tokens, n]; under sequence parallelism, this rank's positions of
+    it."""
     collective = (
         reduce_scatter_to_sequence_parallel_region
         if layer.sequence_parallel_enabled
         else reduce_from_tensor_model_parallel_region
     )
-    return side_by_side(collective, tensors, layer.tensor_parallel_group)
+    return coalesced(collective, tensors, layer.tensor_parallel_group)
 
 
 def local_index(
@@ -230,4 +229,4 @@ class ParallelEmbedding(ParallelLayer):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         local, inside = local_index(ids, self.weight.shape[0], self.rank_index)
         rows = F.embedding(local, self.weight) * inside.unsqueeze(-1).to(self.weight.dtype)
-        return leave([rows], self)[0]
+        return reduce_output([rows], self)[0]

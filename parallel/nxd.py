@@ -27,7 +27,7 @@ from neuronx_distributed.parallel_layers import mappings, parallel_state
 from torch.distributed import ProcessGroup
 
 from parallel import layers
-from parallel.collectives import side_by_side
+from parallel.collectives import coalesced
 from parallel.mesh import Group, Mesh
 
 
@@ -139,12 +139,12 @@ class ColumnParallelLinear(_Lending, layers.ColumnParallelLinear):
             reduce_dtype=dtype,
         )
 
-    def enter(self, tensor, group):
+    def gather_input(self, tensor, group):
         if self.sequence_parallel_enabled:
             return mappings.gather_from_sequence_parallel_region(tensor, process_group=group.process_group)
         return mappings.copy_to_tensor_model_parallel_region(tensor, process_group=group.process_group)
 
-    def product(self, x):
+    def matmul(self, x):
         y = self.multiply(x)
         return y if self.bias is None else y + self.bias
 
@@ -186,12 +186,12 @@ class RowParallelLinear(_Lending, layers.RowParallelLinear):
             reduce_dtype=dtype,
         )
 
-    def forward(self, x, *along):
-        if not along:
+    def forward(self, x, *partial_sums):
+        if not partial_sums:
             return self.lent(x.unsqueeze(1)).squeeze(1)
-        y, *sums = side_by_side(
+        y, *sums = coalesced(
             lambda tensor, _: self.lent._rpl_maybe_reduce_output(tensor),
-            [self.multiply(x), *along],
+            [self.multiply(x), *partial_sums],
             self.tensor_parallel_group,
         )
         return [y if self.bias is None else y + self.bias, *sums]

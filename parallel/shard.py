@@ -11,10 +11,11 @@ from torch import nn
 class Shard:
     """Which part of a whole parameter a rank holds.
 
-    The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds number `index`;
-    `replicas` neighbours in the tensor parallel group hold the same slice. A replicated parameter has dim None and parts 1.
-    `partial` says that a replica's gradient is only its part of a sum over the replicas, not the whole. A `spare` one is only
-    there so that all ranks have the same graph (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
+    The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds
+    number `index`; `replicas` neighbours in the tensor parallel group hold the same slice. A replicated
+    parameter has dim None and parts 1. `partial` says that a replica's gradient is only its part of a sum
+    over the replicas, not the whole. A `padding` parameter exists only so that all ranks have the same graph
+    (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
     """
 
     global_shape: tuple[int, ...]
@@ -23,7 +24,7 @@ class Shard:
     index: int = 0
     replicas: int = 1
     partial: bool = False
-    spare: bool = False
+    padding: bool = False
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -57,7 +58,8 @@ def divide(size: int, parts: int, what: str) -> int:
 def named_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]:
     """(name, parameter, shard) of each parameter, a tied one once, in the module's order.
 
-    Raises ValueError for a parameter that no parallel layer has added: how its gradient adds up over the ranks is not known.
+    Raises ValueError for a parameter that no parallel layer has added: how its gradient adds up over the
+    ranks is not known.
     """
     seen = set()
     for prefix, owner in module.named_modules():
@@ -68,7 +70,8 @@ def named_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Shard]]
             full_name = f"{prefix}.{name}" if prefix else name
             if name not in getattr(owner, "shards", {}):
                 raise ValueError(
-                    f"the parameter {full_name} belongs to no parallel layer: derive {type(owner).__name__} from "
+                    f"the parameter {full_name} belongs to no parallel layer: derive "
+                    f"{type(owner).__name__} from "
                     "parallel.layers.ParallelLayer and add it by add_parameter"
                 )
-            yield full_name, parameter, replace(owner.shards[name], spare=owner.spare)
+            yield full_name, parameter, replace(owner.shards[name], padding=owner.is_padding)

@@ -39,9 +39,24 @@ def test_only_collectives_issue_collectives():
 
 
 def test_the_loop_can_be_read():
+    """Under 200 lines, with the parts of a step once each and in their order."""
     text = (ROOT / "trainer" / "loop.py").read_text()
-    assert len(text.splitlines()) < 250
+    assert len(text.splitlines()) < 200
     step = text[text.index("for step in range") :]
-    parts = [".backward()", "buckets.reduce(", "clip_gradients(", "optimizer.step(", "runtime.mark_step("]
-    places = [step.index(part) for part in parts[:-1]]
-    assert places == sorted(places) and step.index(parts[-1], places[-1])
+    mark_steps = ['runtime.mark_step("step"', 'runtime.mark_step("micro_batch"', 'runtime.mark_step("update"']
+    parts = [*mark_steps, ".backward()", "buckets.reduce(", "clip_gradients(", "optimizer.step("]
+    assert [step.count(part) for part in parts] == [1] * len(parts)
+    positions = [step.index(part) for part in parts]
+    assert positions == sorted(positions)
+
+
+def test_the_readme_shows_the_step():
+    """The functions in README.md are those of trainer/loop.py, to the letter."""
+    text, loop = (ROOT / "README.md").read_text(), (ROOT / "trainer" / "loop.py").read_text()
+    functions = {
+        node.name: ast.get_source_segment(loop, node)
+        for node in ast.parse(loop).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    for name in ("train_step", "forward_backward", "update"):
+        assert functions[name] in text, f"README.md shows another {name} than trainer/loop.py has"

@@ -24,9 +24,8 @@ from parallel.runtime import prepare_environment
 from tools import cli
 from tools.graphs.checks import check_file, check_flags
 from tools.graphs.describe import describe, format_bytes
-from tools.graphs.models import PRESETS, read_model
+from tools.graphs.models import PRESETS, rank_model, read_model
 from tools.graphs.report import rank_0_mesh, report_step
-from trainer.build import build
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +94,7 @@ def _prepare(chosen: argparse.Namespace, config) -> tuple:
         raise ValueError(f"--compile is for small worlds, up to {MANY} ranks")
     prepare_environment(devices(mesh.world_size), config.stochastic_rounding)
     model_config = read_model(chosen.model)
-    build(config, model_config, mesh)  # raises ValueError where the model cannot be divided
+    rank_model(config, model_config, mesh)  # raises ValueError where the model cannot be divided
     if chosen.save_hlo:
         try:
             os.makedirs(chosen.save_hlo, exist_ok=True)

@@ -6,18 +6,23 @@ A and B are output directories, or metrics files. The exit status is 0 where the
 by more than the tolerance, 2 where they cannot be compared.
 """
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
 
+from tools import cli
+from tools.extras import require
+
+CANNOT_BE_COMPARED = 2
 COMPARED = ("loss", "grad_norm")
 
 
 def read_metrics(path: Path) -> dict[int, dict]:
-    """{step: its record} of a metrics.jsonl, or of the directory that holds one; raises ValueError for
-    anything else."""
+    """{step: its record} of a metrics.jsonl, or of the directory that holds one.
+
+    Raises ValueError for anything else.
+    """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
@@ -47,7 +52,7 @@ def read_metrics(path: Path) -> dict[int, dict]:
 
 
 def relative_difference(a: float, b: float) -> float:
-    """|a - b| / |a|; 0 where both are the same, not-a-number included, and infinite where only one is finite."""
+    """|a - b| / |a|: 0 where both are the same or not a number, infinite where only one is finite."""
     if a == b or math.isnan(a) and math.isnan(b):
         return 0.0
     if not (math.isfinite(a) and math.isfinite(b)):
@@ -56,8 +61,10 @@ def relative_difference(a: float, b: float) -> float:
 
 
 def compare(a: dict[int, dict], b: dict[int, dict]) -> list[tuple[int, dict[str, float]]]:
-    """(step, {metric: relative difference}) of the steps that both runs have; raises ValueError where there
-    is none."""
+    """(step, {metric: relative difference}) of the steps that both runs have.
+
+    Raises ValueError where there is none.
+    """
     steps = sorted(set(a) & set(b))
     if not steps:
         raise ValueError(
@@ -70,6 +77,7 @@ def compare(a: dict[int, dict], b: dict[int, dict]) -> list[tuple[int, dict[str,
 
 def draw(a: dict[int, dict], b: dict[int, dict], names: tuple[str, str], differences, picture: Path) -> None:
     """Write a picture: loss and gradient norm of both runs, and below each their relative difference."""
+    require("matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -97,8 +105,29 @@ def draw(a: dict[int, dict], b: dict[int, dict], names: tuple[str, str], differe
     pyplot.close(figure)
 
 
+def write_table(a: dict[int, dict], b: dict[int, dict], differences, names: tuple[Path, Path]) -> None:
+    """Print a line a step, the steps that only one run has, and the largest difference of each metric."""
+    print(
+        f"{'step':>6} {'loss':>12} {'':>12} {'difference':>10} {'grad_norm':>12} {'':>12} {'difference':>10}"
+    )
+    for step, values in differences:
+        print(
+            f"{step:>6} "
+            + " ".join(
+                f"{a[step][key]:>12.6g} {b[step][key]:>12.6g} {values[key]:>10.2e}" for key in COMPARED
+            )
+        )
+    for records, others, name in ((a, b, names[0]), (b, a, names[1])):
+        alone = len(set(records) - set(others))
+        if alone:
+            print(f"only {name} has {alone} more step{'s' if alone > 1 else ''}")
+    for key in COMPARED:
+        step, worst = max(((step, values[key]) for step, values in differences), key=lambda pair: pair[1])
+        print(f"{key}: largest relative difference {worst:.2e}, at step {step}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.compare_runs", description=__doc__.splitlines()[0])
+    parser = cli.parser("compare_runs", __doc__)
     parser.add_argument("a", type=Path, help="an output directory, or its metrics.jsonl: the reference")
     parser.add_argument("b", type=Path, help="the run that is compared with it")
     how = parser.add_mutually_exclusive_group()
@@ -123,30 +152,14 @@ def main(arguments: list[str] | None = None) -> int:
         differences = compare(a, b)
         draw(a, b, (str(chosen.a), str(chosen.b)), differences, chosen.picture)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{'step':>6} {'loss':>12} {'':>12} {'difference':>10} {'grad_norm':>12} {'':>12} {'difference':>10}"
-    )
-    for step, values in differences:
-        print(
-            f"{step:>6} "
-            + " ".join(
-                f"{a[step][key]:>12.6g} {b[step][key]:>12.6g} {values[key]:>10.2e}" for key in COMPARED
-            )
-        )
-    for records, others, name in ((a, b, chosen.a), (b, a, chosen.b)):
-        alone = len(set(records) - set(others))
-        if alone:
-            print(f"only {name} has {alone} more step{'s' if alone > 1 else ''}")
-    for key in COMPARED:
-        step, worst = max(((step, values[key]) for step, values in differences), key=lambda pair: pair[1])
-        print(f"{key}: largest relative difference {worst:.2e}, at step {step}")
+        cli.fail(error)
+        return CANNOT_BE_COMPARED
+    write_table(a, b, differences, (chosen.a, chosen.b))
     beyond = [step for step, values in differences if max(values.values()) > tolerance]
     if beyond:
         print(
-            f"the runs differ: {len(beyond)} of {len(differences)} steps by more than {tolerance:g}, the first is {beyond[0]}; "
-            f"{chosen.picture}"
+            f"the runs differ: {len(beyond)} of {len(differences)} steps by more than {tolerance:g}, "
+            f"the first is {beyond[0]}; {chosen.picture}"
         )
         return 1
     how_well = "to the bit" if chosen.exact else f"within {tolerance:g}"

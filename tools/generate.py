@@ -4,8 +4,8 @@
         [--instruction "What is the capital of France?" [--context ...] | --prompts FILE | --interactive]
 
 A file of prompts is JSON lines with instruction (and context), messages or prompt, or a text with a question
-a line. On a CPU, T virtual ranks are threads of this process; on NeuronCores: torchrun --nproc_per_node=T -m
-tools.generate ...
+on each line. On a CPU, T virtual ranks are threads of this process. On NeuronCores, torchrun starts them:
+torchrun --nproc_per_node=T -m tools.generate ...
 """
 
 import argparse
@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 
 from parallel.runtime import launch, leaves_at_once, prepare_environment, requested_world_size
+from tools import cli
 
-LONGEST_TYPED = 1024  # tokens of a question that is typed
+LONGEST_TYPED = 1024  # the most tokens of a question that is typed
+Prompt = tuple[str, list[int]]  # (title, tokens)
 
 
 class Terminal:
-    """Answers as they grow: those of the first prompt that is not done, then those of the next."""
+    """Prints answers while they are generated, each when those before it are complete."""
 
     def __init__(self, titles: list[str], tokenizer, ends: set[int], max_new_tokens: int):
         self._titles, self._tokenizer, self._ends, self._max = titles, tokenizer, ends, max_new_tokens
@@ -28,7 +30,7 @@ class Terminal:
         self._current, self._printed = 0, None
 
     def __call__(self, number: int, token: int) -> None:
-        """Take the next token of a prompt's answer, and print what can be printed."""
+        """Take the next token of the answer to prompt `number`, and print what can be printed."""
         self._tokens[number].append(token)
         while self._current < len(self._titles):
             tokens = self._tokens[self._current]
@@ -46,55 +48,54 @@ class Terminal:
             self._current, self._printed = self._current + 1, None
 
 
-def read_prompts(path: Path, prompts, tokenizer) -> list[tuple[str, list[int]]]:
-    """(title, tokens) of each prompt in a file, by the model's PromptFormat; raises ValueError for what is no
-    prompt."""
+def read_prompts(path: Path, prompt_format, tokenizer) -> list[Prompt]:
+    """The prompts in a file, encoded by the model's PromptFormat; raises ValueError for what is no prompt."""
     from data.sources import BadRecord, Source
-    from trainer.prompts import chat_ids, text_ids
 
     if not path.is_file():
         raise ValueError(f"--prompts {path}: no such file")
-    if path.suffix.lower() != ".jsonl":
+    found = []
+    if path.suffix.lower() == ".jsonl":
+        for where, record in Source(str(path)):
+            if isinstance(record, BadRecord):
+                raise record
+            found.append(encode_record(record, where, prompt_format, tokenizer))
+    else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"--prompts {path}: invalid UTF-8 at byte {error.start}; a text with a question a line, or a .jsonl "
-                "file, was expected"
+                f"--prompts {path}: invalid UTF-8 at byte {error.start}; a text with a question a line, or a "
+                ".jsonl file, was expected"
             ) from None
-        found = [(line, prompts.encode(tokenizer, line)) for line in lines if line.strip()]
-    else:
-        found = []
-        for where, record in Source(str(path)):
-            if isinstance(record, BadRecord):
-                raise record
-            fields = record if isinstance(record, dict) else {}
-            texts = {name: fields.get(name) or "" for name in ("instruction", "context", "input", "prompt")}
-            messages = fields.get("messages")
-            if not all(isinstance(text, str) for text in texts.values()):
-                raise ValueError(f"{where}: instruction, context, input and prompt are texts")
-            if (
-                isinstance(messages, list)
-                and messages
-                and all(isinstance(message, dict) for message in messages)
-            ):
-                asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-                found.append((str(asked[-1].get("content")) if asked else "", chat_ids(tokenizer, asked)))
-            elif texts["instruction"]:
-                ids = prompts.encode(tokenizer, texts["instruction"], texts["context"] or texts["input"])
-                found.append((texts["instruction"], ids))
-            elif texts["prompt"]:
-                found.append((texts["prompt"], text_ids(tokenizer, texts["prompt"])))
-            else:
-                raise ValueError(f"{where}: an object with instruction, messages or prompt was expected")
+        found = [(line, prompt_format.encode(tokenizer, line)) for line in lines if line.strip()]
     if not found:
         raise ValueError(f"--prompts {path} holds no prompt")
     return found
 
 
-def questions(runtime, source, longest: int):
-    """(title, tokens) of each line that is typed, on all ranks; an empty line or the end of the input is the
-    end."""
+def encode_record(record, where: str, prompt_format, tokenizer) -> Prompt:
+    """The prompt of a record of a .jsonl file. Raises ValueError, which names its position `where`."""
+    from trainer.prompts import chat_ids, text_ids
+
+    fields = record if isinstance(record, dict) else {}
+    texts = {name: fields.get(name) or "" for name in ("instruction", "context", "input", "prompt")}
+    messages = fields.get("messages")
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise ValueError(f"{where}: instruction, context, input and prompt are texts")
+    if isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages):
+        prompt = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        return str(prompt[-1].get("content")) if prompt else "", chat_ids(tokenizer, prompt)
+    if texts["instruction"]:
+        ids = prompt_format.encode(tokenizer, texts["instruction"], texts["context"] or texts["input"])
+        return texts["instruction"], ids
+    if texts["prompt"]:
+        return texts["prompt"], text_ids(tokenizer, texts["prompt"])
+    raise ValueError(f"{where}: an object with instruction, messages or prompt was expected")
+
+
+def typed_prompts(runtime, source, longest: int):
+    """Yield the prompt of each line that is typed, on all ranks, until a line is empty or the input ends."""
     while True:
         line = ""
         if runtime.rank == 0:
@@ -112,8 +113,8 @@ def questions(runtime, source, longest: int):
             print(f"the question has {len(ids)} tokens; {longest} are the most")
 
 
-def answer(runtime, source, arguments, sampling, prompts: list[tuple[str, list[int]]] | None) -> None:
-    """Print the answers to the prompts, or to what is typed, on rank 0."""
+def answer(runtime, source, arguments, sampling, prompts: list[Prompt] | None) -> None:
+    """Print on rank 0 the answers to the prompts, or, where these are None, to questions that are typed."""
     import torch
 
     from model.generation import Generator, capacity_for
@@ -126,29 +127,27 @@ def answer(runtime, source, arguments, sampling, prompts: list[tuple[str, list[i
     longest = max(len(ids) for _, ids in prompts) if prompts else min(positions - new, LONGEST_TYPED)
     batch_size = min(arguments.batch_size, len(prompts)) if prompts else 1
     generator = Generator(runtime, model, mesh.tp, batch_size, capacity_for(longest, new, positions))
-    for batch in [prompts] if prompts else ([question] for question in questions(runtime, source, longest)):
-        terminal = (
-            Terminal([title for title, _ in batch], source.tokenizer, source.ends, new)
-            if runtime.rank == 0
-            else None
-        )
+    for batch in [prompts] if prompts else ([typed] for typed in typed_prompts(runtime, source, longest)):
+        terminal = None
+        if runtime.rank == 0:
+            terminal = Terminal([title for title, _ in batch], source.tokenizer, source.ends, new)
         generator.generate([ids for _, ids in batch], new, source.ends, sampling, terminal)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.generate", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help="directory or hub id of a merged model, or of any other Llama")
-    which.add_argument("--checkpoint", type=Path, help="a directory checkpoint-<step>")
+    """The flags of the command line."""
+    parser = cli.parser("generate", __doc__)
+    parser.allow_abbrev = False
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="directory or hub id of a merged model, or of any other Llama")
+    model.add_argument("--checkpoint", type=Path, help="a directory checkpoint-<step>")
     parser.add_argument(
         "--model_id", help="the base model of --checkpoint, where it is no longer where training read it"
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--instruction", help="the question")
-    what.add_argument("--prompts", type=Path, help="a file of questions")
-    what.add_argument(
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--instruction", help="the question")
+    prompt.add_argument("--prompts", type=Path, help="a file of questions")
+    prompt.add_argument(
         "--interactive", action="store_true", help="questions are typed, each a conversation of its own"
     )
     parser.add_argument(
@@ -183,6 +182,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def prepare(chosen: argparse.Namespace, world_size: int):
+    """(model source, sampling, prompts or None) of the flags.
+
+    Raises ValueError before anything is compiled.
+    """
+    from model.generation import Sampling, capacity_for
+    from model.llama import Llama
+    from parallel.mesh import Mesh
+    from tools.model_source import ModelSource
+
+    for name in ("max_new_tokens", "batch_size", "tensor_parallel_size"):
+        if getattr(chosen, name) < 1:
+            raise ValueError(f"--{name} {getattr(chosen, name)}: at least 1 was expected")
+    sampling = Sampling(
+        chosen.temperature, chosen.top_k, chosen.top_p, chosen.repetition_penalty, chosen.seed
+    )
+    if chosen.model:
+        source = ModelSource.of_model(chosen.model)
+    else:
+        source = ModelSource.of_checkpoint(chosen.checkpoint, chosen.model_id)
+    # Built on no device, which raises where the ranks cannot divide it.
+    Llama(source.config, Mesh.create(0, world_size, chosen.tensor_parallel_size).tp)
+    prompts = None
+    if chosen.prompts:
+        prompts = read_prompts(chosen.prompts, source.prompts, source.tokenizer)
+    elif chosen.instruction is not None:
+        ids = source.prompts.encode(source.tokenizer, chosen.instruction, chosen.context)
+        prompts = [(chosen.instruction, ids)]
+    longest = max(len(ids) for _, ids in prompts) if prompts else 1
+    if prompts and not all(ids for _, ids in prompts):
+        raise ValueError("the question has no token: a text was expected")
+    capacity_for(longest, chosen.max_new_tokens, source.config.max_position_embeddings)
+    return source, sampling, prompts
+
+
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # ranks that wait for each other cannot be unwound
@@ -191,40 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         world_size = requested_world_size(None if "WORLD_SIZE" in os.environ else chosen.tensor_parallel_size)
         prepare_environment(world_size)
-        from model.generation import Sampling, capacity_for
-        from model.llama import Llama
-        from parallel.mesh import Mesh
-        from tools.model_source import ModelSource
-
-        for name in ("max_new_tokens", "batch_size", "tensor_parallel_size"):
-            if getattr(chosen, name) < 1:
-                raise ValueError(f"--{name} {getattr(chosen, name)}: at least 1 was expected")
-        sampling = Sampling(
-            chosen.temperature, chosen.top_k, chosen.top_p, chosen.repetition_penalty, chosen.seed
-        )
-        source = (
-            ModelSource.of_model(chosen.model)
-            if chosen.model
-            else ModelSource.of_checkpoint(chosen.checkpoint, chosen.model_id)
-        )
-        Llama(source.config, Mesh.create(0, world_size, chosen.tensor_parallel_size).tp)
-        prompts = None
-        if chosen.prompts:
-            prompts = read_prompts(chosen.prompts, source.prompts, source.tokenizer)
-        elif chosen.instruction is not None:
-            prompts = [
-                (
-                    chosen.instruction,
-                    source.prompts.encode(source.tokenizer, chosen.instruction, chosen.context),
-                )
-            ]
-        longest = max(len(ids) for _, ids in prompts) if prompts else 1
-        if prompts and not all(ids for _, ids in prompts):
-            raise ValueError("the question has no token: a text was expected")
-        capacity_for(longest, chosen.max_new_tokens, source.config.max_position_embeddings)
+        source, sampling, prompts = prepare(chosen, world_size)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return cli.fail(error)
     launch(lambda runtime: answer(runtime, source, chosen, sampling, prompts), world_size)
     return 0
 

@@ -1,5 +1,4 @@
-"""The models that tools ask: a merged directory, a checkpoint without merging, or its base; built on any
-topology."""
+"""The models that tools prompt: a merged directory, a checkpoint without merging, or its base model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,11 @@ from trainer.prompts import PromptFormat, end_tokens
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model whose weights are read when it is built; `tokenizer`, `prompts` and `ends` say how it is asked."""
+    """A model whose weights are read when it is built, on any topology.
+
+    `prompts`: how a question becomes tokens; `ends`: the tokens that end an answer. `lora` and `read_trained`
+    are None where all weights come from `weights`.
+    """
 
     name: str
     config: ModelConfig
@@ -37,32 +40,38 @@ class ModelSource:
 
     @classmethod
     def of_model(cls, name: str) -> "ModelSource":
-        """A Hugging Face directory or hub id, such as merging writes. Raises ValueError where it is none."""
+        """The model in a Hugging Face directory, such as merging writes, or of a hub id.
+
+        Raises ValueError where there is none.
+        """
         directory = resolve(name, "--model")
         config = ModelConfig.from_pretrained(directory)
         weights = SafetensorsFiles(directory)
         check_weights(config, weights)
-        return cls(name, config, weights, None, None, *_asked(directory, config))
+        return cls(name, config, weights, None, None, *_prompting(directory, config))
 
     @classmethod
     def of_checkpoint(cls, path: Path, model_id: str | None = None, base_only: bool = False) -> "ModelSource":
-        """A checkpoint, or with `base_only` the model that its training began with; `model_id` is where that
-        is now.
+        """The model of a checkpoint, or with `base_only` the one that its training began with.
 
-        Raises ValueError where the path is no checkpoint, or the base is not the one that was trained on.
+        `model_id`: the base model, where it is no longer where training read it. Raises ValueError where the
+        path is no checkpoint, or the base is not the one that was trained on.
         """
         checkpoint = Checkpoint(path)
         config = ModelConfig.from_pretrained(checkpoint.path)
         checkpoint.check_tensors(trained_shapes(config, checkpoint.lora), kinds=("parameter",))
         weights = open_base(checkpoint, config, model_id) if checkpoint.lora or base_only else None
-        asked = _asked(checkpoint.path, config)
+        prompting = _prompting(checkpoint.path, config)
         if base_only:
-            return cls(f"base of {path}", config, weights, None, None, *asked)
-        return cls(str(path), config, weights, checkpoint.lora, partial(checkpoint.read, "parameter"), *asked)
+            return cls(f"base of {path}", config, weights, None, None, *prompting)
+        read_trained = partial(checkpoint.read, "parameter")
+        return cls(str(path), config, weights, checkpoint.lora, read_trained, *prompting)
 
     def build(self, group: Group, device, dtype: torch.dtype, **layout) -> Llama:
-        """The model of `dtype`, sharded over the group: this rank's slices are read, and nothing else. LoRA
-        stays apart."""
+        """The model in `dtype`, sharded over the group, with LoRA not merged into it.
+
+        A rank reads its own slices of the weights and nothing else. `layout`: further arguments of Llama.
+        """
         model = Llama(self.config, group, dtype, **layout)
         if self.lora:
             add_lora(model, self.lora)
@@ -70,7 +79,8 @@ class ModelSource:
         return model.eval().requires_grad_(False)
 
 
-def _asked(directory: Path, config: ModelConfig):
+def _prompting(directory: Path, config: ModelConfig) -> tuple[object, PromptFormat, set[int]]:
+    """(tokenizer, prompt format, tokens that end an answer) of the model in `directory`."""
     tokenizer = load_tokenizer(directory)
     return (
         tokenizer,
@@ -82,8 +92,10 @@ def _asked(directory: Path, config: ModelConfig):
 def open_base(
     checkpoint: Checkpoint, config: ModelConfig, model_id: str | None
 ) -> SafetensorsFiles | RandomWeights:
-    """The weights that the checkpoint's training began with; raises ValueError where those in their place are
-    others."""
+    """The weights that the checkpoint's training began with.
+
+    Raises ValueError where the base model now has other weights.
+    """
     random_seed = None if model_id else checkpoint.manifest["random_seed"]
     directory = Path() if random_seed is not None else resolve(model_id or checkpoint.manifest["model"])
     weights = open_weights(

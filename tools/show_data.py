@@ -3,71 +3,74 @@ the text of one row.
 
     python -m tools.show_data --model_id DIR --dataset FILE ... [--output show_data.html] [--row 0]
 
-Every flag of trainer/main.py is taken, and the data are read by its code: what is shown is what the same
-flags train on. The page is one file, which loads nothing. The exit status is 1 where training would refuse
-the data, or there is no such row.
+The tool takes every flag of trainer/main.py and reads the data by its code, so it shows what the same flags
+train on. The page is one file, which loads nothing. The exit status is 1 where training would refuse the
+data, or there is no such row.
 """
 
-import argparse
 import base64
 import html
 import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 
 from data.packing import Rows
 from data.tokens import IGNORED
 from model.config import ModelConfig
 from model.weights.hub import resolve
+from tools import cli
+from tools.extras import require
+from tools.html_page import build_page, write_file
 from trainer.config import parse
 from trainer.dataset import build_rows
 from trainer.job import load_tokenizer
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SHOWN_ROWS = 64
 PALETTE = ("#1f77b4", "#d95f02", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#c2187c", "#a08a00", "#008b9a")
 TRAINED, SPECIAL = 1, 2  # bits of a token's mark
-# The policy forbids the page, whatever the records hold, to run or to load anything.
-PAGE = """<!DOCTYPE html>
-<html><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>Training data</title><style>
-body {{ font-family: sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }}
-img {{ max-width: 100% }}  h3 {{ font-size: .85em; font-weight: normal; margin: 0 0 .4em }}
-.text, pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; margin: 0 }}
-.segment {{ border-left: .5em solid; padding-left: .8em; margin: 1.2em 0 }}
-span {{ color: #777 }}  mark {{ color: #000; background: #ffe08a; font-weight: bold }}  .special {{ outline: 1px solid #999 }}
-</style></head><body><h1>Training data</h1>
-<pre>{summary}</pre>
+STYLE = """body { font-family: sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222; \
+background: #fff }
+img { max-width: 100% }  h3 { font-size: .85em; font-weight: normal; margin: 0 0 .4em }
+.text, pre { white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; margin: 0 }
+.segment { border-left: .5em solid; padding-left: .8em; margin: 1.2em 0 }
+span { color: #777 }  mark { color: #000; background: #ffe08a; font-weight: bold }  \
+.special { outline: 1px solid #999 }"""
+BODY = """<pre>{summary}</pre>
 <h2>Lengths of the examples</h2>
 <p>In tokens, as they are in the data: before they are cut to the row, and with those held out.</p>
 <img alt="histogram of lengths" src="{histogram}">
 <h2>Rows</h2>
-<p>{shown} of {count} rows, in the order of packing, which training shuffles. A colour is an example, dark where tokens are
+<p>{shown} of {count} rows, in the order of packing, which training shuffles. \
+A colour is an example, dark where tokens are
 predicted, light where they are only read; white is padding.</p>
 <img alt="rows by example" src="{bars}">
 <h2>Row {row}</h2>
-<p><mark>predicted: trained on</mark> <span>read, not predicted</span> <span class="special">special token</span></p>
+<p><mark>predicted: trained on</mark> <span>read, not predicted</span> \
+<span class="special">special token</span></p>
 {segments}
-<p>{padding} of {row_length} tokens are padding.</p>
-</body></html>
-"""
+<p>{padding} of {row_length} tokens are padding.</p>"""
 
 
 def trained_tokens(row: dict[str, np.ndarray]) -> np.ndarray:
-    """bool [row_length]: the tokens that are some position's target; labels are shifted, and a row's first
-    token is nobody's."""
+    """bool [row_length]: the tokens that are some position's target.
+
+    Labels are shifted, so a row's first token is never one.
+    """
     return np.concatenate([[False], row["labels"][:-1] != IGNORED])
 
 
-def draw_lengths(lengths: np.ndarray, row_length: int) -> Figure:
-    """A histogram of lengths [examples], on logarithmic scales where the lengths or the counts lie far apart."""
+def draw_lengths(lengths: np.ndarray, row_length: int) -> "Figure":
+    """A histogram of lengths [examples], on logarithmic scales where lengths or counts are far apart."""
+    from matplotlib.figure import Figure
+
     shortest, longest, median = int(lengths.min()), int(lengths.max()), float(np.median(lengths))
     wide = max(longest, row_length) > 10 * median
     # Whole steps: bins that hold one length more than their neighbours would look like a comb.
@@ -93,12 +96,14 @@ def draw_lengths(lengths: np.ndarray, row_length: int) -> Figure:
     return figure
 
 
-def draw_rows(rows: list[dict[str, np.ndarray]]) -> Figure:
+def draw_rows(rows: list[dict[str, np.ndarray]]) -> "Figure":
     """Rows as horizontal bars; each of their arrays is [row_length]."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
     dark = np.array([[1, 1, 1], *map(to_rgb, PALETTE)])
-    colours = (255 * np.stack([dark, 0.3 * dark + 0.7])).astype(
-        np.uint8
-    )  # [trained or not, padding and palette, RGB]
+    # [trained or not, padding and palette, RGB]
+    colours = (255 * np.stack([dark, 0.3 * dark + 0.7])).astype(np.uint8)
     image = np.stack([colours[1 - trained_tokens(row), colour_of(row["segment_ids"])] for row in rows])
     figure = Figure(figsize=(10, 1 + 0.16 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -110,22 +115,21 @@ def draw_rows(rows: list[dict[str, np.ndarray]]) -> Figure:
 
 
 def colour_of(segment):
-    """The place in (padding, *PALETTE) of each segment number, which count from 1; 0 for padding."""
+    """The index in (padding, *PALETTE) of each segment number; segments count from 1, padding is 0."""
     return np.where(segment, (segment - 1) % len(PALETTE) + 1, 0)
 
 
-def picture(figure: Figure) -> str:
+def picture(figure: "Figure") -> str:
     """The figure as a PNG in a data URL."""
     figure.savefig(png := io.BytesIO(), format="png", dpi=110)
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def runs(ids: np.ndarray, marks: np.ndarray, tokenizer) -> Iterator[tuple[str, int]]:
-    """(text, mark) of each stretch of equal marks [tokens] in ids [tokens]; the texts together are that of
-    all ids.
+    """(text, mark) of each stretch of equal marks [tokens] in ids [tokens].
 
-    A token by itself would lose its space, or be part of a character, so what is decoded is always a
-    beginning of ids. A character that is in two stretches goes to the later one.
+    The texts together are the text of all ids. A token by itself would lose its space, or be part of a
+    character, so it is always ids[:n] that are decoded. A character in two stretches goes to the later one.
     """
 
     def decode(count):
@@ -152,7 +156,7 @@ def write_text(ids: np.ndarray, trained: np.ndarray, tokenizer) -> str:
 
 
 def write_segments(rows: Rows, index: int, tokenizer) -> Iterator[str]:
-    """The HTML of each segment of row `index`: where it is from, and its text."""
+    """The HTML of each segment of row `index`: the record it comes from, and its text."""
     row = rows.row(index)
     for segment, piece in enumerate(rows.groups[index], 1):
         here = row["segment_ids"] == segment
@@ -163,10 +167,11 @@ def write_segments(rows: Rows, index: int, tokenizer) -> Iterator[str]:
             start - source.offsets[example] + 1,
             source.offsets[example + 1] - source.offsets[example],
         )
-        place = f"tokens {first} to {first + len(ids) - 1} of {length}"
-        title = f"{segment}. {source.where(example)}: {place}, {trained.sum()} predicted"
+        position = f"tokens {first} to {first + len(ids) - 1} of {length}"
+        title = f"{segment}. {source.where(example)}: {position}, {trained.sum()} predicted"
         yield (
-            f'<div class="segment" style="border-color: {PALETTE[colour_of(segment) - 1]}"><h3>{html.escape(title)}</h3>'
+            f'<div class="segment" style="border-color: {PALETTE[colour_of(segment) - 1]}">'
+            f"<h3>{html.escape(title)}</h3>"
             f'<div class="text">{write_text(ids, trained, tokenizer)}</div></div>'
         )
 
@@ -180,7 +185,7 @@ def write_page(rows: Rows, index: int, summary: str, tokenizer) -> str:
     lengths = np.concatenate([np.diff(source.offsets) for source in rows.tokens])
     padding = int((rows.row(index)["segment_ids"] == 0).sum())
     first = [rows.row(number) for number in range(min(len(rows), SHOWN_ROWS))]
-    return PAGE.format(
+    body = BODY.format(
         summary=html.escape(summary),
         shown=len(first),
         count=len(rows),
@@ -191,28 +196,12 @@ def write_page(rows: Rows, index: int, summary: str, tokenizer) -> str:
         segments="\n".join(write_segments(rows, index, tokenizer)),
         row_length=rows.row_length,
     )
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write `text` under its name when it is complete; raises ValueError where that cannot be."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # A file name in the text may be no Unicode.
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}") from None
+    return build_page("Training data", STYLE, body, images=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.show_data",
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        epilog="All other flags are those of trainer/main.py; its --help explains them.",
-    )
+    parser = cli.parser("show_data", __doc__, trainer_flags=True)
+    parser.epilog = "All other flags are those of trainer/main.py; its --help explains them."
     parser.add_argument(
         "--output", type=Path, default=Path("show_data.html"), help="the page; default show_data.html"
     )
@@ -222,13 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
     chosen, others = parser.parse_known_args(arguments)
     config = parse(others)
     try:
+        require("matplotlib")
         directory = resolve(config.model_directory)
         model_config, tokenizer = ModelConfig.from_pretrained(directory), load_tokenizer(directory)
         rows, _, summary = build_rows(config, tokenizer, model_config)
         write_file(chosen.output, write_page(rows, chosen.row, summary, tokenizer))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return cli.fail(error)
     print(chosen.output)
     return 0
 

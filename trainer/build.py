@@ -1,30 +1,100 @@
-"""How a configuration becomes a model."""
+"""From a configuration to what a step works on: the mesh, the model, its optimizer and accumulator."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.config import ModelConfig
+from model.llama import Llama
+from model.lora import LoraConfig, add_lora
+from model.stage import Schedule, schedule
+from model.weights.loading import fill
+from model.weights.sources import open_weights
+from parallel import layers as native
+from parallel.buckets import Buckets
+from parallel.gradients import GradientAccumulator
+from parallel.layer_backend import parallel_layers
 from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline
+from parallel.runtime import Runtime
+from parallel.shard import named_shards
+from trainer.config import Config
+from trainer.dataset import check_row_length
+from trainer.objective import FIGURES
+from trainer.optimizer import AdamW
+
+if TYPE_CHECKING:
+    from trainer.job import Job
 
 
-def build(config, model_config, mesh: Mesh):
-    """The rank's model on the meta device, as the loop builds it; raises ValueError where it cannot be divided."""
-    import torch
+@dataclass
+class TrainState:
+    """What the graphs of a step read and change in place, on one rank.
 
-    from model.llama import Llama
-    from model.lora import add_lora
-    from parallel.pipeline import Pipeline
-    from trainer.job import lora_config
+    `schedule` has the ticks of a micro-batch through the pipeline stages; none where there is one stage.
+    """
 
-    if config.max_seq_length > model_config.max_position_embeddings:
-        raise ValueError(
-            f"--max_seq_length {config.max_seq_length} is more than the model's positions "
-            f"(max_position_embeddings {model_config.max_position_embeddings})"
-        )
+    config: Config
+    mesh: Mesh
+    model: Llama
+    buckets: Buckets
+    accumulator: GradientAccumulator
+    schedule: Schedule
+    optimizer: AdamW | None = None
+
+
+def build_model(
+    config: Config,
+    model_config: ModelConfig,
+    mesh: Mesh,
+    lora: LoraConfig | None = None,
+    layers: ModuleType = native,
+    flash_attention: bool = False,
+) -> Llama:
+    """This rank's model on the meta device, as it is trained; raises ValueError where the mesh cannot divide
+    it."""
+    check_row_length(config, model_config)
     model = Llama(
         model_config,
         mesh.tp,
         torch.bfloat16 if config.bf16 else torch.float32,
+        gradient_checkpointing=config.checkpointing_mode,
         sequence_parallel=config.divides_sequence,
-        pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches),
+        layers=layers,
+        flash_attention=flash_attention,
+        pipeline=Pipeline(mesh.pp, mesh.model, config.pipeline_microbatches),
     )
-    lora = lora_config(config)
     if lora:
         add_lora(model, lora)
     return model
+
+
+def build_state(runtime: Runtime, job: Job) -> TrainState:
+    """The state before the first step of this run, on one rank: new, or as the checkpoint has it that the run
+    resumes.
+
+    The rank reads its own slices of the weights and nothing else. Nothing is executed: a mark_step has to
+    follow.
+    """
+    config, device = job.config, runtime.device
+    layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
+    mesh = layers.create_mesh(
+        runtime.rank, runtime.world_size, config.tensor_parallel_size, config.pipeline_parallel_size
+    )
+    model = build_model(config, job.model_config, mesh, job.lora, layers, job.flash_attention)
+    weights = open_weights(
+        job.model_directory, job.model_config, config.random_seed, config.depth_scaled_init
+    )
+    initial = fill(model, weights, device, config.seed, job.read_trained)
+    trained = [each for each in named_shards(model) if each[1].requires_grad]
+    buckets = Buckets(trained, mesh, config.zero_1)
+    optimizer = AdamW(buckets, config, initial, device)
+    if job.resume:
+        job.resume.restore(optimizer)
+    accumulator = GradientAccumulator(buckets, 2 + len(FIGURES), device, config.graph_per_micro_batch)
+    ticks = schedule(model, config.per_device_train_batch_size, config.max_seq_length, device)
+    return TrainState(config, mesh, model, buckets, accumulator, ticks, optimizer)

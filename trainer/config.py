@@ -1,30 +1,28 @@
-"""The flags: one frozen dataclass, from which Hugging Face's parser makes the command line.
+"""The configuration of a run: one frozen dataclass, whose fields are the flags of the command line.
 
-Names and meanings are those of Hugging Face's TrainingArguments and of the LoRA tutorial for Trainium;
-booleans are taken bare or with true/false.
+Names and meanings are those of Hugging Face's TrainingArguments and of the LoRA tutorial for Trainium.
 """
 
-import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-FLOAT32_MAX = 3.4e38
-PRESETS = Path(__file__).resolve().parent / "presets"
+from trainer.command_line import parse_flags
+from trainer.config_checks import check_values
+
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
-def _flag(default, text: str, **argument):
-    return field(default=default, metadata={"help": text, **argument})
+def _flag(default, help_text: str, **argument):
+    """A field with its default, its line in --help, and further arguments of argparse's add_argument."""
+    return field(default=default, metadata={"help": help_text, **argument})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on."""
+    """All settings of a run. Raises ValueError for values that no run can have."""
 
     preset: str | None = _flag(
         None,
@@ -50,7 +48,8 @@ class Config:
     )
     gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
         "none",
-        "What the backward computes again instead of keeping it: attention scores (selective), decoder layers (full).",
+        "What the backward computes again instead of keeping it: attention scores (selective), "
+        "decoder layers (full).",
         nargs="?",
         const="full",
     )
@@ -99,16 +98,18 @@ class Config:
     pipeline_parallel_size: int = _flag(1, "Stages that share the layers.")
     num_microbatches: int | None = _flag(
         None,
-        "Pieces of --per_device_train_batch_size on their way through the stages; default: its rows, one by one.",
+        "Pieces of --per_device_train_batch_size on their way through the stages; default: its rows, "
+        "one by one.",
     )
     parallel_layers: Literal["auto", "nxd", "native"] = _flag(
         "auto",
-        "neuronx-distributed's layers (nxd) or markstep's own (native); auto: nxd where the Neuron SDK is installed and "
-        "there is one stage.",
+        "neuronx-distributed's layers (nxd) or markstep's own (native); auto: nxd where the Neuron SDK is "
+        "installed and there is one stage.",
     )
     sequence_parallel: bool | None = _flag(
         None,
-        "Divide norms and residuals over the tensor parallel ranks too, by position; default: where it divides.",
+        "Divide norms and residuals over the tensor parallel ranks too, by position; default: where it "
+        "divides.",
         nargs="?",
         const=True,
     )
@@ -128,7 +129,8 @@ class Config:
     gradient_accumulation_steps: int = _flag(1, "Micro-batches of an optimizer step.")
     global_batch_size: int | None = _flag(
         None,
-        "Rows of an optimizer step over all ranks; --gradient_accumulation_steps follows: the same on every cluster.",
+        "Rows of an optimizer step over all ranks; --gradient_accumulation_steps follows: the same on "
+        "every cluster.",
     )
     learning_rate: float = _flag(2e-4, "Peak learning rate of AdamW.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = _flag(
@@ -147,11 +149,13 @@ class Config:
     max_grad_norm: float = _flag(1.0, "Gradients are clipped to this global norm; 0 does not clip.")
     mark_step: Literal["micro_batch", "step"] = _flag(
         "micro_batch",
-        "Where graphs end: a micro-batch (of stages, a tick) has one, the update another; or a step is one graph.",
+        "Where graphs end: a micro-batch (of stages, a tick) has one, the update another; or a step is "
+        "one graph.",
     )
     on_recompile: Literal["warn", "error", "ignore"] = _flag(
         "warn",
-        "When a step, micro-batch or evaluation has another graph than before: say what changed, or end the run.",
+        "When a step, micro-batch or evaluation has another graph than before: say what changed, or end "
+        "the run.",
     )
     seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
     # output
@@ -175,91 +179,21 @@ class Config:
     )
 
     def __post_init__(self):
-        """Raise ValueError for values that no run can have."""
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
-                raise ValueError(f"--{name} {value}: a number that fp32 can hold was expected")
-        at_least = {
-            "lora_r": 0,
-            "max_seq_length": 2,
-            "tensor_parallel_size": 1,
-            "logging_steps": 1,
-            "pipeline_parallel_size": 1,
-            "num_microbatches": 1,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "global_batch_size": 1,
-            "save_steps": 1,
-            "save_total_limit": 1,
-            "max_samples": 1,
-            "world_size": 1,
-            "warmup_steps": 0,
-            "learning_rate": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "eval_steps": 0,
-            "eval_samples": 0,
-            "seed": 0,
-            "adam_epsilon": 1e-30,
-        }
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} {value}: at least {least} was expected")
-        for name in ("num_train_epochs", "lora_alpha", "max_minutes"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: a number above 0 was expected")
-        for name in ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: a number from 0 to below 1 was expected")
-        if not 1 <= self.validation_split_percentage <= 99:
-            raise ValueError(
-                f"--validation_split_percentage {self.validation_split_percentage}: 1 to 99 was expected"
-            )
-        if self.dataset_weights and len(self.dataset_weights) != len(self.datasets):
-            raise ValueError(
-                f"--dataset_weights has {len(self.dataset_weights)} numbers for {len(self.datasets)} data sets: "
-                "one each was expected"
-            )
-        if not all(0 < weight <= 1000 for weight in self.dataset_weights or ()):
-            raise ValueError(
-                f"--dataset_weights {self.dataset_weights}: numbers above 0, up to 1000, were expected"
-            )
-        if self.sequence_parallel and self.max_seq_length % self.tensor_parallel_size:
-            raise ValueError(
-                f"--max_seq_length {self.max_seq_length} is not divisible by --tensor_parallel_size "
-                f"{self.tensor_parallel_size}, over which --sequence_parallel divides it"
-            )
-        if self.stochastic_rounding and not self.bf16:
-            raise ValueError("--stochastic_rounding rounds to bfloat16: pass --bf16 too")
-        if self.per_device_train_batch_size % self.microbatches:
-            raise ValueError(
-                f"--per_device_train_batch_size {self.per_device_train_batch_size} is not divisible by "
-                f"--num_microbatches {self.microbatches}, into which it is cut"
-            )
-        if self.depth_scaled_init and self.random_seed is None:
-            raise ValueError("--depth_scaled_init is of random weights: pass --random_weights too")
-        if self.global_batch_size and self.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "--gradient_accumulation_steps follows from --global_batch_size: choose one of them"
-            )
-        if self.adapter_name_or_path and not self.lora_r:
-            raise ValueError(
-                "--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one"
-            )
+        check_values(self)
 
     def for_ranks(self, data_parallel_size: int) -> "Config":
-        """The same, with --gradient_accumulation_steps in place of --global_batch_size; ValueError where that
-        is no integer."""
+        """This configuration with --gradient_accumulation_steps in place of --global_batch_size.
+
+        Raises ValueError where the number of accumulation steps is no integer.
+        """
         if not self.global_batch_size:
             return self
         rows = self.per_device_train_batch_size * data_parallel_size
         if self.global_batch_size % rows:
             raise ValueError(
                 f"--global_batch_size {self.global_batch_size} is not divisible by {rows}, the "
-                f"--per_device_train_batch_size {self.per_device_train_batch_size} of {data_parallel_size} data "
-                "parallel ranks"
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} of {data_parallel_size} "
+                "data parallel ranks"
             )
         return replace(
             self, gradient_accumulation_steps=self.global_batch_size // rows, global_batch_size=None
@@ -267,13 +201,15 @@ class Config:
 
     @property
     def ticks(self) -> int:
-        """In how many ticks a micro-batch goes through the stages; 1 where there is nothing to pass on."""
-        return self.microbatches + self.pipeline_parallel_size - 1
+        """The ticks (clock steps of the pipeline) of one accumulation step; 1 where there is no pipeline."""
+        return self.pipeline_microbatches + self.pipeline_parallel_size - 1
 
     @property
     def graph_per_micro_batch(self) -> bool:
-        """Whether the micro-batches of a step, or their ticks, share graphs, and the update has another; else
-        a step is one."""
+        """Whether accumulation steps (or their ticks) share graphs and the update has its own graph.
+
+        Otherwise a whole step is one graph.
+        """
         return (self.gradient_accumulation_steps > 1 or self.ticks > 1) and self.mark_step == "micro_batch"
 
     @property
@@ -294,66 +230,42 @@ class Config:
 
     @property
     def divides_sequence(self) -> bool:
-        """--sequence_parallel, or its default."""
+        """The value of --sequence_parallel; by default, whether the ranks divide a row evenly."""
         if self.sequence_parallel is None:
             return self.tensor_parallel_size > 1 and self.max_seq_length % self.tensor_parallel_size == 0
         return self.sequence_parallel
 
     @property
-    def microbatches(self) -> int:
-        """--num_microbatches, or its default."""
+    def pipeline_microbatches(self) -> int:
+        """The number of pipeline micro-batches that the rows of an accumulation step are cut into."""
         return self.num_microbatches or (
             self.per_device_train_batch_size if self.pipeline_parallel_size > 1 else 1
         )
 
     @property
-    def recompute(self) -> str:
-        """none, selective or full: --gradient_checkpointing, of which bare and `true` mean full."""
+    def checkpointing_mode(self) -> str:
+        """The value of --gradient_checkpointing as none, selective or full."""
         return {"true": "full", "false": "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
 
     @property
     def model_directory(self) -> str:
-        """--model_id, or the embedded tiny Llama."""
+        """The value of --model_id; by default, the directory of the embedded tiny Llama."""
         return self.model_id or str(SAMPLE / "tiny")
 
     @property
     def datasets(self) -> list[str]:
-        """--dataset, or the embedded sample."""
+        """The values of --dataset; by default, the file of the embedded sample."""
         return self.dataset or [str(SAMPLE / "instructions.jsonl")]
 
     @property
     def random_seed(self) -> int | None:
-        """The seed of random weights, or None where weights are read."""
+        """The seed of random weights, or None where weights are read from files."""
         return self.seed if self.random_weights or self.model_id is None else None
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line (default: sys.argv); exits with status 2 on unknown flags and
-    unusable values."""
-    from transformers.hf_argparser import HfArgumentParser
+    """The configuration of a command line (default: sys.argv).
 
-    parser = HfArgumentParser(
-        Config,
-        prog="trainer/main.py",
-        allow_abbrev=False,
-        description="Train a Llama on AWS Trainium, or on virtual devices of this CPU.",
-    )
-    parser.error = lambda message: parser.exit(2, f"error: {message}; --help explains every flag\n")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--preset", nargs="?")
-    try:
-        preset = chosen.parse_known_args(arguments)[0].preset
-        values = vars(parser.parse_args((read_preset(preset) if preset else []) + arguments))
-        return Config(**values)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-
-
-def read_preset(name: str) -> list[str]:
-    """The flags in trainer/presets/`name`.txt, or in the file `name`; ValueError where there is neither."""
-    known = sorted(path.stem for path in PRESETS.glob("*.txt"))
-    path = PRESETS / f"{name}.txt" if name in known else Path(name)
-    if not path.is_file():
-        raise ValueError(f"--preset {name}: {', '.join(known)}, or a file of flags, was expected")
-    return shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    Exits with status 2 and one line of error for unknown flags and unusable values.
+    """
+    return parse_flags(Config, arguments)

@@ -1,28 +1,52 @@
-"""The rows that a configuration trains on and evaluates with, and the report of them."""
+"""The rows that a configuration trains on and evaluates with, and a summary of them."""
 
 import hashlib
 
 import numpy as np
 
 from data.packing import Rows, pack
-from data.selection import cut, split, weigh
-from data.tokens import NAMED, cache_directory, tokenize
+from data.selection import Chosen, cut, split, weigh
+from data.tokens import NAMED, Tokens, cache_directory, tokenize
 from model.config import ModelConfig
 from trainer.config import Config
 
 
-def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Rows, Rows | None, str]:
-    """(rows to train on, rows held out or None, what to say of them).
-
-    Raises ValueError for a record that cannot be used, and where nothing is left to train or to evaluate.
-    """
+def check_row_length(config: Config, model_config: ModelConfig) -> None:
+    """Raise ValueError where the model has fewer positions than a row has tokens."""
     if config.max_seq_length > model_config.max_position_embeddings:
         raise ValueError(
             f"--max_seq_length {config.max_seq_length} is more than the model's positions "
             f"(max_position_embeddings {model_config.max_position_embeddings})"
         )
+
+
+def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Rows, Rows | None, str]:
+    """(training rows, held-out rows or None, summary): the data sets as rows of --max_seq_length tokens.
+
+    Raises ValueError for a record that cannot be used, and where nothing is left to train or to evaluate.
+    """
+    check_row_length(config, model_config)
+    sources = _tokenize(config, tokenizer)
+    _check_vocabulary(sources, model_config.vocab_size)
+    chosen, held_out = [np.arange(len(source)) for source in sources], None
+    if config.do_eval:
+        chosen, held_out = split(sources, config.validation_split_percentage, config.seed)
+    chosen = weigh(chosen, config.dataset_weights or [1.0] * len(sources), config.seed)
+    pad = _pad_token(tokenizer, model_config.vocab_size)
+    summary = _describe_sources(config.datasets, sources)
+    train_rows, line = _fill_rows(config, sources, chosen, pad, "train")
+    summary.append(line)
+    if held_out is None:
+        return train_rows, None, "\n".join(summary)
+    eval_rows, line = _fill_rows(config, sources, held_out, pad, "evaluate")
+    summary.append(line)
+    return train_rows, eval_rows, "\n".join(summary)
+
+
+def _tokenize(config: Config, tokenizer) -> list[Tokens]:
+    """The tokens of each data set."""
     cache = cache_directory(config.data_cache_dir)
-    tokens = [
+    return [
         tokenize(
             name,
             tokenizer,
@@ -35,64 +59,70 @@ def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Ro
         )
         for name in config.datasets
     ]
-    highest = max(int(source.input_ids.max()) for source in tokens)
-    if highest >= model_config.vocab_size:
+
+
+def _check_vocabulary(sources: list[Tokens], vocab_size: int) -> None:
+    """Raise ValueError where the model has no embedding for a token."""
+    highest = max(int(source.input_ids.max()) for source in sources)
+    if highest >= vocab_size:
         raise ValueError(
-            f"the tokenizer gives token {highest}, and the model's vocabulary has {model_config.vocab_size}: "
+            f"the tokenizer gives token {highest}, and the model's vocabulary has {vocab_size}: "
             "tokenizer and model do not belong together"
         )
-    chosen, held_out = [np.arange(len(source)) for source in tokens], None
-    if config.do_eval:
-        chosen, held_out = split(tokens, config.validation_split_percentage, config.seed)
-    chosen = weigh(chosen, config.dataset_weights or [1.0] * len(tokens), config.seed)
+
+
+def _pad_token(tokenizer, vocab_size: int) -> int:
+    """The token that fills rows. Nothing attends to it, but it is embedded, so the model must have it."""
     pad = tokenizer.pad_token_id
-    if pad is None or pad >= model_config.vocab_size:  # what pads is never looked at, but it is embedded
-        pad = tokenizer.eos_token_id
-    said = []
-    for name, source in zip(config.datasets, tokens, strict=True):
+    return tokenizer.eos_token_id if pad is None or pad >= vocab_size else pad
+
+
+def _describe_sources(names: list[str], sources: list[Tokens]) -> list[str]:
+    """Lines of the summary: examples, format and skipped records of each data set."""
+    lines = []
+    for name, source in zip(names, sources, strict=True):
         guessed = " (guessed from its fields)" if source.meta["guessed"] else ""
-        said.append(f"data: {name}: {len(source)} examples, format {source.meta['format']}{guessed}")
+        lines.append(f"data: {name}: {len(source)} examples, format {source.meta['format']}{guessed}")
         if source.meta["skipped"]:
-            said.append(
-                f"data: {name}: {source.meta['skipped']} records skipped: {'; '.join(source.meta['named'])}"
-            )
+            problems = "; ".join(source.meta["named"])
+            lines.append(f"data: {name}: {source.meta['skipped']} records skipped: {problems}")
+    return lines
 
-    def rows(examples, what):
-        """`what`: train or evaluate."""
-        pieces, lost = cut(tokens, examples, config.max_seq_length, config.long_examples)
-        places = [tokens[source].where(number) for source, number in lost.without_target[:NAMED]]
-        if places and not config.skip_bad:
-            raise ValueError(
-                f"{places[0]}: no target token is left within --max_seq_length {config.max_seq_length} "
-                f"({len(lost.without_target)} such examples): raise it, pass --long_examples split, or leave them "
-                "out by --skip_bad"
-            )
-        if not len(pieces.lengths):
-            raise ValueError(
-                f"no example has a target token within --max_seq_length {config.max_seq_length}: nothing is left to "
-                f"{what}"
-            )
-        groups = (
-            pack(pieces.lengths.tolist(), config.max_seq_length)
-            if config.packing
-            else [[index] for index in range(len(pieces.lengths))]
-        )
-        made = Rows(tokens, pieces, groups, config.max_seq_length, pad)
-        padded = len(pieces.lengths) / len(made)
-        said.append(
-            f"{what} on {sum(map(len, examples))} examples in {len(made)} rows of {config.max_seq_length} tokens, "
-            f"{made.efficiency:.1%} filled (an example a row would take {padded:.1f} times as many); {lost.examples} "
-            f"longer than a row, {lost.tokens} tokens cut off, {len(lost.without_target)} left out without a target"
-            + "".join(f"; {where}" for where in places)
-        )
-        return made
 
-    train = rows(chosen, "train")
-    return train, rows(held_out, "evaluate") if held_out is not None else None, "\n".join(said)
+def _fill_rows(
+    config: Config, sources: list[Tokens], examples: Chosen, pad: int, purpose: str
+) -> tuple[Rows, str]:
+    """(rows of the examples, a line of the summary on them). `purpose`: train or evaluate."""
+    row_length = config.max_seq_length
+    pieces, lost = cut(sources, examples, row_length, config.long_examples)
+    without_target = [sources[source].where(number) for source, number in lost.without_target[:NAMED]]
+    if without_target and not config.skip_bad:
+        raise ValueError(
+            f"{without_target[0]}: no target token is left within --max_seq_length {row_length} "
+            f"({len(lost.without_target)} such examples): raise it, pass --long_examples split, or leave "
+            "them out by --skip_bad"
+        )
+    count = len(pieces.lengths)
+    if not count:
+        raise ValueError(
+            f"no example has a target token within --max_seq_length {row_length}: "
+            f"nothing is left to {purpose}"
+        )
+    groups = (
+        pack(pieces.lengths.tolist(), row_length) if config.packing else [[piece] for piece in range(count)]
+    )
+    rows = Rows(sources, pieces, groups, row_length, pad)
+    line = (
+        f"{purpose} on {sum(map(len, examples))} examples in {len(rows)} rows of {row_length} tokens, "
+        f"{rows.efficiency:.1%} filled (an example a row would take {count / len(rows):.1f} times as many); "
+        f"{lost.examples} longer than a row, {lost.tokens} tokens cut off, "
+        f"{len(lost.without_target)} left out without a target"
+    )
+    return rows, "; ".join([line, *without_target])
 
 
 def fingerprint(rows: Rows) -> str:
-    """A hash of the rows: of their tokens, of what trains, and of their order."""
+    """A hash of the rows: of their tokens, of the labels and of the order."""
     digest = hashlib.sha256(f"{rows.row_length} {rows.groups}".encode())
     for source in rows.tokens:
         digest.update(source.input_ids)

@@ -1,4 +1,4 @@
-"""A run before its ranks start: everything that can be read and refused without a device."""
+"""What happens before the ranks of a run start: its inputs are read and checked, without a device."""
 
 import fcntl
 import os
@@ -9,24 +9,21 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from data.loader import BEGINNING, Loader
 from data.packing import Rows
 from model.attention.flash_nki import why_not_flash
 from model.config import ModelConfig
-from model.llama import Llama
 from model.lora import LoraConfig
 from model.weights.hub import in_one_line, resolve
 from model.weights.loading import check_weights
 from model.weights.peft import PeftAdapter
 from model.weights.shapes import base_shapes, trained_shapes
-from model.weights.sources import open_weights
+from model.weights.sources import RandomWeights, SafetensorsFiles, open_weights
 from parallel import layers as native
 from parallel.layer_backend import parallel_layers
 from parallel.mesh import Mesh
-from parallel.pipeline import Pipeline
 from parallel.runtime import extracts_graphs
+from trainer.build import build_model
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
@@ -38,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank is given: the configuration, and what was read because of it."""
+    """What every rank receives: the configuration, and the inputs that were read and checked for it."""
 
     config: Config
     model_directory: Path
@@ -52,26 +49,28 @@ class Job:
     summary: str
     resume: Checkpoint | None
     identity: dict
-    deadline: float | None  # of time.monotonic(): when the run must have ended
+    deadline: float | None  # the time.monotonic() at which the run must have ended
     flash_attention: bool = False
     terminated: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 
     @property
     def read_trained(self):
-        """(name, shard) -> the first value of what is trained, of the checkpoint or the adapter that the run
-        goes on from."""
+        """A function (name, shard) -> the first value of a trained parameter, fp32.
+
+        It reads the checkpoint or the adapter that the run continues from; None where there is neither.
+        """
         if self.resume:
             return partial(self.resume.read, "parameter")
         return self.adapter and self.adapter.read
 
     @property
     def prompt_format(self) -> PromptFormat:
-        """How the model is asked after training: as the first data set asks."""
+        """The prompts that the model expects after training: those of the first data set."""
         return PromptFormat.of(self.train_rows.tokens[0].meta["prompts"])
 
     @property
     def ends(self) -> set[int]:
-        """The tokens that end an answer."""
+        """The ids of the tokens that end an answer."""
         return end_tokens(self.model_directory, self.tokenizer, self.model_config.vocab_size)
 
     @property
@@ -82,41 +81,97 @@ class Job:
 
 
 def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
-    """Read and check everything; raises ValueError, in one line, before anything is compiled or written.
+    """Read and check the inputs of a run of `world_size` ranks, and make its --output_dir.
 
-    `begun`: the time.monotonic() from which --max_minutes counts; default: now.
+    Raises ValueError of one line before anything is compiled or written. --max_minutes count from `begun`, a
+    time.monotonic(); default: now.
     """
     begun = begun or time.monotonic()
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
     config = config.for_ranks(mesh.dp.size())
     resume = find_checkpoint(config.output_dir, config.resume)
+
     directory = resolve(config.model_directory)
     model_config = ModelConfig.from_pretrained(directory)
-    adapter = None
-    if config.adapter_name_or_path:
-        adapter = PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
+    adapter = _read_adapter(config)
     lora = adapter.config if adapter else lora_config(config)
-    # On the meta device: whether the layers can be divided.
-    Llama(model_config, mesh.tp, pipeline=Pipeline(mesh.pp, mesh.model))
+    build_model(
+        config, model_config, mesh
+    )  # on the meta device: raises ValueError where it cannot be divided
     trained = trained_shapes(model_config, lora)
     if adapter:
         adapter.check(trained)
     weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
-    end_tokens(directory, tokenizer, model_config.vocab_size)  # whether generation_config.json can be read
-    train_rows, eval_rows, summary = build_rows(config, tokenizer, model_config)
-    identity = {
-        "base": weights.fingerprint(base_shapes(model_config)) if _is_first() else None,
+    end_tokens(
+        directory, tokenizer, model_config.vocab_size
+    )  # raises where generation_config.json is damaged
+
+    train_rows, eval_rows, data_summary = build_rows(config, tokenizer, model_config)
+    identity = _identity(config, model_config, lora, weights, train_rows)
+    if resume:
+        _check_checkpoint(resume, identity, trained)
+    total_steps = _total_steps(config, mesh, train_rows, resume)
+    flash_attention, attention_summary = attention_of(
+        config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows]
+    )
+    if not extracts_graphs():
+        _make_output_dir(config.output_dir)  # the only write here, after everything was checked
+    return Job(
+        config=config,
+        model_directory=directory,
+        model_config=model_config,
+        tokenizer=tokenizer,
+        lora=lora,
+        adapter=adapter,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        total_steps=total_steps,
+        summary="\n".join([data_summary, *_start_summary(resume, total_steps), attention_summary]),
+        resume=resume,
+        identity=identity,
+        deadline=begun + 60 * config.max_minutes if config.max_minutes else None,
+        flash_attention=flash_attention,
+    )
+
+
+def _read_adapter(config: Config) -> PeftAdapter | None:
+    """The adapter of --adapter_name_or_path."""
+    if not config.adapter_name_or_path:
+        return None
+    return PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
+
+
+def _identity(
+    config: Config,
+    model_config: ModelConfig,
+    lora: LoraConfig | None,
+    weights: SafetensorsFiles | RandomWeights,
+    train_rows: Rows,
+) -> dict:
+    """What a checkpoint must agree with before a run resumes from it; CHECKPOINT_FORMAT.md describes it.
+
+    Only the first process hashes the base weights.
+    """
+    return {
+        "base": weights.fingerprint(base_shapes(model_config)) if _is_first_process() else None,
         "lora": asdict(lora) if lora else None,
         "seed": config.seed,
         "data": fingerprint(train_rows),
     }
-    if resume:
-        if _is_first():
-            resume.check(identity)
-        resume.check_tensors(trained)
+
+
+def _check_checkpoint(resume: Checkpoint, identity: dict, trained: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless the checkpoint belongs to this run and holds the `trained` shapes."""
+    if _is_first_process():  # the others have no hash of the base weights
+        resume.check(identity)
+    resume.check_tensors(trained)
+
+
+def _total_steps(config: Config, mesh: Mesh, train_rows: Rows, resume: Checkpoint | None) -> int:
+    """The optimizer steps of the whole run; raises ValueError where the checkpoint has done them all."""
     loader = Loader(
         train_rows,
         batch_size=config.per_device_train_batch_size,
@@ -132,58 +187,41 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
             f"{resume.path} has done {resume.step} of {steps} steps: nothing is left to train; "
             "raise --max_steps or --num_train_epochs"
         )
+    return steps
+
+
+def _start_summary(resume: Checkpoint | None, total_steps: int) -> list[str]:
+    """Lines on how the run starts, where that is not the usual way."""
+    lines = []
     if resume:
-        summary += f"\nresume: {resume.path}, after step {resume.step} of {steps}"
+        lines.append(f"resume: {resume.path}, after step {resume.step} of {total_steps}")
     if extracts_graphs():
-        summary += "\nNEURON_EXTRACT_GRAPHS_ONLY=1: graphs are collected, nothing is computed or written to --output_dir"
-    else:
-        _make(config.output_dir)  # the one thing that is written here, after everything was checked
-    deadline = begun + 60 * config.max_minutes if config.max_minutes else None
-    flash, said = attention_of(
-        config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows]
-    )
-    return Job(
-        config,
-        directory,
-        model_config,
-        tokenizer,
-        lora,
-        adapter,
-        train_rows,
-        eval_rows,
-        steps,
-        f"{summary}\n{said}",
-        resume,
-        identity,
-        deadline,
-        flash,
-    )
+        lines.append(
+            "NEURON_EXTRACT_GRAPHS_ONLY=1: graphs are collected, "
+            "nothing is computed or written to --output_dir"
+        )
+    return lines
 
 
 def attention_of(
     config: Config, model_config: ModelConfig, layers: ModuleType, rows: list[Rows]
 ) -> tuple[bool, str]:
-    """(whether the flash kernel is right for the rows, what to say of layers and attention)."""
+    """Whether flash attention can be used for all `rows`, and the summary's line on layers and attention."""
     if layers is native:
         return False, "markstep's own layers and blockwise attention"
-    examples = max(len(group) for each in rows for group in each.groups)
-    reason = why_not_flash(
-        examples,
-        config.max_seq_length,
-        model_config.head_dim,
-        torch.bfloat16 if config.bf16 else torch.float32,
-    )
+    most_examples = max(len(group) for each in rows for group in each.groups)
+    reason = why_not_flash(most_examples, config.max_seq_length, model_config.head_dim, config.bf16)
     chosen = f"blockwise attention: {reason}" if reason else "its NKI flash attention: a row is one example"
     return not reason, f"neuronx-distributed's layers, and {chosen}"
 
 
-def _is_first() -> bool:
-    """Whether this is the one of a run's processes that hashes the base model, holds the lock and writes the
-    metrics."""
+def _is_first_process() -> bool:
+    """Whether this process hashes the base weights, locks --output_dir and writes the metrics of the run."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _make(output_dir):
+def _make_output_dir(output_dir: str) -> None:
+    """Make the directory; raises ValueError where it cannot be made or written to."""
     try:
         os.makedirs(output_dir, exist_ok=True)
     except OSError as error:
@@ -193,9 +231,11 @@ def _make(output_dir):
 
 
 def lock(output_dir: str) -> None:
-    """Keep other runs out of the directory until this process ends, however it ends; ValueError where one is
-    in it."""
-    if not _is_first() or extracts_graphs():
+    """Keep other runs out of the directory until this process ends, however it ends.
+
+    Raises ValueError where another run holds it.
+    """
+    if not _is_first_process() or extracts_graphs():
         return
     try:
         fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,12 +245,13 @@ def lock(output_dir: str) -> None:
         ) from None
     except OSError as error:
         print(
-            f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): take care that no other run uses it"
+            f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): "
+            "take care that no other run uses it"
         )
 
 
 def lora_config(config: Config) -> LoraConfig | None:
-    """The LoRA of the flags; None where all weights are trained."""
+    """The LoRA settings of the flags; None where all weights are trained."""
     targets = tuple(name.strip() for name in config.lora_target_modules.split(",") if name.strip())
     if not config.lora_r:
         return None
@@ -225,11 +266,12 @@ def load_tokenizer(directory: Path):
 
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(
-            f"{directory} has neither {' nor '.join(TOKENIZER_FILES)}: a tokenizer was expected beside the model"
+            f"{directory} has neither {' nor '.join(TOKENIZER_FILES)}: "
+            "a tokenizer was expected beside the model"
         )
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # what transformers raises for odd files has no base class
+    except Exception as error:  # the errors of transformers have no base class in common
         raise ValueError(
             f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}"
         ) from None

@@ -1,174 +1,73 @@
-"""The training loop: build, the step, evaluation. Read it from top to bottom, change it, run `torchrun
-trainer/main.py`.
+"""The training loop: read it from top to bottom, change it, run `torchrun trainer/main.py`.
 
-Every rank runs this function, a process each on Neuron, a thread each on XLA:CPU. Operations on the device
-are recorded, not run, until `runtime.mark_step()`, which ends a graph, compiles it if it is new, and starts
-it. Two rules keep the graphs few and equal on all ranks: what depends on the rank or the step is data, and
-values are read only after a mark_step.
+Every rank runs this file: as a process on Neuron, as a thread on XLA:CPU. Operations on the device are
+recorded, not run. `runtime.mark_step(name, function, *inputs)` calls the function, ends the graph that it
+recorded, compiles it if it is new, and starts it. Two rules keep the graphs few and equal on all ranks: what
+depends on the rank or the step is data in a tensor, and values are read only after a mark_step.
 """
+
+from collections.abc import Iterable
 
 import torch
 
-from data.loader import BEGINNING, Loader, Prefetcher
-from model.llama import Llama
-from model.lora import add_lora
-from model.stage import finish, forward_tick, schedule
-from model.weights.loading import fill
-from model.weights.sources import open_weights
-from parallel.buckets import Buckets
+from data.loader import BEGINNING, Loader, Position, Prefetcher
 from parallel.collectives import all_reduce
 from parallel.gradients import clip_gradients, global_norm
-from parallel.layer_backend import parallel_layers
-from parallel.loss import parallel_cross_entropy
-from parallel.mesh import Mesh
-from parallel.pipeline import Pipeline
 from parallel.runtime import Runtime
-from parallel.shard import named_shards
+from trainer.build import TrainState, build_state
 from trainer.checkpoint.writer import Saver
+from trainer.evaluation import evaluate
 from trainer.job import Job
 from trainer.metrics import Metrics
-from trainer.optimizer import AdamW, learning_rate
+from trainer.objective import loss_and_counts
+from trainer.optimizer import learning_rate
+from trainer.pipelined import forward_backward_in_ticks, without_mark_step
 from trainer.samples import Samples
 from trainer.stopping import Stopping
 
+Batch = dict[str, torch.Tensor]
 
-def run(runtime: Runtime, job: Job) -> None:
-    """Train and evaluate as `job.config` says, on one rank."""
-    config, device = job.config, runtime.device
-    layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
-    mesh = layers.create_mesh(
-        runtime.rank, runtime.world_size, config.tensor_parallel_size, config.pipeline_parallel_size
-    )
+
+def run(runtime: Runtime, job: Job) -> TrainState:
+    """Train and evaluate as `job.config` says, on one rank; returns what the last step left."""
+    config = job.config
     runtime.watch_graphs(config.on_recompile)
-
-    # Model: this rank's shards of its stage's layers, read slice by slice and moved to the device.
-    model = Llama(
-        job.model_config,
-        mesh.tp,
-        torch.bfloat16 if config.bf16 else torch.float32,
-        gradient_checkpointing=config.recompute,
-        sequence_parallel=config.divides_sequence,
-        layers=layers,
-        flash_attention=job.flash_attention,
-        pipeline=Pipeline(mesh.pp, mesh.model, config.microbatches),
-    )
-    dropout_seeds = add_lora(model, job.lora) if job.lora else None
-    weights = open_weights(
-        job.model_directory, job.model_config, config.random_seed, config.depth_scaled_init
-    )
-    initial = fill(model, weights, device, config.seed, job.read_trained)
-    buckets = Buckets([each for each in named_shards(model) if each[1].requires_grad], mesh, config.zero_1)
-
-    # Optimizer and data. The rows of a step are a function of the step and of where the run began or goes on.
-    optimizer = AdamW(buckets, config, initial, device)
-    del initial
-    start = BEGINNING
-    if job.resume:
-        job.resume.restore(optimizer)
-        start = job.resume.position
+    state = build_state(runtime, job)  # trainer/build.py: model, LoRA, optimizer
+    start = job.resume.position if job.resume else BEGINNING
     first_step = start.step
-    layout = {"dp_rank": mesh.dp.rank(), "dp_size": mesh.dp.size(), "seed": config.seed}
-    loader = Loader(
-        job.train_rows,
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        start=start,
-        **layout,
-    )
-    batches = Prefetcher(loader, lambda tensor: tensor.to(device))
-    eval_loader = job.eval_rows and Loader(
-        job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout
-    )
-    samples = Samples(runtime, model, job, mesh.tp)
+    loader, eval_loader = make_loaders(state, job, start)
+    batches = Prefetcher(loader, lambda tensor: tensor.to(runtime.device))
+    samples = Samples(runtime, state.model, job, state.mesh.tp)
     metrics = Metrics(runtime, job, first_step, loader)
-    saver = Saver(runtime, mesh, job, optimizer)
+    saver = Saver(runtime, state.mesh, job, state.optimizer)
     stopping = Stopping(runtime, job)
-    zeros = torch.zeros(3).to(device)
-    ticks, idle = schedule(
-        model, config.per_device_train_batch_size, config.max_seq_length, device
-    )  # of pipeline stages
-    sums = (
-        [torch.zeros(shape).to(device) for shape in buckets.shapes] if config.graph_per_micro_batch else None
-    )
     runtime.mark_step("build")
     if job.resume:
         job.resume.close()  # all ranks have read what they need
 
-    # Before the first step: what the model can do untrained; and no graph is left to compile later.
+    # Evaluate before the first step: what the model can do untrained; and no graph is left to be compiled
+    # later.
     if eval_loader:
-        metrics.evaluation(first_step, *evaluate(runtime, model, eval_loader, mesh, zeros), samples.answers())
+        evaluation = evaluate(runtime, state.model, eval_loader, state.mesh)
+        metrics.evaluation(first_step, *evaluation, samples.generate())
 
     for step in range(first_step, job.total_steps if config.do_train else first_step):
-        model.train()
+        runtime.begin_step(step + 1)
+        state.model.train()
         last = step + 1 == job.total_steps
-        rate = learning_rate(config, step, job.total_steps)
-        scalars = optimizer.scalars(step, rate).to(device)
-        wishes = stopping.wish(saver.seconds).to(device)
-        totals = zeros  # loss sum, target tokens, tokens
+        lr = learning_rate(config, step, job.total_steps)
+        scalars = state.optimizer.scalars(step, lr).to(runtime.device)
+        stop_request = stopping.request(saver.seconds).to(runtime.device)
+        report, stop_requests = train_step(runtime, state, batches.step(step, last), scalars, stop_request)
 
-        # Forward and backward. Gradients of the *sum* of the losses add up, in fp32.
-        for batch in batches.step(step, last):
-            if not ticks:
-                if job.lora and job.lora.lora_dropout:
-                    dropout_seeds.set(batch["row_seeds"], config.max_seq_length)
-                logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-                losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.model)
-                losses.sum().backward()
-                sums = buckets.take_gradients(sums)
-                totals = totals + batch_totals(losses, batch)
-                del logits, losses  # what lives at a mark_step is an output of its graph, and takes memory
-                if config.graph_per_micro_batch:
-                    runtime.mark_step(
-                        "micro_batch"
-                    )  # one graph for all of them; else they share the graph of the update
-            else:  # pipeline stages: all ticks forward, then all backward, from the last to the first
-                passages, sent = [], idle
-                for tick in ticks:
-                    passages.append(forward_tick(model, batch, tick, sent))
-                    sent = passages[-1].output
-                    if config.graph_per_micro_batch:
-                        runtime.mark_step("forward")  # one graph for all of them, and one for all below
-                sent = idle
-                for tick in reversed(ticks):
-                    passage = passages.pop()
-                    logits, rows = finish(model, batch, tick, passage.output)
-                    losses = parallel_cross_entropy(logits, rows["labels"], model.rank_index, mesh.model)
-                    losses.sum().backward()
-                    sent = passage.backward(sent)
-                    sums = buckets.take_gradients(sums)
-                    totals = totals + batch_totals(losses, rows)
-                    del passage, logits, rows, losses
-                    if config.graph_per_micro_batch:
-                        runtime.mark_step("backward")
-                del sent
-
-        # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the
-        # step's tokens.
-        totals = all_reduce(totals, mesh.dp)
-        target_tokens = totals[1:2].clamp(min=1.0)
-        gradients = [total / target_tokens for total in buckets.reduce(sums)]
-        sums = [total.zero_() for total in sums] if config.graph_per_micro_batch else None
-
-        # Clipping and update: of fp32 master weights, under --zero_1 this rank's part, to which the
-        # parameters are rounded.
-        norm = global_norm(buckets, gradients)
-        if config.max_grad_norm:
-            gradients = clip_gradients(gradients, norm, config.max_grad_norm)
-        optimizer.step(gradients, scalars)
-        buckets.set_parameters(optimizer.weights)
-        del gradients
-        values = torch.cat([totals[0:1] / target_tokens, norm, totals[1:]])
-        wishes = all_reduce(wishes, mesh.world)
-        runtime.mark_step("step", step + 1)
-
-        # Read one step late, so that the host waits for the step before, not for this one.
-        metrics.hold(step + 1, rate, batches.waited, saver.stalled, values)
-        stop, saver.stalled = stopping.agreed(wishes), 0.0
+        # Values are read one step late, so that the host waits for the step before and not for this one.
+        metrics.hold(step + 1, lr, batches.waited, saver.stalled, report)
+        stop, saver.stalled = stopping.should_stop(stop_requests), 0.0
         eval_loss = None
         if eval_loader and not stop and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
             metrics.flush()
-            eval_loss, counted = evaluate(runtime, model, eval_loader, mesh, zeros)
-            metrics.evaluation(step + 1, eval_loss, counted, samples.answers())
+            eval_loss, target_tokens = evaluate(runtime, state.model, eval_loader, state.mesh)
+            metrics.evaluation(step + 1, eval_loss, target_tokens, samples.generate())
         if last or stop or (step + 1) % config.save_steps == 0:
             metrics.flush()
             saver.save(
@@ -181,35 +80,96 @@ def run(runtime: Runtime, job: Job) -> None:
             break
     saver.wait()
     metrics.close()
+    return state
 
 
-@torch.no_grad()
-def evaluate(
-    runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh, zeros: torch.Tensor
-) -> tuple[float, int]:
-    """(loss per target token, target tokens) over all rows of the loader, all data parallel ranks. The host
-    waits at the end."""
-    model.eval()
-    totals, start = zeros, None
-    for batch in loader.evaluation_batches():
-        batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-        start = start or schedule(model, *batch["input_ids"].shape, runtime.device)
-        ticks, sent = start
-        for tick in ticks or [None]:
-            if ticks:
-                sent = forward_tick(model, batch, tick, sent).output
-                logits, rows = finish(model, batch, tick, sent)
-            else:
-                logits, rows = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"]), batch
-            losses = parallel_cross_entropy(logits, rows["labels"], model.rank_index, mesh.model)
-            totals = totals + all_reduce(batch_totals(losses, rows), mesh.dp)
-            del logits, rows, losses
-            runtime.mark_step("evaluation")
-    loss_sum, target_tokens, _ = runtime.read(totals)
-    return loss_sum / max(target_tokens, 1.0), int(target_tokens)
+def train_step(
+    runtime: Runtime,
+    state: TrainState,
+    micro_batches: Iterable[Batch],
+    scalars: torch.Tensor,
+    stop_request: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step. What is between two mark_steps is a function; Config.graphs says how often each one
+    runs.
+
+    Inputs and results are those of `update`. The state changes in place.
+    """
+    if not state.config.graph_per_micro_batch:
+        return runtime.mark_step("step", whole_step, state, list(micro_batches), scalars, stop_request)
+    for batch in micro_batches:
+        if state.schedule.ticks:
+            forward_backward_in_ticks(
+                state, batch, runtime.mark_step
+            )  # a graph per tick: trainer/pipelined.py
+        else:
+            runtime.mark_step("micro_batch", forward_backward, state, batch)
+    return runtime.mark_step("update", update, state, scalars, stop_request)
 
 
-def batch_totals(losses: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[sum of losses, target tokens, tokens that are no padding], fp32 [3]."""
-    counts = [(batch["labels"] != -100).float().sum(), (batch["segment_ids"] > 0).float().sum()]
-    return torch.stack([losses.detach().sum(), *counts])
+def whole_step(
+    state: TrainState, micro_batches: list[Batch], scalars: torch.Tensor, stop_request: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step as one graph: with one micro-batch, or under --mark_step step."""
+    for batch in micro_batches:
+        if state.schedule.ticks:
+            forward_backward_in_ticks(state, batch, without_mark_step)
+        else:
+            forward_backward(state, batch)
+    return update(state, scalars, stop_request)
+
+
+def forward_backward(state: TrainState, batch: Batch) -> None:
+    """Add the gradients of the *sum* of a micro-batch's losses, and its counts, to the accumulator."""
+    model = state.model
+    logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"], batch["row_seeds"])
+    loss_sum, counts = loss_and_counts(model, logits, batch)  # trainer/objective.py
+    loss_sum.backward()
+    state.accumulator.add(counts)
+
+
+def update(
+    state: TrainState, scalars: torch.Tensor, stop_request: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reduce the gradients over all ranks, clip them, update the weights.
+
+    scalars [3] are the optimizer's for this step; stop_request [1] is 1 where this rank has to stop. Returns
+    what the host reads a step later: (report, the sum of all ranks' stop requests [1]). The report is fp32:
+    gradient norm, target tokens, tokens, and the mean of each of objective.FIGURES.
+    """
+    mesh, buckets, optimizer, accumulator = state.mesh, state.buckets, state.optimizer, state.accumulator
+
+    # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the
+    # step's tokens.
+    counts = all_reduce(accumulator.counts, mesh.dp)
+    target_tokens = counts[0:1].clamp(min=1.0)
+    gradients = [grad_sum / target_tokens for grad_sum in buckets.reduce(accumulator.grad_sums)]
+
+    # Clipping and update of fp32 master weights, from which the parameters are rounded; under --zero_1 of
+    # this rank's part.
+    grad_norm = global_norm(buckets, gradients)
+    if state.config.max_grad_norm:
+        gradients = clip_gradients(gradients, grad_norm, state.config.max_grad_norm)
+    optimizer.step(gradients, scalars)
+    buckets.set_parameters(optimizer.weights)
+    report = torch.cat([grad_norm, counts[:2], counts[2:] / target_tokens])
+    accumulator.reset()
+    return report, all_reduce(stop_request, mesh.world)
+
+
+def make_loaders(state: TrainState, job: Job, start: Position) -> tuple[Loader, Loader | None]:
+    """The loaders of training rows from `start` on, and of held-out rows."""
+    config, dp = job.config, state.mesh.dp
+    layout = {"dp_rank": dp.rank(), "dp_size": dp.size(), "seed": config.seed}
+    loader = Loader(
+        job.train_rows,
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        start=start,
+        **layout,
+    )
+    if not job.eval_rows:
+        return loader, None
+    return loader, Loader(
+        job.eval_rows, batch_size=config.per_device_eval_batch_size, accumulation=1, **layout
+    )

@@ -1,5 +1,8 @@
-"""Flags -> Config -> ranks. `torchrun --nproc_per_node=N trainer/main.py ...` or `python trainer/main.py
---world_size N ...`."""
+"""The training command: it reads the flags, prepares the job and starts the ranks.
+
+torchrun --nproc_per_node=N trainer/main.py ...
+python trainer/main.py --world_size N ...
+"""
 
 import os
 import signal
@@ -7,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-BEGUN = time.monotonic()  # before the imports that take long
+BEGUN = time.monotonic()  # before the slow imports
 
-# Ctrl-C ends the process at once, wherever it is. Ranks that wait for each other in a collective cannot be
-# unwound, and need not be: a checkpoint has its name when it is complete.
+# Ctrl-C ends the process at once. Ranks that wait for each other in a collective cannot be unwound, and need
+# not be: a checkpoint only gets its name when it is complete.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-# A clone runs without being installed; trainer/ itself must not stand first, its modules are trainer.*.
+# A clone runs without being installed. Python has put trainer/ first, but modules are imported as trainer.*.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from parallel.graph.guard import NewGraph  # noqa: E402
@@ -29,7 +32,7 @@ from parallel.runtime import (  # noqa: E402
 
 
 def main() -> int:
-    """Run one job; returns the exit status: 0, or 1 after an error of one line (130 after Ctrl-C)."""
+    """Run one job. Returns the exit status: 0, or 1 after an error of one line (130 after Ctrl-C)."""
     try:
         if leaves_at_once():
             return 0
@@ -49,7 +52,7 @@ def main() -> int:
         return 1
     if not extracts_graphs():
         signal.signal(signal.SIGTERM, lambda *_: job.terminated.set())
-    # From here on a ValueError is no bad input but a bug in the loop, and keeps its traceback.
+    # From here on, a ValueError is a bug in the loop, not bad input: it keeps its traceback.
     try:
         launch(lambda runtime: run(runtime, job), world_size)
     except (GraphMismatch, NewGraph, OSError) as error:

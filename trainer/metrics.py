@@ -1,4 +1,4 @@
-"""What a run says: metrics held on the device and read one step late, JSON lines, a progress bar."""
+"""The output of a run: JSON lines of metrics, which are read one step late, and a progress bar."""
 
 import json
 import math
@@ -11,17 +11,19 @@ from tqdm import tqdm
 from data.loader import Loader
 from parallel.runtime import Runtime
 from trainer.job import Job
+from trainer.objective import FIGURES
 
-MOST_NATS = 700.0  # e to the power of more is no float
+MOST_NATS = 700.0  # exp() of a larger loss overflows a float
 
 
 class Metrics:
-    """Rank 0's record of a run; on other ranks, and where nothing is executed, every method does nothing.
+    """Rank 0's record of a run; on other ranks, and where no graph is executed, every method does nothing.
 
-    `OUT/metrics.jsonl` has one object a logged step, `OUT/eval.jsonl` one an evaluation, `OUT/samples.jsonl`
-    one an answer of it. A step's values are read after the next step was marked, so the host never waits for
-    the step that it has just started. A step's seconds are those from the mark_step before it to its own:
-    tracing, compilation if it is new, and the wait for the step before.
+    `OUT/metrics.jsonl` has a line for each logged step, `OUT/eval.jsonl` one for each evaluation, and
+    `OUT/samples.jsonl` one for each answer that was sampled at an evaluation. A step's values are read after
+    the next mark_step, so the host never waits for the step that it has just started. The seconds of a step
+    are those between the previous mark_step and its own: tracing, compilation of a new graph, and the wait
+    for the previous step.
     """
 
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
@@ -41,36 +43,37 @@ class Metrics:
             self._last = time.perf_counter()
 
     def hold(
-        self, step: int, learning_rate: float, waited: float, stalled: float, values: torch.Tensor
+        self, step: int, learning_rate: float, waited: float, stalled: float, report: torch.Tensor
     ) -> None:
-        """Keep the values of the 1-based `step`, and write those of the step before it.
+        """Keep the report of the 1-based `step`, and write that of the step before it.
 
-        Seconds that it `waited` for data, and for which a save before it `stalled` training. values [4] on
-        the device, part of the last mark_step: loss per target token, gradient norm, target tokens, tokens.
+        waited: seconds for which the step waited for data. stalled: seconds for which a save before it held
+        training up. report: what trainer.loop.update returned, on the device, part of the last mark_step.
         """
         if self._active:
             self.flush()
             now = time.perf_counter()
-            self._held, self._last = (step, now - self._last, learning_rate, waited, stalled, values), now
+            self._held, self._last = (step, now - self._last, learning_rate, waited, stalled, report), now
 
     def flush(self) -> None:
-        """Write what is held. The host waits here until the device has finished that step."""
+        """Write the values that are held; the host waits here until the device has computed them."""
         if not self._active or self._held is None:
             return
-        (step, seconds, learning_rate, waited, stalled, device_values), self._held = self._held, None
-        loss, norm, targets, tokens = self._runtime.read(device_values)
+        (step, seconds, learning_rate, waited, stalled, report), self._held = self._held, None
+        grad_norm, target_tokens, tokens, *means = self._runtime.read(report)
+        figures = dict(zip(FIGURES, means, strict=True))
         self._bar.update()
-        self._bar.set_postfix(loss=f"{loss:.4f}", tokens_s=f"{tokens / seconds:.0f}")
+        self._bar.set_postfix(loss=f"{figures['loss']:.4f}", tokens_s=f"{tokens / seconds:.0f}")
         if step % self._logging_steps == 0:
             self._append(
                 "metrics.jsonl",
                 {
                     "step": step,
                     "epoch": self._epochs(step),
-                    "loss": loss,
-                    "grad_norm": norm,
+                    **figures,
+                    "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
-                    "target_tokens": int(targets),
+                    "target_tokens": int(target_tokens),
                     "tokens_per_second": tokens / seconds,
                     "step_seconds": seconds,
                     "data_wait_seconds": waited,
@@ -80,12 +83,15 @@ class Metrics:
             )
 
     def evaluation(self, step: int, loss: float, target_tokens: int, samples: list[dict[str, str]]) -> None:
-        """Write the evaluation loss per target token, its perplexity, and the answers to samples after `step`
-        steps."""
+        """Write an evaluation after `step` steps: the loss per target token, its perplexity, and samples.
+
+        `samples` are the results of Samples.answers.
+        """
         if self._active:
             perplexity = math.exp(min(loss, MOST_NATS))
             tqdm.write(
-                f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} over {target_tokens} target tokens"
+                f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} "
+                f"over {target_tokens} target tokens"
             )
             self._append(
                 "eval.jsonl",
@@ -105,16 +111,17 @@ class Metrics:
             self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step (an evaluation, a checkpoint) out of the next step's time."""
+        """Exclude the time since the last step (an evaluation, a checkpoint) from the next step's seconds."""
         if self._active:
             self._last = time.perf_counter()
 
     def stopped(self, step: int) -> None:
-        """Say that the run ends early, after `step` steps."""
+        """Print that the run ends early, after `step` steps."""
         if self._active:
             tqdm.write(f"stopped after step {step} of {self._bar.total}: --resume latest goes on")
 
     def close(self) -> None:
+        """Write the values that are held, and end the progress bar."""
         self.flush()
         if self._active:
             self._bar.close()
@@ -125,7 +132,7 @@ class Metrics:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines that a run which goes on will write again, and one that was cut off."""
+    """Drop the lines after `step`, which a resumed run writes again, and a line that was cut off."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,5 +1,4 @@
-"""How a model is asked, and when its answer ends: the prompts of its training, kept beside its weights in
-prompt_format.json."""
+"""How a model is prompted and where its answers end: as in training, by a file next to its weights."""
 
 import json
 import os
@@ -7,8 +6,9 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.encoding import without_end
 from data.formats import format_prompt
-from data.tokens import CHAT, INSTRUCTION, without_end
+from data.tokens import CHAT, INSTRUCTION
 from model.weights.hub import in_one_line, read_json
 
 FILE, GENERATION = "prompt_format.json", "generation_config.json"
@@ -16,8 +16,10 @@ FILE, GENERATION = "prompt_format.json", "generation_config.json"
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The texts of a prompt, with {instruction} and {context} in them; of a `chat`, what the user says in its
-    template."""
+    """The text of a prompt, with and without a context; {instruction} and {context} stand in it.
+
+    Of a `chat`, it is the user's message in the tokenizer's chat template.
+    """
 
     chat: bool
     prompt: str
@@ -25,15 +27,17 @@ class PromptFormat:
 
     @classmethod
     def of(cls, kind: str) -> "PromptFormat":
-        """That of examples of the kind: `prompts` in the meta of Tokens."""
+        """The format of training examples of that kind (`prompts` in the meta of Tokens)."""
         if kind == INSTRUCTION:
             return cls(False, format_prompt("{instruction}"), format_prompt("{instruction}", "{context}"))
         return cls(kind == CHAT, "{instruction}", "{instruction}\n\n{context}")
 
     @classmethod
     def read(cls, directory: Path, tokenizer) -> "PromptFormat":
-        """That of a checkpoint or a merged model; of any other its chat template, or without one the
-        instruction format."""
+        """The format of a checkpoint or merged model; raises ValueError where the file is damaged.
+
+        A directory without such a file is prompted by its chat template, or else by the instruction format.
+        """
         path = Path(directory) / FILE
         if not path.is_file():
             return cls.of(CHAT if tokenizer.chat_template else INSTRUCTION)
@@ -42,36 +46,38 @@ class PromptFormat:
             isinstance(value, bool if name == "chat" else str) for name, value in values.items()
         ):
             raise ValueError(
-                f"{path} is damaged: chat (true or false), prompt and prompt_with_context (texts) were expected"
+                f"{path} is damaged: chat (true or false), prompt and prompt_with_context (texts) "
+                "were expected"
             )
         return cls(**values)
 
     def write(self, directory: Path) -> None:
+        """Write `directory`/prompt_format.json."""
         (Path(directory) / FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     def encode(self, tokenizer, instruction: str, context: str = "") -> list[int]:
-        """The prompt's tokens, as in training."""
+        """The ids of the prompt's tokens, the same as in training."""
         values = {"instruction": instruction, "context": context}
         text = re.sub(
             r"\{(instruction|context)\}",
             lambda field: values[field[1]],
             self.prompt_with_context if context else self.prompt,
         )
-        return (
-            chat_ids(tokenizer, [{"role": "user", "content": text}])
-            if self.chat
-            else text_ids(tokenizer, text)
-        )
+        if self.chat:
+            return chat_ids(tokenizer, [{"role": "user", "content": text}])
+        return text_ids(tokenizer, text)
 
 
 def text_ids(tokenizer, text: str) -> list[int]:
-    """The tokens of a prompt that is a text."""
+    """The token ids of a prompt that is a text."""
     return without_end(tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id)
 
 
 def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """The tokens of a chat up to where the answer begins; raises ValueError where the template cannot write
-    it."""
+    """The token ids of a chat up to the beginning of the answer.
+
+    Raises ValueError where the tokenizer has no chat template, or it fails on these messages.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which a prompt of messages needs")
     try:
@@ -82,17 +88,20 @@ def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
 
 
 def read_generation_config(directory: Path) -> dict:
-    """The contents of `directory`/generation_config.json, {} where there is none; raises ValueError for one
-    that is no JSON."""
+    """The contents of `directory`/generation_config.json, or {} where there is none.
+
+    Raises ValueError where the file is no JSON object.
+    """
     path = Path(directory) / GENERATION
     return read_json(path) if path.is_file() else {}
 
 
 def end_tokens(directory: Path, tokenizer, vocab_size: int) -> set[int]:
-    """The tokens that end an answer.
+    """The ids of the tokens that end an answer.
 
     These are the ones that generation_config.json (or config.json) lists, the tokenizer's end of text, and
-    the special token with which the chat template ends what the assistant says.
+    the special token with which the chat template ends the assistant's message. Raises ValueError where
+    eos_token_id is neither a number nor a list of numbers.
     """
     listed = read_generation_config(directory).get("eos_token_id")
     if listed is None:
@@ -107,8 +116,7 @@ def end_tokens(directory: Path, tokenizer, vocab_size: int) -> set[int]:
 
 
 def generation_config(directory: Path, tokenizer, vocab_size: int) -> dict:
-    """The contents of a generation_config.json by which other programs end an answer where it ended in
-    training."""
+    """The contents of a generation_config.json with which other programs end answers as in training."""
     base = {
         name: value
         for name, value in read_json(Path(directory) / "config.json").items()
@@ -129,11 +137,9 @@ def _turn_end(tokenizer) -> int | None:
             )
             for answer in "01"
         ]
-    except Exception:  # a template that wants other messages
+    except Exception:  # the template does not accept these messages
         return None
-    rest = os.path.commonprefix([chat[::-1] for chat in chats])[::-1]
+    after_answer = os.path.commonprefix([chat[::-1] for chat in chats])[::-1]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next(
-        (number for number in tokenizer(rest, add_special_tokens=False)["input_ids"] if number in special),
-        None,
-    )
+    ids = tokenizer(after_answer, add_special_tokens=False)["input_ids"]
+    return next((number for number in ids if number in special), None)

@@ -1,4 +1,4 @@
-"""Held-out examples as questions, and the answers that a model gives in the middle of its training."""
+"""Held-out examples as prompts, and the answers that the model generates to them during training."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from parallel.mesh import Group
 from parallel.runtime import Runtime
 from trainer.job import Job
 
-NEW_TOKENS = 64  # of a sample's answer
-TOGETHER = 8  # questions that are answered at once
+NEW_TOKENS = 64  # the most tokens of an answer
+BATCH = 8  # questions that are answered at once
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked, and what it should answer, as tokens; from which example of which source."""
+    """A prompt and the expected answer, as token ids, and the example and source that they are from."""
 
     source: int
     example: int
@@ -26,11 +26,10 @@ class Question:
 
 
 def questions(rows: Rows, longest: int, count: int | None = None) -> list[Question]:
-    """The first `count` examples (default: all) whose prompt has at most `longest` tokens, in the order of
-    the data.
+    """The first `count` examples (default: all) whose prompt has at most `longest` tokens, in order.
 
-    The prompt is what precedes the first token that trains, and the answer what trains from there. Where
-    everything trains (plain text, --train_on_prompt), the first half asks for the second.
+    The prompt ends before the first trained token, and the expected answer is the run of trained tokens that
+    begins there. Where all tokens are trained (plain text, --train_on_prompt), the first half is the prompt.
     """
     found, pieces = [], rows.pieces
     for source, start, stop in zip(pieces.source, pieces.start, pieces.stop, strict=True):
@@ -47,10 +46,10 @@ def questions(rows: Rows, longest: int, count: int | None = None) -> list[Questi
 
 
 class Samples:
-    """The first --eval_samples held-out questions of a run, and their answers by the model as it is.
+    """The first --eval_samples held-out questions of a run, which the model answers at each evaluation.
 
-    Every rank has one. The graphs are one a bucket of prompt lengths and one for decoding, however often it
-    answers.
+    Every rank has a Samples. There is one graph for each bucket of prompt lengths and one for decoding,
+    however often questions are answered.
     """
 
     def __init__(self, runtime: Runtime, model: Llama, job: Job, group: Group):
@@ -62,11 +61,13 @@ class Samples:
         if self._questions:
             self._ends = job.ends
             capacity = capacity_for(max(len(each.prompt) for each in self._questions), NEW_TOKENS, positions)
-            self._generator = Generator(runtime, model, group, min(TOGETHER, len(self._questions)), capacity)
+            self._generator = Generator(runtime, model, group, min(BATCH, len(self._questions)), capacity)
 
-    def answers(self) -> list[dict[str, str]]:
-        """The text of prompt, answer (greedy) and expected answer of each question; the host waits for the
-        device."""
+    def generate(self) -> list[dict[str, str]]:
+        """{prompt, answer, expected} of each question as texts; the answer is decoded greedily.
+
+        The host waits for the device.
+        """
         if not self._questions:
             return []
         answers = self._generator.generate([each.prompt for each in self._questions], NEW_TOKENS, self._ends)

@@ -10,33 +10,35 @@ from trainer.job import Job
 
 
 class Stopping:
-    """Asks each rank whether it has to stop, and remembers what all ranks said.
+    """Collects the stop requests of all ranks, so that all stop after the same step.
 
-    A rank's wish is data of the step's graph, and the sum over the ranks is read one step late, as the
-    metrics are: so all ranks read the same, and stop after the same step, though a signal reaches their
-    processes at different times.
+    A rank's request is data of the step's graph. The sum over the ranks is read one step late, as the metrics
+    are: so all ranks read the same value, although a signal reaches their processes at different times.
     """
 
     def __init__(self, runtime: Runtime, job: Job):
-        """`job.terminated` is set by SIGTERM; the time is rank 0's to watch."""
+        """`job.terminated` is set by SIGTERM; only rank 0 watches the time."""
         self._runtime, self._terminated = runtime, job.terminated
         self._deadline = job.deadline if runtime.rank == 0 else None
         self._steps, self._last, self._held = deque(maxlen=10), time.monotonic(), None
 
-    def wish(self, save_seconds: float) -> torch.Tensor:
-        """[1] on the CPU: 1.0 where this rank has to stop. A save takes `save_seconds`; the time left has to
-        do for three steps, the longest of the last ten, and twice that."""
+    def request(self, save_seconds: float) -> torch.Tensor:
+        """[1] on the CPU: 1.0 where this rank has to stop, else 0.0.
+
+        The time left has to be enough for three steps, the longest of the last ten, and for two saves of
+        `save_seconds`.
+        """
         needed = 3 * max(self._steps, default=0.0) + 2 * save_seconds
         late = self._deadline is not None and time.monotonic() + needed > self._deadline
         return torch.tensor([float(late or self._terminated.is_set())])
 
-    def agreed(self, wishes: torch.Tensor) -> bool:
-        """Whether a rank wished to stop before the step before this one. `wishes` [1] on the device: the sum
-        of this step's.
+    def should_stop(self, stop_requests: torch.Tensor) -> bool:
+        """Whether a rank requested to stop one step ago or earlier.
 
-        The host waits here until the device has finished the step before.
+        `stop_requests` [1] on the device is the sum of this step's. The host waits here until the device has
+        finished the step before.
         """
-        held, self._held = self._held, wishes
+        held, self._held = self._held, stop_requests
         stop = held is not None and self._runtime.read(held)[0] > 0
         now = time.monotonic()
         self._steps.append(now - self._last)

@@ -42,21 +42,23 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     masks: list[torch.Tensor],
-    recompute: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> torch.Tensor:
     """Scaled dot-product attention with grouped queries; softmax in fp32.
 
     query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of
     segment_masks. Returns [sequence * batch, heads * head_dim]. Block by block of queries, with the keys up
     to its end: blocks above the diagonal are not computed, and no tensor holds the scores of all queries.
-    With `recompute` the backward computes scores again, and holds one block's at a time. The query heads that
-    share a KV head form one product: nothing is repeated.
+    With `gradient_checkpointing` the backward computes scores again, and holds one block's at a time. The
+    query heads that share a KV head form one product: nothing is repeated.
     """
     sequence, batch, heads, head_dim = query.shape
     # [batch * kv_heads, sequence, head_dim], of queries [batch * kv_heads, shared, sequence, head_dim]
     query = query.unflatten(2, (key.shape[2], -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
     key, value = (each.permute(1, 2, 0, 3).flatten(0, 1) for each in (key, value))
-    mixed = _Attention.apply(query, key, value, recompute, *masks).view(batch, -1, *query.shape[1:])
+    mixed = _Attention.apply(query, key, value, gradient_checkpointing, *masks).view(
+        batch, -1, *query.shape[1:]
+    )
     return mixed.permute(3, 0, 1, 2, 4).reshape(sequence * batch, heads * head_dim)
 
 

@@ -9,9 +9,9 @@ import torch
 def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> torch.Tensor:
     """The angle per position of each pair of dimensions, fp32 [head_dim / 2].
 
-    theta^(-2i/d) (RoFormer, https://arxiv.org/abs/2104.09864); `scaling` of rope_type llama3 stretches long wavelengths as
-    Meta's Llama 3.1 does: divided by `factor` beyond original/low_freq_factor positions, untouched below
-    original/high_freq_factor, interpolated between.
+    theta^(-2i/d) (RoFormer, https://arxiv.org/abs/2104.09864); `scaling` of rope_type llama3 stretches long
+    wavelengths as Meta's Llama 3.1 does: divided by `factor` beyond original/low_freq_factor positions,
+    untouched below original/high_freq_factor, interpolated between.
     """
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if scaling is None:
@@ -26,10 +26,11 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
 def rotary_cos_sin(
     position_ids: torch.Tensor, frequencies: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos of the angles, and sin with the sign that it has for each half, fp32 [sequence, batch, 1, head_dim].
+    """cos of the angles, and sin with the sign that it has for each half, fp32 [sequence, batch, 1,
+    head_dim].
 
-    position_ids [sequence, batch]; frequencies [head_dim / 2]. A pair is a dimension and the one half a head behind it (Hugging
-    Face's layout).
+    position_ids [sequence, batch]; frequencies [head_dim / 2]. A pair is a dimension and the one half a head
+    behind it (Hugging Face's layout).
     """
     angles = position_ids[..., None, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
@@ -54,5 +55,6 @@ def _rotate(x, cos, sin):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [sequence, batch, heads, head_dim] rotated by its position, in fp32 and in x's dtype. The gradient is rotated back."""
+    """x [sequence, batch, heads, head_dim] rotated by its position, in fp32 and in x's dtype. The gradient is
+    rotated back."""
     return _Rotary.apply(x, cos, sin)

@@ -1,1 +1,1 @@
-"""Weights and adapters in Hugging Face's and peft's formats."""
+"""Reading and writing weights and adapters in the formats of Hugging Face and peft."""

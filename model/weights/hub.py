@@ -1,4 +1,4 @@
-"""Hugging Face directories: found, or fetched from the hub; and their JSON files."""
+"""Hugging Face model directories: local ones, downloads from the hub, and their JSON files."""
 
 import json
 import os
@@ -11,10 +11,9 @@ def in_one_line(error: Exception) -> str:
 
 
 def resolve(model_id: str, flag: str = "--model_id") -> Path:
-    """The local directory of `model_id`: itself, or the snapshot of that hub id, downloaded into the hub's
-    cache.
+    """The local directory of `model_id`: itself, or the hub's snapshot, which is downloaded to its cache.
 
-    Raises ValueError that names the `flag` for what is neither.
+    Raises ValueError, which names the `flag`, where `model_id` is neither a directory nor a hub id.
     """
     if os.path.isdir(model_id):
         return Path(model_id)

@@ -1,4 +1,4 @@
-"""Weights -> the slices of a rank, on its device."""
+"""Loading: every parameter of a model gets this rank's slice of the weights, on its device."""
 
 from collections.abc import Callable
 
@@ -13,8 +13,9 @@ from parallel.shard import Shard, named_shards
 
 
 def check_weights(config: ModelConfig, weights: SafetensorsFiles | RandomWeights) -> None:
-    """Raise ValueError for a weight that is missing, unexpected or of another shape. Reads headers only."""
-    # Old files carry a buffer of the rotary embedding; files of tied models may carry the head beside the embedding.
+    """Raise ValueError for a weight that is missing, unexpected or of another shape; reads headers only."""
+    # Old files contain a buffer of the rotary embedding. Files of tied models may contain the head as well as
+    # the embedding.
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
     weights.check(base_shapes(config), ignored)
 
@@ -26,14 +27,15 @@ def fill(
     seed: int,
     read_trained: Callable[[str, Shard], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Give every parameter of the model its value on `device`, in the model's dtype: this rank's slice and nothing else is read.
+    """Give every parameter of the model its value on `device`, in the model's dtype.
 
-    What is trained has the values of `read_trained` (of a checkpoint, or a peft adapter), where that is given; else LoRA factors
-    start as peft's do (drawn by `seed`). Returns the values of what is trained, fp32 on the CPU: before they were rounded.
+    Only this rank's slices are read. `read_trained` reads the trained parameters from a checkpoint or a peft
+    adapter; without it, LoRA factors are initialised as peft does, by `seed`, and all other parameters come
+    from `weights`. Returns the values of the trained parameters by name, fp32 on the CPU, before rounding.
     """
     modules, trained = dict(model.named_modules()), {}
     for name, parameter, shard in list(named_shards(model)):
-        if shard.spare:
+        if shard.padding:
             value = torch.zeros(shard.shape)
         elif read_trained and parameter.requires_grad:
             value = read_trained(name, shard)

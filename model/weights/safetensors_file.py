@@ -1,10 +1,11 @@
-"""The safetensors format, read by ranges of elements and written in any order.
+"""Safetensors files that are read by ranges of elements and written in any order.
 
-The library maps whole files and writes whole dictionaries. Here a rank reads its slices and nothing else, and
-a merge holds a few bands of rows, whatever the size of the model. The format
-(https://github.com/huggingface/safetensors#format): 8 bytes, the length n of the header, little endian; n
-bytes of JSON, {name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {str: str}}; then the
-tensors' bytes, row-major, without gaps.
+The library maps whole files and writes whole dictionaries. With these classes a rank reads only its slices,
+and a merge holds only a few bands of rows in memory, whatever the size of the model.
+
+The format (https://github.com/huggingface/safetensors#format) is: 8 bytes, the length n of the header, little
+endian; n bytes of JSON, {name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {str: str}}; the
+bytes of the tensors, row-major, without gaps.
 """
 
 import json
@@ -31,13 +32,12 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 10**8  # the library's limit
-CHUNK_BYTES = 16 * 2**20  # read at once where only a checksum is wanted
+CHUNK_BYTES = 16 * 2**20  # the bytes that `update` reads at once
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of a tensor; `begin`: its first byte in the file. `dtype` is the format's name of
-    it."""
+    """A tensor in the header: its dtype, by the format's name, its shape, and its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,10 +49,10 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file open for reading: `entries` by name, `metadata`, and the `header_checksum`.
+    """A safetensors file, open for reading: its `entries` by name, its `metadata` and `header_checksum`.
 
-    Raises ValueError where the header is damaged or does not fit the file's length, OSError where the file
-    cannot be opened. Threads may share it.
+    Raises ValueError where the header is damaged or does not agree with the file's length, and OSError where
+    the file cannot be opened. Threads may share it.
     """
 
     def __init__(self, path: Path):
@@ -84,7 +84,7 @@ class TensorFile:
             raise ValueError(f"{path} is damaged: it has {size} bytes, and by its header {end}")
 
     def close(self) -> None:
-        """Give the file back; any thread may, and once is enough."""
+        """Close the file; any thread may, more than once."""
         with suppress(IndexError):
             os.close(self._open.pop())
 
@@ -93,7 +93,7 @@ class TensorFile:
             self.close()
 
     def elements(self, name: str, first: int, count: int) -> torch.Tensor:
-        """`count` elements of the flattened tensor from number `first`, in the file's dtype."""
+        """[count] elements of the flattened tensor, starting with number `first`, in the file's dtype."""
         entry = self.entries[name]
         values = torch.empty(count, dtype=DTYPES[entry.dtype])
         view, offset = memoryview(values.view(torch.uint8).numpy()), entry.begin + first * values.itemsize
@@ -105,13 +105,13 @@ class TensorFile:
         return values
 
     def read(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """The part `slices` of the tensor; no other bytes are read."""
+        """The part `slices` of the tensor, in the file's dtype; no other bytes are read."""
         return read_part(
             self.entries[name].shape, slices, lambda first, count: self.elements(name, first, count)
         )
 
     def update(self, name: str, digest) -> None:
-        """Feed the tensor's bytes to `digest`, piece by piece."""
+        """Update the hash `digest` with the bytes of the tensor, chunk by chunk."""
         count = self.entries[name].numel
         chunk = CHUNK_BYTES // DTYPES[self.entries[name].dtype].itemsize
         for first in range(0, count, chunk):
@@ -119,8 +119,11 @@ class TensorFile:
 
 
 def read_part(shape: tuple[int, ...], slices: tuple[slice, ...], elements) -> torch.Tensor:
-    """The part `slices` of a row-major tensor of `shape`, by calls of elements(first, count), in ascending
-    order."""
+    """The part `slices` of a row-major tensor of `shape`.
+
+    elements(first, count) is called for ranges of the flattened tensor in ascending order. Raises ValueError
+    for a tensor of more than two dimensions that is not only cut along its first.
+    """
     lengths = [part.stop - part.start for part in slices]
     width = torch.Size(shape[1:]).numel()
     if lengths[1:] == list(shape[1:]):
@@ -128,7 +131,8 @@ def read_part(shape: tuple[int, ...], slices: tuple[slice, ...], elements) -> to
         return elements(first, torch.Size(lengths).numel()).view(lengths)
     if len(shape) != 2:
         raise ValueError(
-            f"a part of a tensor of shape {shape} that cuts more than its first dimension: only matrices are cut so"
+            f"a part of a tensor of shape {shape} that cuts more than its first dimension: "
+            "only matrices are cut so"
         )
     rows = [
         elements(row * width + slices[1].start, lengths[1]) for row in range(slices[0].start, slices[0].stop)
@@ -137,10 +141,9 @@ def read_part(shape: tuple[int, ...], slices: tuple[slice, ...], elements) -> to
 
 
 class TensorWriter:
-    """A new safetensors file of tensors that are known by dtype and shape, whose elements come later, in any
-    order.
+    """A new safetensors file whose tensors are written in any order: {name: (dtype, shape)} says which.
 
-    Threads may share it. `close` waits until the disk has it.
+    Threads may share it.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class TensorWriter:
         os.ftruncate(self._descriptor, 8 + len(content) + offset)
 
     def write(self, name: str, values: torch.Tensor, first: int = 0) -> None:
-        """Put `values` into the flattened tensor from element `first`."""
+        """Write `values` into the flattened tensor, starting with element `first`."""
         self._write(as_bytes(values), self._begins[name] + first * values.itemsize)
 
     def _write(self, content, offset: int) -> None:
@@ -169,6 +172,7 @@ class TensorWriter:
             view, offset = view[written:], offset + written
 
     def close(self) -> None:
+        """Close the file, once it is on disk."""
         os.fsync(self._descriptor)
         os.close(self._descriptor)
 
@@ -179,12 +183,12 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 
 
 def checksum(content) -> str:
-    """XXH3 of 128 bits (https://xxhash.com), in hexadecimal: finds damage at the speed of memory."""
+    """The 128-bit XXH3 hash (https://xxhash.com) in hexadecimal: it finds damage, at the speed of memory."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
 def bands(shape: tuple[int, ...], itemsize: int, band_bytes: int) -> Iterator[tuple[int, int]]:
-    """(first row, last row + 1) of consecutive bands of at most `band_bytes`, but one row at least."""
+    """(first row, last row + 1) of consecutive bands of at most `band_bytes`, but of at least one row."""
     rows, row_bytes = shape[0], max(1, torch.Size(shape[1:]).numel() * itemsize)
     step = max(1, band_bytes // row_bytes)
     for first in range(0, rows, step):

@@ -1,4 +1,4 @@
-"""Names and global shapes of the weights of a model."""
+"""The names and global shapes of a model's weights."""
 
 from model.config import ModelConfig
 from model.llama import Llama
@@ -7,12 +7,12 @@ from parallel.shard import named_shards
 
 
 def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's name and shape of every weight of the model."""
+    """{Hugging Face's name: shape} of every weight of the model."""
     return trained_shapes(config, None)
 
 
 def trained_shapes(config: ModelConfig, lora: LoraConfig | None) -> dict[str, tuple[int, ...]]:
-    """Name and global shape of every parameter that is trained: LoRA's factors, or without LoRA all."""
+    """{name: global shape} of every trained parameter: LoRA's factors, or all parameters without LoRA."""
     model = Llama(config)
     if lora:
         add_lora(model, lora)

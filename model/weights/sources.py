@@ -1,5 +1,4 @@
-"""Where weights come from: Hugging Face's safetensors files, or a random generator, read lazily by one
-interface."""
+"""Sources of weights with one interface: Hugging Face's safetensors files, or a random generator."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,37 +13,20 @@ from model.weights.hub import read_json
 from model.weights.safetensors_file import DTYPES, TensorFile, checksum
 from model.weights.shapes import base_shapes
 
-FLOATS = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-)  # safetensors' names; integers and 8-bit floats would need scales beside them
+INDEX = ".safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; integers and 8-bit floats would need scales
 
 
 class SafetensorsFiles:
-    """The tensors of `directory`/`stem`.safetensors, or of the files that `stem`.safetensors.index.json
-    lists.
+    """The tensors of `directory`/`stem`.safetensors, or of the files listed in `stem`.safetensors.index.json.
 
-    Headers are read at once, tensors when they are asked for, and of those only the slices. Raises ValueError
-    for what is missing or damaged.
+    `shapes` has the shape of each tensor by its name. Headers are read at once; of a tensor, only the
+    requested part is read. Raises ValueError where a file is missing or damaged.
     """
 
     def __init__(self, directory: Path, stem: str = "model"):
-        directory = Path(directory)
-        index, single = directory / f"{stem}.safetensors.index.json", directory / f"{stem}.safetensors"
-        if index.is_file():
-            listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-                raise ValueError(f"{index} is damaged: it has no weight_map of names to files")
-            paths = [directory / name for name in sorted(set(listed.values()))]
-        elif single.is_file():
-            listed, paths = None, [single]
-        else:
-            raise ValueError(
-                f"{directory} has neither {single.name} nor {index.name}: weights in safetensors were expected"
-            )
-        self.directory, self._file_of, self.shapes = directory, {}, {}
+        self.directory, self._file_of, self.shapes = Path(directory), {}, {}
+        paths, listed = _find_files(self.directory, stem)
         for path in paths:
             try:
                 file = TensorFile(path)
@@ -56,13 +38,16 @@ class SafetensorsFiles:
                         f"{path}: the weight {name} is of type {entry.dtype}; {', '.join(FLOATS)} are read"
                     )
                 self._file_of[name], self.shapes[name] = file, entry.shape
-        lost = sorted(set(listed or ()) - set(self.shapes))
+        lost = sorted(set(listed) - set(self.shapes))
         if lost:
+            index = self.directory / f"{stem}{INDEX}"
             raise ValueError(f"{index} lists {lost[0]} in {listed[lost[0]]}, which does not hold it")
 
     def check(self, expected: dict[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
-        """Raise ValueError unless names and shapes are those of `expected`; `ignored` endings may be there
-        besides."""
+        """Raise ValueError unless names and shapes are those of `expected`.
+
+        Further tensors may be there whose names end with one of `ignored`.
+        """
         missing = sorted(set(expected) - set(self.shapes))
         extra = sorted(
             name for name in set(self.shapes) - set(expected) if not name.endswith(ignored or ("\0",))
@@ -79,33 +64,49 @@ class SafetensorsFiles:
                 )
 
     def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> str:
-        """A hash of the names, types and shapes, and of every byte of these tensors."""
+        """A hash of the names, dtypes, shapes and bytes of these tensors."""
 
-        def one(name):
+        def describe(name):
             digest = xxhash.xxh3_128()
             self._file_of[name].update(name, digest)
             return f"{name} {self.dtype(name)} {self.shapes[name]} {digest.hexdigest()}"
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return checksum("\n".join(pool.map(one, sorted(shapes))).encode())
+            return checksum("\n".join(pool.map(describe, sorted(shapes))).encode())
 
     def dtype(self, name: str) -> torch.dtype:
+        """The dtype in the file; raises ValueError for one that torch cannot hold."""
         dtype = self._file_of[name].entries[name].dtype
         if dtype not in DTYPES:
             raise ValueError(f"{self._file_of[name].path}: {name} is of type {dtype}, which is not read")
         return DTYPES[dtype]
 
     def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
-        """That part of the tensor, in the file's dtype."""
+        """The slices `part` of the tensor, in the file's dtype."""
         return self._file_of[name].read(name, part)
+
+
+def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
+    """(paths of the files, {tensor name: file name} of the index or {} where there is none)."""
+    index, single = directory / f"{stem}{INDEX}", directory / f"{stem}.safetensors"
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError(f"{index} is damaged: it has no weight_map of names to files")
+        return [directory / name for name in sorted(set(listed.values()))], listed
+    if not single.is_file():
+        raise ValueError(
+            f"{directory} has neither {single.name} nor {index.name}: weights in safetensors were expected"
+        )
+    return [single], {}
 
 
 class RandomWeights:
     """Weights as Hugging Face initialises them: normal(0, initializer_range), norms 1, biases 0.
 
-    With `depth_scaled`, those that write to the residuals are divided by sqrt(2 x layers), as GPT-2's are
-    (section 2.3 of "Language Models are Unsupervised Multitask Learners"). Each is drawn over its whole
-    shape: the same on every topology.
+    With `depth_scaled`, projections that write to the residual stream are divided by sqrt(2 x layers), as in
+    GPT-2 (section 2.3 of "Language Models are Unsupervised Multitask Learners"). Each weight is drawn as a
+    whole, so it is the same on every topology.
     """
 
     def __init__(self, config: ModelConfig, seed: int, depth_scaled: bool = False):
@@ -113,9 +114,10 @@ class RandomWeights:
         self._residual_std = self._std / (2 * config.num_hidden_layers) ** 0.5 if depth_scaled else self._std
 
     def check(self, expected, ignored=()):
-        """Every name and shape can be drawn."""
+        """Do nothing: every name and shape can be drawn."""
 
     def fingerprint(self, shapes) -> str:
+        """A text that is the same where the weights are."""
         scaled = f", of residuals {self._residual_std}" if self._residual_std != self._std else ""
         return f"random: seed {self._seed}, initializer_range {self._std}{scaled}"
 
@@ -123,6 +125,7 @@ class RandomWeights:
         return torch.float32
 
     def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """The slices `part` of the weight, fp32."""
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)[part]
@@ -134,9 +137,7 @@ class RandomWeights:
 def open_weights(
     directory: Path, config: ModelConfig, random_seed: int | None, depth_scaled: bool = False
 ) -> SafetensorsFiles | RandomWeights:
-    """The model's weights: those in `directory`, or random ones where a seed is given."""
-    return (
-        SafetensorsFiles(directory)
-        if random_seed is None
-        else RandomWeights(config, random_seed, depth_scaled)
-    )
+    """The weights in `directory`, or random ones where `random_seed` is not None."""
+    if random_seed is None:
+        return SafetensorsFiles(directory)
+    return RandomWeights(config, random_seed, depth_scaled)

@@ -1,4 +1,4 @@
-"""Two graphs compared as HLO text: what changed first, in words, and the line of Python where it was traced."""
+"""Compares two graphs as HLO text: what changed first, in words, and the line of Python that traced it."""
 
 import re
 from collections import Counter
@@ -51,10 +51,12 @@ def difference(before: str, after: str) -> str:
     ):
         was, now = next(pair for pair in zip(old_inputs, inputs, strict=True) if pair[0].type != pair[1].type)
         made_at = f"made at {now.line}, " if now.line else ""
-        return f"an input is {now.type} where it was {was.type} ({made_at}used at {_use(now, new) or _use(was, old) or HINT})"
+        used_at = _use(now, new) or _use(was, old) or HINT
+        return f"an input is {now.type} where it was {was.type} ({made_at}used at {used_at})"
     if extra and gone and all(each.opcode == "constant" for each in extra + gone):
         was, now = gone[0], extra[0]
-        return f"a Python number is {now.value} where it was {was.value} (used at {_use(now, new) or _use(was, old) or HINT})"
+        used_at = _use(now, new) or _use(was, old) or HINT
+        return f"a Python number is {now.value} where it was {was.value} (used at {used_at})"
     outputs, known = Counter(each.made for each in old_outputs), {each.made for each in old}
     kept = [each for each in new_outputs if each.made in known and not outputs[each.made]]
     if kept and len(new_outputs) > len(old_outputs):
@@ -100,7 +102,7 @@ def _use(given, operations):
 
 
 def _named(operations):
-    """One that stands for all: preferably an operation of the user's own lines, not an inner part of torch."""
+    """One operation that stands for all: preferably one of the user's own lines."""
     return max(operations, key=lambda each: (bool(each.line), each.above != HINT))
 
 

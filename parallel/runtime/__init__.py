@@ -1,7 +1,8 @@
 """Where ranks live: a process each on Neuron, a thread each of one process on XLA:CPU.
 
-`launch(function, world_size)` runs `function(runtime)` once a rank. The same function runs in both worlds. What differs is here:
-how a rank finds its device, what a barrier is, and how a traced graph is ended and executed (`mark_step`).
+`launch(function, world_size)` runs `function(runtime)` on every rank. The function is the same in both
+worlds. What differs is here: how a rank finds its device, what a barrier is, and how a traced graph is
+executed (`mark_step`).
 """
 
 from parallel.runtime.devices import extracts_graphs, on_neuron
@@ -13,10 +14,11 @@ from parallel.runtime.environment import (
 )
 from parallel.runtime.launch import launch
 from parallel.runtime.processes import ProcessRuntime, run_process
-from parallel.runtime.rank import GraphMismatch, Runtime
+from parallel.runtime.rank import GraphListener, GraphMismatch, Runtime
 from parallel.runtime.threads import LockstepBarrier, ThreadRuntime
 
 __all__ = [
+    "GraphListener",
     "GraphMismatch",
     "LockstepBarrier",
     "ProcessRuntime",

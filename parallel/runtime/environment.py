@@ -3,15 +3,16 @@
 import os
 import sys
 
-from parallel.runtime.devices import on_neuron
+from parallel.runtime import devices
 
 
 def leaves_at_once() -> bool:
-    """Whether this process has nothing to do: under torchrun on a CPU, local rank 0 hosts the ranks of all others.
+    """Whether this process has nothing to do: under torchrun on a CPU, local rank 0 hosts the ranks of all
+    others.
 
     Needs no torch: the processes that leave do so before they import anything heavy.
     """
-    if on_neuron() or "LOCAL_RANK" not in os.environ:
+    if devices.on_neuron() or "LOCAL_RANK" not in os.environ:
         return False
     if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
         raise ValueError(
@@ -33,27 +34,37 @@ def requested_world_size(flag: int | None) -> int:
 
 
 def use_huge_pages() -> None:
-    """On XLA:CPU, start this process anew with glibc's large allocations in huge pages, unless it runs so; before any import
-    that is slow. A step allocates and frees hundreds of megabytes, and without them spends a tenth of its time on page faults."""
-    if not on_neuron() and "GLIBC_TUNABLES" not in os.environ:
+    """On XLA:CPU, start this process again with glibc's large allocations in huge pages, unless it already
+    runs so.
+
+    To be called before any slow import. A step allocates and frees hundreds of megabytes; without huge pages
+    it spends a tenth of its time on page faults.
+    """
+    if not devices.on_neuron() and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> None:
-    """Set what XLA:CPU needs for `world_size` virtual devices, and Neuron to round at random. Before torch_xla is imported."""
-    if on_neuron():
+    """Set the variables that XLA:CPU needs for `world_size` virtual devices, or Neuron to round
+    stochastically.
+
+    To be called before torch_xla is imported.
+    """
+    if devices.on_neuron():
         if stochastic_rounding:
             os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = "1"
         return
     if stochastic_rounding:
         print(
-            "warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, so updates that are "
-            "small beside their weight are lost: leave the flag out here to train with fp32 master weights.",
+            "warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, "
+            "so updates that "
+            "are small beside their weight are lost: leave the flag out here to train with fp32 master "
+            "weights.",
             file=sys.stderr,
         )
-    # Measured on torch_xla 2.9: fewer threads than ranks that wait in a collective is a deadlock, and with donated buffers the
-    # first rank's sync waits for the others.
+    # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks, and
+    # with donated buffers the first rank's sync waits for the others.
     os.environ |= {
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(world_size),
@@ -61,12 +72,13 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
         "XLA_THREAD_POOL_SIZE": str(4 * world_size),
         "XLA_ENABLE_PARAM_ALIASING": "0",
     }
-    # Level 3, the default, unrolls every small loop: it compiled a LoRA step nine times as long, which ran as fast.
+    # Level 3, the default, unrolls every small loop: a LoRA step took nine times as long to compile, and ran
+    # no faster.
     if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=2"
         ).strip()
-    # torch_xla would take torchrun's variables for a world of processes, and ours is one.
+    # From torchrun's variables torch_xla would conclude that there are many processes, and here is one.
     for name in (
         "LOCAL_RANK",
         "RANK",

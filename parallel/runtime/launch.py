@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 
-from parallel.runtime.devices import on_neuron
+from parallel.runtime import devices
 from parallel.runtime.processes import launch_process
 from parallel.runtime.rank import Runtime
 from parallel.runtime.threads import launch_threads
 
 
 def launch(function: Callable[[Runtime], object], world_size: int) -> None:
-    """Run `function(runtime)` on every rank; the first error of any rank ends the others and is raised here."""
-    if on_neuron():
+    """Run `function(runtime)` on every rank. The first error of any rank ends the others and is raised."""
+    if devices.on_neuron():
         launch_process(function)
     else:
         launch_threads(function, world_size)

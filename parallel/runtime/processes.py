@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from datetime import timedelta
 
+from parallel.graph import backend
 from parallel.graph.live import collecting_at_mark_steps, live_tensors
 from parallel.runtime.rank import Runtime
 from parallel.runtime.watch import Watch, of_this_attempt
@@ -16,13 +17,14 @@ class ProcessRuntime(Runtime):
 
     @property
     def store(self):
-        """What the processes of all nodes tell each other through, without the device."""
+        """The key-value store of the processes of all nodes, which needs no device."""
         from torch.distributed.distributed_c10d import _get_default_store
 
         return of_this_attempt(_get_default_store())
 
     def barrier(self):
-        # Through the process group's store, not torch_xla's rendezvous, which would run a graph of its own on the device.
+        # Through the process group's store: torch_xla's rendezvous would run a graph of its own on the
+        # device.
         store, self._barriers = self.store, self._barriers + 1
         name = f"barrier-{self._barriers}"
         if store.add(name, 1) == self.world_size:
@@ -37,17 +39,16 @@ class ProcessRuntime(Runtime):
         store.wait([name], timedelta(days=1))
         return pickle.loads(store.get(name))
 
-    def mark_step(self, place=None, step=None):
-        import torch_xla
-
-        [tensors] = live_tensors(
-            1
-        )  # on every rank: it also collects garbage, and all must do so at the same place
-        graph = torch_xla._XLAC._get_graph_hash(tensors) if self._guard else b""
-        self._execute(place, step, graph, tensors)
+    def _end_graph(self, name):
+        # On every rank, although only rank 0 looks at the hash: garbage is collected here, and all ranks must
+        # do so at the same point.
+        [tensors] = live_tensors(1)
+        graph = backend.graph_hash(tensors) if self.guard else b""
+        self._execute(name, graph, tensors)
 
 
-def launch_process(function):
+def launch_process(function: Callable[[Runtime], object]) -> None:
+    """Run `function(runtime)` on the rank that this process is; torchrun has started one for each."""
     import torch.distributed
     import torch_xla
     import torch_xla.distributed.xla_backend  # noqa: F401  (registers the backend "xla")
@@ -55,18 +56,22 @@ def launch_process(function):
 
     torch.distributed.init_process_group("xla")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    place = xla_runtime.global_ordinal(), xla_runtime.world_size()
-    if place != (rank, world_size):  # replica groups are numbered by the one, processes meet by the other
+    # Replica groups are numbered by the device's place, and processes meet by torchrun's: they must be the
+    # same.
+    position = xla_runtime.global_ordinal(), xla_runtime.world_size()
+    if position != (rank, world_size):
         raise OSError(
-            f"torchrun made this process rank {rank} of {world_size}, and its device is number {place[0]} of "
-            f"{place[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of another launcher"
+            f"torchrun made this process rank {rank} of {world_size}, and its device is number "
+            f"{position[0]} of "
+            f"{position[1]}: start the program by torchrun alone, without NEURON_PJRT_* variables of "
+            "another launcher"
         )
     with collecting_at_mark_steps():
         run_process(function, ProcessRuntime(rank, world_size, torch_xla.device()))
 
 
 def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) -> None:
-    """Run `function(runtime)` in a process group that exists; an error, or a killed process, ends all ranks."""
+    """Run `function(runtime)` in an existing process group. An error or a killed process ends all ranks."""
     watch = Watch(runtime.store.clone(), runtime.rank)
     try:
         function(runtime)

@@ -1,22 +1,30 @@
-"""Ranks as threads of one process, each with a virtual device of XLA:CPU."""
+"""Ranks as threads of one process, each with a virtual device of XLA:CPU.
+
+On XLA:CPU the members of a collective find each other by the executable that they run. So rank 0 compiles
+first, and the others find its executable in the cache. A rank that traced another graph would never arrive,
+and XLA would abort the process after some seconds. Before anything is executed, mark_step therefore compares
+the graphs of all ranks and raises GraphMismatch.
+"""
 
 import threading
 
+from parallel.graph import backend
 from parallel.graph.live import collecting_at_mark_steps, live_tensors
 from parallel.runtime.environment import prepare_environment
 from parallel.runtime.rank import GraphMismatch, Runtime
 
 
 class LockstepBarrier:
-    """A barrier of threads that must all come to it from the same place; GraphMismatch where they do not."""
+    """A barrier of threads that must all arrive from the same call; else it raises GraphMismatch."""
 
     def __init__(self, world_size: int):
         self.shared = None
-        self._places = [""] * world_size
+        self._calls = [""] * world_size
         self._barrier = threading.Barrier(world_size, action=self._check)
 
-    def wait(self, rank: int, place: str) -> None:
-        self._places[rank] = place
+    def wait(self, rank: int, call: str) -> None:
+        """Wait until all ranks are here; `call` says where this one is, in words."""
+        self._calls[rank] = call
         self._barrier.wait()
 
     def abort(self) -> None:
@@ -24,10 +32,10 @@ class LockstepBarrier:
         self._barrier.abort()
 
     def _check(self):
-        for rank, place in enumerate(self._places):
-            if place != self._places[0]:
+        for rank, call in enumerate(self._calls):
+            if call != self._calls[0]:
                 raise GraphMismatch(
-                    f"rank {rank} is at {place} while rank 0 is at {self._places[0]}: all ranks must call "
+                    f"rank {rank} is at {call} while rank 0 is at {self._calls[0]}: all ranks must call "
                     "mark_step and barrier equally often and in the same order"
                 )
 
@@ -50,32 +58,33 @@ class ThreadRuntime(Runtime):
         self._lockstep.wait(self.rank, "something shared")  # before rank 0 shares the next
         return value
 
-    def mark_step(self, place=None, step=None):
+    def _end_graph(self, name):
         import torch_xla
 
         self._lockstep.wait(self.rank, "a mark_step")
         if self.rank == 0:
-            self._compile_first(place, step)
+            self._compile_first(name)
         self._lockstep.wait(self.rank, "a compiled mark_step")
         if self.rank != 0:
             torch_xla.sync()
 
-    def _compile_first(self, place, step):
-        import torch_xla
-
+    def _compile_first(self, name):
         live = live_tensors(self.world_size)
-        hashes = [torch_xla._XLAC._get_graph_hash(tensors) for tensors in live]
-        odd = [rank for rank, graph in enumerate(hashes) if graph != hashes[0]]
+        hashes = [backend.graph_hash(tensors) for tensors in live]
+        odd = [str(rank) for rank, graph in enumerate(hashes) if graph != hashes[0]]
         if odd:
             raise GraphMismatch(
-                f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))} of {self.world_size} traced another graph than "
-                "rank 0 before this mark_step. All ranks must run the same operations: what depends on the rank must be data "
-                "in a tensor of shape [1] or more, never a Python branch, a shape or a constant."
+                f"rank{'s' if len(odd) > 1 else ''} {', '.join(odd)} of {self.world_size} traced another "
+                "graph than "
+                "rank 0 before this mark_step. All ranks must run the same operations: what depends on "
+                "the rank must "
+                "be data in a tensor of shape [1] or more, never a Python branch, a shape or a constant."
             )
-        self._execute(place, step, hashes[0], live[0])
+        self._execute(name, hashes[0], live[0])
 
 
-def launch_threads(function, world_size):
+def launch_threads(function, world_size: int) -> None:
+    """Run `function(runtime)` on `world_size` ranks of this process; raises the first error of any rank."""
     prepare_environment(world_size)
     import torch
     import torch_xla
@@ -88,9 +97,8 @@ def launch_threads(function, world_size):
 
     def host_rank(_):
         try:
-            torch.autograd.set_multithreading_enabled(
-                False
-            )  # this thread's backward stays on this thread's device
+            # This thread's backward stays on this thread's device.
+            torch.autograd.set_multithreading_enabled(False)
             device = torch_xla.device()
             set_replication(device, get_xla_supported_devices())
             xla_runtime._init_world_size_ordinal()

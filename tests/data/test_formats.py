@@ -1,5 +1,4 @@
-"""Formats: their prompts and answers, and the masks of chats against those that transformers takes from a
-template."""
+"""Formats: prompts and answers, and the trained parts of chats compared with those of transformers."""
 
 import json
 import sys
@@ -11,10 +10,11 @@ from data.formats import format_prompt, guess_format, load_function, render
 from data.sources import BadRecord
 from trainer.config import SAMPLE
 
-# Llama 3's template, with the marks that tell transformers what the assistant says.
+# Llama 3's template, with the marks from which transformers knows the assistant's messages.
 MARKED = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] + eos_token }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
@@ -86,7 +86,7 @@ def test_chat_masks_are_those_of_transformers(tokenizer, tmp_path, messages):
     ],
 )
 def test_masks_of_the_other_formats_are_those_of_transformers(tokenizer, tmp_path, record, question):
-    """The same text as a template writes it, which says what the answer is."""
+    """The reference is the same text from a chat template that marks the answer."""
     from data.tokens import tokenize
 
     (tmp_path / "a.jsonl").write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""Which rows a step has does not depend on who takes them, and an epoch has each once."""
+"""The rows of a step do not depend on how ranks divide them, and an epoch has each row once."""
 
 import numpy as np
 import pytest
@@ -166,8 +166,7 @@ def rows_seen(ranks, step):
     steps=st.lists(st.integers(1, 6), min_size=5, max_size=5),
 )
 def test_no_row_twice_and_none_lost_however_often_the_division_changes(divisions, steps):
-    """Stopped after some steps and gone on with in another division: an epoch has the rows that it has
-    without a stop."""
+    """A run that resumes in another division has the rows in an epoch that it has without a stop."""
     rows = rows_of(
         [(np.full(5, 100 + i), [True] * 5) for i in range(COUNT)], [[index] for index in range(COUNT)], 6
     )

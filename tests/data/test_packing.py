@@ -1,4 +1,4 @@
-"""Packing loses nothing, is tight, and nothing is predicted across a boundary."""
+"""Packing loses no token, leaves little padding, and no token is predicted from another example."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The split leaks nothing, weights are kept, and what is cut is counted."""
+"""No held-out prompt is trained on, weights are respected, and cut tokens are counted."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def test_every_token_is_in_one_piece_or_counted_as_cut(masks, row_length, how):
         assert (start - source.offsets[owner]) % row_length == 0 and (
             how == "split" or start == source.offsets[owner]
         )
-    # What is not kept has no target, or lies beyond the row.
+    # A token that is not kept has no target, or lies beyond the row.
     missing = {
         (number, token) for number, source in enumerate(tokens) for token in range(len(source.input_ids))
     } - set(kept)

@@ -1,4 +1,4 @@
-"""Files, folders and hub data sets as users have them, whole and broken."""
+"""Files, folders and hub data sets as users have them, intact and broken."""
 
 import json
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Tokenising: ids and masks, the cache, and records that are skipped."""
+"""Tokenizing: ids and masks, the cache, and skipped records."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def entries(cache):
 
 
 def test_the_second_start_reads_and_what_changed_is_made_anew(tokenizer, tmp_path, monkeypatch):
-    """15,000 records: read again in under two seconds (asked), in fact at once."""
+    """A cached data set of 15,000 records is read in less than two seconds."""
     cache, data = tmp_path / "cache", tmp_path / "data.jsonl"
     cache.mkdir()
     words = "the quick brown fox jumps over the lazy dog " * 12
@@ -166,7 +166,7 @@ def test_a_damaged_entry_is_made_anew(tokenizer, tmp_path):
 
 
 def test_white_space_that_a_tokenizer_trims_from_its_places_trains(tmp_path):
-    """Byte-level tokenizers with trim_offsets say of a token of spaces that it is nowhere."""
+    """Byte-level tokenizers with trim_offsets give a token of spaces an empty range."""
     files = tmp_path / "trimming"
     shutil.copytree(SAMPLE / "tiny", files)
     settings = json.loads((files / "tokenizer.json").read_text())

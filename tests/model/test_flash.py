@@ -185,12 +185,12 @@ def test_a_model_has_the_same_losses_and_gradients(tmp_path):
 @pytest.mark.parametrize(
     "given, reason",
     [
-        ((1, 2048, 128, torch.bfloat16), ""),
-        ((1, 8192, 64, torch.bfloat16), ""),
-        ((2, 2048, 128, torch.bfloat16), "a row holds up to 2 examples"),
-        ((1, 1024, 128, torch.bfloat16), "no multiple of 2048"),
-        ((1, 2048, 256, torch.bfloat16), "head_dim 256 is above 128"),
-        ((1, 2048, 128, torch.float32), "--bf16 is off"),
+        ((1, 2048, 128, True), ""),
+        ((1, 8192, 64, True), ""),
+        ((2, 2048, 128, True), "a row holds up to 2 examples"),
+        ((1, 1024, 128, True), "no multiple of 2048"),
+        ((1, 2048, 256, True), "head_dim 256 is above 128"),
+        ((1, 2048, 128, False), "--bf16 is off"),
     ],
 )
 def test_when_it_is_right(given, reason):

@@ -99,7 +99,7 @@ def asked(reference, prompt, new, ends=None, sampling=None):
 def test_every_topology_answers_as_transformers_does(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from tools.merge_checkpoint.__main__ import merge
+    from tools.merge_checkpoint.merging import merge
 
     checkpoint, merged = save_lora(tmp_path), tmp_path / "merged"
     merge(checkpoint, merged)

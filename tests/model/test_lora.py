@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.lora import LoraConfig, TokenSeeds, initial_factor, keep_mask
+from model.lora import LoraConfig, TokenSeeds, hash_token_seeds, initial_factor, keep_mask
 from parallel.shard import Shard
 from tests.support.on_ranks import on_ranks
 
@@ -58,7 +58,7 @@ def sharded(runtime):
             parameter.data = whole(name, *shard.global_shape)[shard.slices].float().clone()
         net.to(runtime.device)
         buckets = Buckets([each for each in named_shards(net) if each[1].requires_grad], mesh)
-        seeds.set(torch.tensor([5, 6]).to(runtime.device), SEQUENCE)
+        seeds.values = hash_token_seeds(torch.tensor([5, 6]).to(runtime.device), SEQUENCE)
         x = whole("x", SEQUENCE, BATCH, HIDDEN).float().flatten(0, 1)
         x = x.chunk(tp)[mesh.tp.rank()] if sequence_parallel else x
         output = net["down"](F.silu(net["up"](x.to(runtime.device))))
@@ -82,7 +82,7 @@ def test_every_factor_has_the_dense_gradient_on_every_rank():
     results = on_ranks(sharded, 4)
     dense = {name: whole(name, *shape).requires_grad_() for name, shape in SHAPES.items()}
     seeds = TokenSeeds()
-    seeds.set(torch.tensor([5, 6]), SEQUENCE)
+    seeds.values = hash_token_seeds(torch.tensor([5, 6]), SEQUENCE)
 
     def lora(name, x, features):
         keep = keep_mask(seeds.values, features, DROPOUT)
@@ -108,7 +108,7 @@ def test_every_factor_has_the_dense_gradient_on_every_rank():
 
 def test_dropout_drops_what_it_should_and_differs_by_row_position_feature_and_layer():
     seeds = TokenSeeds()
-    seeds.set(torch.arange(8), 128)
+    seeds.values = hash_token_seeds(torch.arange(8), 128)
     layers = [
         (torch.arange(256, dtype=torch.int32) * 0x35EBCA6B ^ salt) & 0x7FFFFFFF for salt in (12345, 777)
     ]

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: what peft saved is what we compute, on the CPU and in one rank."""
+"""Adapters in peft's format: our outputs are those of peft, on the CPU in one rank."""
 
 import json
 

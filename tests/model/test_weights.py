@@ -1,14 +1,14 @@
-"""Weights are read slice by slice; hub ids go to the hub; random weights are those of Hugging Face, on every
-topology."""
+"""Weights are read slice by slice, hub ids are looked up, and random weights are Hugging Face's."""
 
 import pytest
 import torch
 
-import model.weights.sources as weights
 from model.config import ModelConfig
 from model.llama import Llama
 from model.weights.hub import resolve
+from model.weights.loading import check_weights, fill
 from model.weights.safetensors_file import TensorFile
+from model.weights.sources import RandomWeights, SafetensorsFiles
 from parallel.mesh import Mesh
 from parallel.shard import Shard, named_shards
 from tests.support.models import save_llama
@@ -30,10 +30,10 @@ def test_a_rank_reads_its_slices_and_nothing_else(tmp_path, monkeypatch):
         counts.clear()
         group = Mesh.create(rank, 4, 4).tp
         model = Llama(config, group)
-        files = weights.SafetensorsFiles(tmp_path)
-        weights.check_weights(config, files)
+        files = SafetensorsFiles(tmp_path)
+        check_weights(config, files)
         assert not counts
-        weights.fill(model, files, "cpu", seed=0)
+        fill(model, files, "cpu", seed=0)
         assert counts == {
             name: tensor.numel() // (1 if "norm" in name else 4) for name, tensor in reference.items()
         }
@@ -64,7 +64,7 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
 
 def test_random_weights_are_the_same_on_every_topology(tmp_path):
     save_llama(tmp_path, attention_bias=True)
-    source = weights.RandomWeights(ModelConfig.from_pretrained(tmp_path), seed=3)
+    source = RandomWeights(ModelConfig.from_pretrained(tmp_path), seed=3)
     name, shape = "model.layers.0.mlp.down_proj.weight", (64, 96)
     everything = Shard(shape).slices
     whole = source.read(name, everything)
@@ -74,11 +74,11 @@ def test_random_weights_are_the_same_on_every_topology(tmp_path):
     assert abs(whole.mean()) < 0.01 and abs(whole.std() - 0.15) < 0.01
     assert not torch.equal(whole, source.read(name.replace("0", "1"), everything))
     assert not torch.equal(
-        whole, weights.RandomWeights(ModelConfig.from_pretrained(tmp_path), 4).read(name, everything)
+        whole, RandomWeights(ModelConfig.from_pretrained(tmp_path), 4).read(name, everything)
     )
     assert (source.read("model.norm.weight", Shard((64,)).slices) == 1).all()
     assert not source.read("model.layers.0.self_attn.q_proj.bias", Shard((64,)).slices).any()
-    scaled = weights.RandomWeights(ModelConfig.from_pretrained(tmp_path), 3, depth_scaled=True)
+    scaled = RandomWeights(ModelConfig.from_pretrained(tmp_path), 3, depth_scaled=True)
     torch.testing.assert_close(scaled.read(name, everything), whole / (2 * 3) ** 0.5)  # three layers
     other = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(scaled.read(other, Shard((96, 64)).slices), source.read(other, Shard((96, 64)).slices))

@@ -11,38 +11,49 @@ import types
 
 from parallel.runtime import ProcessRuntime
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import SHORT, column, read, several_runs, start
+from tests.support.runs import SHORT, column, read, several_runs, start
 
 LOOP = ROOT / "trainer" / "loop.py"
 FLAGS = ["--max_seq_length", "64", "--max_steps", "4"]
-BATCH, BACKWARD, REDUCTION = (
+STEP, BATCH, BACKWARD, REDUCTION = (
+    "runtime.begin_step(step + 1)",
     "logits = model(batch[",
-    "losses.sum().backward()",
-    "totals = all_reduce(totals, mesh.dp)",
+    "loss_sum.backward()",
+    "counts = all_reduce(accumulator.counts, mesh.dp)",
 )
-# The line of the loop before which a cause is planted, and the cause. `step` counts from 0, reported steps
-# from 1.
+# The line of the loop before which a cause is planted, and the cause. A global AT has the step, which counts
+# from 0 (reported steps count from 1), and the learning rate.
 CAUSES = {
     "shape": (
         BATCH,
-        "batch = {name: each.cpu()[..., :32].to(device) if step == 3 else each for name, each in batch.items()}",
+        "batch = "
+        "{name: each.cpu()[..., :32].to(each.device) if AT.step == 3 else each "
+        "for name, each in batch.items()}",
     ),
     "dtype": (
         BATCH,
-        "batch['position_ids'] = batch['position_ids'].cpu().to([torch.int64, torch.int32][step == 3]).to(device)",
+        "batch['position_ids'] = "
+        "batch['position_ids'].cpu().to([torch.int64, torch.int32][AT.step == 3]).to(batch['labels'].device)",
     ),
-    "number": (REDUCTION, "totals = torch.pow(totals, 1 + rate)"),
-    "index": (REDUCTION, "totals = totals + 0 * torch.ones(9).to(device)[step]"),
-    "branch": (BACKWARD, "losses = losses.sigmoid() if step == 3 else losses"),
-    "kept": (REDUCTION, "kept = totals if step == 3 else None"),
-    "read": (BACKWARD, "losses.sum().item() if step == 3 else None"),
+    "number": (REDUCTION, "accumulator.counts = torch.pow(accumulator.counts, 1 + AT.rate)"),
+    "index": (
+        REDUCTION,
+        "accumulator.counts = accumulator.counts + 0 * torch.ones(9).to(scalars.device)[AT.step]",
+    ),
+    "branch": (BACKWARD, "loss_sum = loss_sum.sigmoid() if AT.step == 3 else loss_sum"),
+    "kept": (REDUCTION, "AT.kept = accumulator.counts if AT.step == 3 else None"),
+    "read": (BACKWARD, "loss_sum.item() if AT.step == 3 else None"),
 }
 
 
 def planted(cause):
     """(the text of the loop with the cause, its line)."""
     before, line = CAUSES[cause]
-    text = LOOP.read_text()
+    # On the line that it follows, so that the numbers of lines stay what they are.
+    text = LOOP.read_text().replace("import torch\n", "import torch, threading; AT = threading.local()\n", 1)
+    text = text.replace(
+        STEP, f"{STEP}; AT.step, AT.rate = step, learning_rate(config, step, job.total_steps)"
+    )
     at = text.index(before)
     indent = " " * (at - text.rindex("\n", 0, at) - 1)
     return f"{text[:at]}{line}\n{indent}{text[at:]}", text[:at].count("\n") + 1
@@ -108,18 +119,20 @@ def test_what_changed_is_named_and_its_line(tmp_path):
         new_graph(step + 1, f"{cut[step]} is new, {cut[step - 1]} is gone") for step in (1, 2, 3)
     ]
 
-    assert branch.startswith(new_graph(4, f"aten::sigmoid f32[1,64] ({lines['branch']}) is new, "))
-    assert near.startswith(new_graph(4, "aten::sigmoid f32[1,64] (after parallel/loss.py:"))
+    assert branch.startswith(new_graph(4, f"aten::sigmoid f32[] ({lines['branch']}) is new, "))
+    assert near.startswith(new_graph(4, "aten::sigmoid f32[] (after trainer/objective.py:"))
     assert "; XLA_IR_DEBUG=1 finds the line) is new, " in near
-    made = line_of("trainer/loop.py", "totals = totals + batch_totals")
-    assert kept == new_graph(4, f"a tensor is alive at its end that was not, aten::add f32[3] ({made})")
+    made = line_of("trainer/objective.py", "torch.stack([target_tokens")
+    assert kept == new_graph(
+        4, f"a tensor is alive at its end that was not, aten::stack f32[3], dimensions={{0}} ({made})"
+    )
     assert read.startswith(
         'step 4: mark_step("step"): a graph was compiled before it, because a value was read'
     )
 
     change = f"an input is s64[1,32] where it was s64[1,64] (made at {lines['shape']}, used at model/"
     assert shape.startswith(new_graph(4, change))
-    use = line_of("model/llama.py", "*rotary_cos_sin(position_ids")
+    use = line_of("model/llama.py", "rotary_cos_sin(position_ids.t()")
     assert dtype == new_graph(
         4, f"an input is s32[1,64] where it was s64[1,64] (made at {lines['dtype']}, used at {use})"
     )
@@ -226,5 +239,5 @@ def test_a_process_says_it_once_or_not():
     at = line_of("tests/parallel/test_guard.py", "x = torch.ones(length)" + ".to")
     change = f"an input is f32[5] where it was f32[3] (made at {at}, used at {at})"
     assert on_ranks(grown, 1) == [
-        [f'warning: after step 0: mark_step("micro_batch") compiles a new graph: {change}\n', ""]
+        [f'warning: before step 1: mark_step("micro_batch") compiles a new graph: {change}\n', ""]
     ]

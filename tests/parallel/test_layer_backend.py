@@ -6,11 +6,12 @@ import pytest
 
 from parallel import layer_backend, layers
 from parallel.mesh import Group, Mesh
+from parallel.runtime import devices
 
 
 @pytest.fixture
 def neuron(monkeypatch):
-    monkeypatch.setattr(layer_backend.runtime, "on_neuron", lambda: True)
+    monkeypatch.setattr(devices, "on_neuron", lambda: True)
 
 
 def install(monkeypatch, directory, version, package):

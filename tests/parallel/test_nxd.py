@@ -19,9 +19,9 @@ import torch
 from tests.support.models import save_adapter, save_llama
 from tests.support.nxd_on_threads import needs_source
 from tests.support.on_ranks import ROOT, on_ranks
+from tests.support.runs import SHORT, column
 from tests.trainer.test_extract_graphs import PROCESS
 from tests.trainer.test_topologies import LINEAR, micro_batch
-from tests.trainer.test_training import SHORT, column
 from trainer.checkpoint.reader import Checkpoint
 
 pytestmark = needs_source
@@ -258,6 +258,7 @@ MINE = threading.local()
 def whole_runs(runtime, commands):
     """trainer.loop.run of each command line; what is written to a directory nxd has neuronx-distributed's
     layers."""
+    import trainer.build
     import trainer.loop
     from parallel import layers as native
     from tests.support.nxd_on_threads import join
@@ -265,7 +266,7 @@ def whole_runs(runtime, commands):
     from trainer.job import prepare
 
     nxd = join(runtime)
-    trainer.loop.parallel_layers = lambda *_: MINE.layers
+    trainer.build.parallel_layers = lambda *_: MINE.layers
     for flags in commands:
         MINE.layers = nxd if Path(flags[-1]).name == "nxd" else native
         job = prepare(parse(flags), runtime.world_size)
@@ -332,7 +333,7 @@ def test_a_process_as_on_neuron_trains_with_them(tmp_path):
     """One rank, of a real process group. The graph that initialises the collectives is no new graph of the
     loop."""
     program = (
-        "import sys, parallel.runtime as runtime; runtime.on_neuron = lambda: True\n"
+        "import sys, parallel.runtime.devices as devices; devices.on_neuron = lambda: True\n"
         "import parallel.layer_backend as choice; choice.version = lambda _: '0.18.0'\n"
         "import tests.support.nxd_on_threads as nxd; nxd.install()\n"
         "import trainer.main; sys.exit(trainer.main.main())"

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -107,12 +108,12 @@ def test_processes_that_leave_import_no_torch():
 def test_stochastic_rounding_is_switched_on_or_warned_of(monkeypatch, capsys, neuron):
     from parallel import runtime
 
-    monkeypatch.setattr(runtime, "on_neuron", lambda: neuron)
-    monkeypatch.setattr(runtime.os, "environ", {})
+    monkeypatch.setattr(runtime.devices, "on_neuron", lambda: neuron)
+    monkeypatch.setattr(os, "environ", {})
     runtime.prepare_environment(1)
-    assert "NEURON_RT_STOCHASTIC_ROUNDING_EN" not in runtime.os.environ and not capsys.readouterr().err
+    assert "NEURON_RT_STOCHASTIC_ROUNDING_EN" not in os.environ and not capsys.readouterr().err
     runtime.prepare_environment(1, stochastic_rounding=True)
-    assert runtime.os.environ.get("NEURON_RT_STOCHASTIC_ROUNDING_EN") == ("1" if neuron else None)
+    assert os.environ.get("NEURON_RT_STOCHASTIC_ROUNDING_EN") == ("1" if neuron else None)
     assert ("warning: --stochastic_rounding needs NeuronCores" in capsys.readouterr().err) is not neuron
 
 

@@ -11,7 +11,7 @@ import torch
 
 from parallel.runtime.watch import children
 from tests.support.on_ranks import ROOT
-from tests.trainer.test_training import ENVIRONMENT, SHORT, column, start
+from tests.support.runs import SHORT, column, environment, start
 from trainer.checkpoint.names import list_checkpoints
 
 
@@ -29,7 +29,7 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
             str(tmp_path),
         ],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=600,
@@ -84,7 +84,7 @@ def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
             str(broken),
         ],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

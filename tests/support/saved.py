@@ -1,5 +1,4 @@
-"""Checkpoints saved by trainer.checkpoint.writer as the loop does it, with a thread a rank and the CPU as
-every rank's device."""
+"""Checkpoints that trainer.checkpoint.writer saves, with a thread per rank and the CPU as every device."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,20 +31,20 @@ def whole(kind, name, step=1, shapes=SHAPES):
 
 
 def shards_of(mesh, shapes=SHAPES):
-    """Of several stages, each has the parameters of all as a model has them: those of other stages are spare."""
+    """{name: shard} of a rank. As in a model, each stage has the parameters of all: others' are spare."""
     size, rank, stages = mesh.tp.size(), mesh.tp.rank(), mesh.pp.size()
     shards = {
         name: Shard(shape) if dim is None else Shard(shape, dim, size, rank)
         for name, (shape, dim) in shapes.items()
     }
     return {
-        name: replace(shard, spare=number % stages != mesh.pp.rank())
+        name: replace(shard, padding=number % stages != mesh.pp.rank())
         for number, (name, shard) in enumerate(shards.items())
     }
 
 
 def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, changed=None, by=1.0):
-    """An optimizer whose state is that of the step (zeros at 0); to one parameter `changed`, `by` is added."""
+    """An optimizer with the state of a step (zeros at 0); `by` is added to the parameter `changed`."""
     shards = shards_of(mesh, shapes)
     trained = [(name, torch.nn.Parameter(torch.zeros(shard.shape)), shard) for name, shard in shards.items()]
     buckets = Buckets(trained, mesh, zero_1, bucket_bytes)
@@ -76,10 +75,9 @@ def save(
     model=None,
     **state,
 ):
-    """Save the states of `steps` of the tiny model, or of that in the directory `model`; `change(rank,
-    optimizer)` may spoil one.
+    """Save the states of `steps` of the tiny model, or of the one in the directory `model`.
 
-    Returns the last checkpoint's directory.
+    `change(rank, optimizer)` may spoil a state before it is saved. Returns the last checkpoint's directory.
     """
     directory = model or SAMPLE / "tiny"
     config = replace(

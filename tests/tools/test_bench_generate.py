@@ -3,7 +3,7 @@
 import re
 
 from tests.support.models import save_llama
-from tests.trainer.test_training import start
+from tests.support.runs import start
 
 
 def test_both_sides_answer_alike(tmp_path):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.trainer.test_training import start
+from tests.support.runs import start
 from tools.bench_step.__main__ import main
 
 FLAGS = [

@@ -1,4 +1,4 @@
-"""Models side by side: losses and answers against transformers', and a page that hostile text cannot break."""
+"""tools.evaluate: losses and answers against transformers', and a page that hostile text cannot break."""
 
 import json
 import math
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.model.test_generation import asked, save_lora
-from tests.trainer.test_training import start
-from tools.evaluate import score, write_page
-from tools.merge_checkpoint.__main__ import merge
+from tests.support.runs import start
+from tools.evaluate.report import score, write_page
+from tools.merge_checkpoint.merging import merge
 
 HOSTILE = "</td><script>alert(1)</script> & \"'{}"
 RECORDS = [
@@ -51,7 +51,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_what_it_is_given_as_text():
+def test_the_page_shows_hostile_texts_as_text():
     record = {
         "where": HOSTILE,
         "prompt": HOSTILE,
@@ -65,7 +65,7 @@ def test_the_page_shows_what_it_is_given_as_text():
 
 
 def test_base_checkpoint_and_merged_model(tmp_path):
-    """Every number and answer is transformers', and the two forms of the trained model agree."""
+    """Every number and answer is that of transformers, and the two forms of the trained model agree."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint, data = save_lora(tmp_path), tmp_path / "data.jsonl"

@@ -8,10 +8,10 @@ import pytest
 from tests.model.test_generation import asked, save_lora
 from tests.support.models import save_llama
 from tests.support.on_ranks import ROOT
+from tests.support.runs import environment, start
 from tests.support.saved import TOKENIZER
-from tests.trainer.test_training import ENVIRONMENT, start
 from tools.generate import Terminal, main, read_prompts
-from tools.merge_checkpoint.__main__ import merge
+from tools.merge_checkpoint.merging import merge
 from trainer.prompts import PromptFormat
 
 PROGRAM = ("-m", "tools.generate")
@@ -52,7 +52,7 @@ def test_the_same_answer_from_a_checkpoint_by_two_ranks_and_from_the_keyboard(tm
         input="\n".join(questions),
         cwd=ROOT,
         capture_output=True,
-        env=ENVIRONMENT,
+        env=environment(),
         timeout=900,
     )
     assert typed.stdout.replace("> ", "") == expected + "\n", typed.stderr
@@ -61,7 +61,9 @@ def test_the_same_answer_from_a_checkpoint_by_two_ranks_and_from_the_keyboard(tm
 def test_prompts_of_a_file(tmp_path):
     path, form = tmp_path / "prompts.jsonl", PromptFormat.of("instruction")
     path.write_text(
-        '{"instruction": "Who?", "context": "He."}\n{"instruction": "Who?", "input": "He."}\n{"prompt": "Once"}\n'
+        '{"instruction": "Who?", "context": "He."}\n'
+        '{"instruction": "Who?", "input": "He."}\n'
+        '{"prompt": "Once"}\n'
     )
     (who, ids), again, (once, text) = read_prompts(path, form, TOKENIZER)
     assert (who, ids) == again == ("Who?", form.encode(TOKENIZER, "Who?", "He.")) and once == "Once"

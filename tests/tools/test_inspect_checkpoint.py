@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support import saved
-from tools.inspect_checkpoint import main
+from tools.inspect_checkpoint.__main__ import main
 
 SHAPES = {
     f"layers.{number}.{name}": each

@@ -1,4 +1,4 @@
-"""The launch scripts, run with stand-ins that record what they were given, and in which environment."""
+"""The launch scripts, run with stand-ins that record their arguments and their environment."""
 
 import json
 import os
@@ -21,34 +21,36 @@ import json, os, sys
 with open(os.environ["RECORD"], "a") as file:
     file.write(json.dumps([sys.argv, dict(os.environ)]) + "\\n")
 """
-# What each stand-in does besides: as the program would, as far as the scripts can see.
+# What each stand-in does then: as far as the scripts can see, what the program would do.
 THEN = {
     "torchrun": "",
     "docker": "",
-    "neuron_parallel_compile": "os.environ['NEURON_EXTRACT_GRAPHS_ONLY'] = '1'\nos.execvp(sys.argv[1], sys.argv[1:])",
+    "neuron_parallel_compile": """os.environ["NEURON_EXTRACT_GRAPHS_ONLY"] = "1"
+os.execvp(sys.argv[1], sys.argv[1:])""",
     "scontrol": "",
     "squeue": "print(os.environ.get('TIME_LEFT', 'UNLIMITED'))",
-    "srun": """command = [word for word in sys.argv[1:] if not word.startswith("--kill") and not word.startswith("--auto")
-           and not word.startswith("--container")]
+    "srun": """import subprocess
+command = [word for word in sys.argv[1:] if not word.startswith(("--kill", "--auto", "--container"))]
 for node in range(int(os.environ["NODES"])):
-    step = {"SLURM_STEP_NODELIST": os.environ["SLURM_JOB_NODELIST"], "SLURM_STEP_NUM_NODES": os.environ["NODES"],
-            "SLURM_NODEID": str(node)}
-    import subprocess
+    step = {"SLURM_STEP_NODELIST": os.environ["SLURM_JOB_NODELIST"],
+            "SLURM_STEP_NUM_NODES": os.environ["NODES"], "SLURM_NODEID": str(node)}
     status = subprocess.run(command, env=os.environ | step).returncode
     if status:
         sys.exit(status)
 print(os.environ.get("SAID", "trained"))""",
-    # preflight alone: the scripts run nothing else by python. Slurm may announce the end of the time that
-    # early.
-    "python": "[os.kill(each, 12) for each in (os.getppid(), os.getpid())]\nsys.exit(int(os.environ.get('PREFLIGHT', '0')))",
+    # The scripts run only preflight by python. Slurm may announce the end of the time that early.
+    "python": """[os.kill(each, 12) for each in (os.getppid(), os.getpid())]
+sys.exit(int(os.environ.get("PREFLIGHT", "0")))""",
 }
 FLAGS = ["--tensor_parallel_size", "8", "--output_dir", "out put"]
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """run(script, *flags, **environment) -> (what the process did, the calls of each stand-in: [arguments,
-    environment])."""
+    """run(script, *flags, **environment) -> (the completed process, the calls of each stand-in).
+
+    A call is [arguments, environment].
+    """
     binaries, record = tmp_path / "bin", tmp_path / "record"
     binaries.mkdir()
     for name, then in THEN.items():
@@ -329,7 +331,12 @@ def test_usr2_is_sigterm_for_the_ranks_alone(launch, tmp_path):
     torchrun = tmp_path / "bin" / "torchrun"
     torchrun.write_text(f"""#!{sys.executable}
 import subprocess, sys
-rank = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('ready', flush=True); time.sleep(60)"
+rank = '''
+import signal, sys, time
+signal.signal(15, lambda *_: sys.exit(0))
+print("ready", flush=True)
+time.sleep(60)
+'''
 sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode + 5)
 """)
     environment = {
@@ -365,7 +372,10 @@ def test_shellcheck():
 def test_recipes_are_flags_of_the_trainer():
     job, ladder = parse(recipe()), parse(recipe(LAUNCH / "ladder.flags"))
     assert (
-        job.tensor_parallel_size == 8 and job.bf16 and job.recompute == "full" and job.num_train_epochs == 3
+        job.tensor_parallel_size == 8
+        and job.bf16
+        and job.checkpointing_mode == "full"
+        and job.num_train_epochs == 3
     )
     assert ladder.max_steps == 10 and ladder.model_id is None and not ladder.bf16
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tools.merge_checkpoint.__main__ as merging
 from model.config import ModelConfig
+from model.weights.safetensors_file import TensorWriter
 from tests.support.models import save_adapter, save_llama
+from tests.support.runs import start
 from tests.support.saved import whole
 from tests.tools.test_nxd_checkpoint import save_nxd
 from tests.trainer.test_faults import save_tiny
-from tests.trainer.test_training import start
-from tools.merge_checkpoint.__main__ import merge, parse_size
+from tools.merge_checkpoint.merging import merge, parse_size
 
 
 def load_all(directory):
@@ -54,9 +54,9 @@ def test_files_sizes_and_types(tmp_path):
 def test_memory_holds_bands_and_no_tensor(tmp_path, monkeypatch):
     checkpoint, shapes = save_tiny(tmp_path, 3)
     monkeypatch.setattr("trainer.checkpoint.reader.BAND_BYTES", 4096)
-    bands, to = [], merging.TensorWriter.write
+    bands, write = [], TensorWriter.write
     monkeypatch.setattr(
-        merging.TensorWriter, "write", lambda *arguments: bands.append(arguments[2].nbytes) or to(*arguments)
+        TensorWriter, "write", lambda *arguments: bands.append(arguments[2].nbytes) or write(*arguments)
     )
     merge(checkpoint, tmp_path / "merged", dtype=torch.float32)
     assert max(bands) <= 4096 and sum(bands) == 4 * sum(
@@ -76,9 +76,9 @@ def test_damage_leaves_nothing_behind(tmp_path, monkeypatch):
         merge(checkpoint, tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     file.write_bytes(content)
-    write = merging.TensorWriter.write
+    write = TensorWriter.write
     monkeypatch.setattr(
-        merging.TensorWriter, "write", lambda writer, name, band, first=0: write(writer, name, -band, first)
+        TensorWriter, "write", lambda writer, name, band, first=0: write(writer, name, -band, first)
     )
     with pytest.raises(ValueError, match="is not what was written"):
         merge(checkpoint, tmp_path / "merged", verify=True)
@@ -171,7 +171,7 @@ def test_an_adapter_goes_in_and_out_without_loss(tmp_path, monkeypatch):
         assert sorted(found) == sorted(expected) and all(
             torch.equal(found[name], expected[name]) for name in found
         )
-    monkeypatch.setattr(merging, "BAND_BYTES", 4096)  # several bands a matrix
+    monkeypatch.setattr("tools.merge_checkpoint.sources.BAND_BYTES", 4096)  # several bands a matrix
     merge(output / "checkpoint-1", tmp_path / "merged", verify=True)
     found, expected = load_all(tmp_path / "merged"), adapted.merge_and_unload().state_dict()
     for name in found:

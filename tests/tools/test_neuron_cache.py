@@ -9,12 +9,16 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.support.on_ranks import ROOT
-from tools import neuron_cache
-from tools.neuron_cache import cache_place, entries_of, key_of, listing, main, pack, unpack
+from tools.neuron_cache.__main__ import main
+from tools.neuron_cache.archive import pack, unpack
+from tools.neuron_cache.cache import cache_location, entries_of
+from tools.neuron_cache.key import NOT_IN_THE_GRAPH, key_of
+from tools.neuron_cache.listing import listing
 from trainer.config import parse
 
 COMPILER = "neuronxcc-2.24.5133.0+58f8de22"
@@ -132,7 +136,7 @@ def test_what_is_in_no_graph_does_not_matter(tmp_path, cache):
     assert unpack(tmp_path / "a.tar", tmp_path / "new", other, COMPILER)
     with pytest.raises(ValueError, match="--world_size: the number of ranks"):
         key_of(parse([]), {})
-    assert set(neuron_cache.NOT_IN_THE_GRAPH) < set(vars(parse([])))
+    assert set(NOT_IN_THE_GRAPH) < set(vars(parse([])))
 
 
 def test_what_is_there_stays(tmp_path, cache):
@@ -219,12 +223,12 @@ def test_a_torn_archive_and_what_is_none(tmp_path, cache):
         (tmp_path / "torn.tar").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="is damaged|is no archive"):
             unpack(tmp_path / "torn.tar", tmp_path / "new", key(), COMPILER)
-    for place, message in [
+    for path, message in [
         ("s3://bucket/path", "copy it first"),
         (tmp_path / "none", "a Neuron compile cache was expected"),
     ]:
         with pytest.raises(ValueError, match=message):
-            entries_of(neuron_cache.Path(str(place)))
+            entries_of(Path(str(path)))
     entry(tmp_path / "failed", "1", "model.log")
     with pytest.raises(ValueError, match=f"has no graph that {COMPILER.replace('+', '.')} has completed"):
         pack(tmp_path / "failed", tmp_path / "f.tar", key(), COMPILER)
@@ -233,16 +237,27 @@ def test_a_torn_archive_and_what_is_none(tmp_path, cache):
 
 
 def test_a_kill_leaves_whole_graphs(tmp_path, cache):
-    """Killed while it places the first graph: that is there whole or not at all, and the next unpack goes on."""
+    """Killed while it moves the first graph, which is then there whole or not at all; unpack can resume."""
     pack(cache, tmp_path / "a.tar", key(), COMPILER)
-    code = (
-        "import sys, time, os; from tools import neuron_cache as n; from tests.tools.test_neuron_cache import key, COMPILER\n"
-        "place = n._place\ndef slow(*a):\n    print('placing', flush=True); place(*a); time.sleep(60)\n"
-        "n._place = slow; n.unpack(n.Path(sys.argv[1]), n.Path(sys.argv[2]), key(), COMPILER)"
-    )
+    code = """
+import sys, time
+from pathlib import Path
+from tests.tools.test_neuron_cache import COMPILER, key
+from tools.neuron_cache import archive
+
+move = archive.move_entry
+
+def slow(*arguments):
+    print("moving", flush=True)
+    move(*arguments)
+    time.sleep(60)
+
+archive.move_entry = slow
+archive.unpack(Path(sys.argv[1]), Path(sys.argv[2]), key(), COMPILER)
+"""
     command = [sys.executable, "-c", code, tmp_path / "a.tar", tmp_path / "new"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"placing\n"
+    assert process.stdout.readline() == b"moving\n"
     time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -252,7 +267,7 @@ def test_a_kill_leaves_whole_graphs(tmp_path, cache):
 
 
 def test_the_command(tmp_path, cache, capsys, monkeypatch):
-    monkeypatch.setattr(neuron_cache, "version", lambda name: COMPILER.removeprefix("neuronxcc-"))
+    monkeypatch.setattr("tools.neuron_cache.cache.version", lambda name: COMPILER.removeprefix("neuronxcc-"))
     archive, new = str(tmp_path / "a.tar"), str(tmp_path / "new")
     assert main(["pack", str(cache), archive, *FLAGS.split()]) == 0
     assert main(["unpack", archive, new, *FLAGS.split(), "--learning_rate", "1"]) == 0
@@ -266,7 +281,7 @@ def test_the_command(tmp_path, cache, capsys, monkeypatch):
 
 
 def test_where_the_cache_is():
-    assert cache_place({}) == ("/var/tmp/neuron-compile-cache", False)
-    assert cache_place({"NEURON_COMPILE_CACHE_URL": "s3://b/p"}) == ("s3://b/p", False)
+    assert cache_location({}) == ("/var/tmp/neuron-compile-cache", False)
+    assert cache_location({"NEURON_COMPILE_CACHE_URL": "s3://b/p"}) == ("s3://b/p", False)
     for flags in ("--cache_dir=/c --x", "--x --cache_dir /c"):
-        assert cache_place({"NEURON_COMPILE_CACHE_URL": "/d", "NEURON_CC_FLAGS": flags}) == ("/c", True)
+        assert cache_location({"NEURON_COMPILE_CACHE_URL": "/d", "NEURON_CC_FLAGS": flags}) == ("/c", True)

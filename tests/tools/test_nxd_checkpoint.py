@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch_xla.utils import serialization as xser
 
-import tools.merge_checkpoint.nxd as nxd
 from model.config import ModelConfig
 from tests.support.models import save_llama
+from tools.merge_checkpoint import nxd, nxd_files
 from tools.merge_checkpoint.nxd import NxdCheckpoint
 
 KINDS = {
@@ -201,7 +201,7 @@ def test_dtypes_are_the_files(tmp_path, made):
 
 def test_bands_are_small(tmp_path, made, monkeypatch):
     monkeypatch.setattr(nxd, "BAND_BYTES", 1000)  # three rows of [.., 64] fp32, two of [.., 96]
-    monkeypatch.setattr(nxd, "MAPPED_BYTES", 2000)
+    monkeypatch.setattr(nxd_files, "MAPPED_BYTES", 2000)
     check(tag := save_nxd(tmp_path / "tag", *made("two_kv_heads"), tp=4), *made("two_kv_heads"))
     checkpoint = NxdCheckpoint(tag, made("two_kv_heads")[0])
     for name, shape in checkpoint.shapes.items():

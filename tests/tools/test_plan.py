@@ -7,14 +7,13 @@ import pytest
 
 from tools.graphs.flops import micro_batch_flops
 from tools.graphs.memory import state_of
-from tools.graphs.models import read_model
+from tools.graphs.models import rank_model, read_model
 from tools.graphs.report import rank_0_mesh
 from tools.plan import extrapolate, sweep
 from tools.plan.__main__ import main
 from tools.plan.instances import FAST, INSTANCES, SLOW, Instance
 from tools.plan.roofline import estimate
 from tools.plan.step_report import estimate_step
-from trainer.build import build
 from trainer.config import Config
 
 ROUND = Instance(
@@ -207,13 +206,13 @@ def counted(configs, model):
     """Reports without a trace, whose peaks grow with the micro-batch."""
     for config in configs:
         mesh = rank_0_mesh(config)
-        rank = build(config, model, mesh)
+        rank = rank_model(config, model, mesh)
         graph = {
             "dot_flops": micro_batch_flops(rank, config),
             "input_bytes": 10**9,
             "output_bytes": 10**9,
             "collectives": {},
-            "peak_bytes": config.per_device_train_batch_size // config.microbatches * 9 * 10**9,
+            "peak_bytes": config.per_device_train_batch_size // config.pipeline_microbatches * 9 * 10**9,
             "runs_per_step": config.gradient_accumulation_steps,
         }
         yield {

@@ -2,17 +2,21 @@
 that it should."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
 from parallel.buckets import BUCKET_BYTES
-from tools.preflight import __main__ as preflight
+from parallel.runtime import on_neuron
+from tests.support.on_ranks import ROOT
 from tools.preflight import flags as preflight_flags
-from tools.preflight import host as machines
-from tools.preflight.__main__ import Plan, findings, main, plan_of
-from tools.preflight.host import Machine
+from tools.preflight import host as hosts
+from tools.preflight.__main__ import main
+from tools.preflight.findings import findings
+from tools.preflight.host import Host
+from tools.preflight.plan import Plan, plan_of
 from trainer.config import parse
 
 GB = 10**9
@@ -28,11 +32,12 @@ ENVIRONMENT = {
     "NEURON_CC_FLAGS": "--model-type=transformer",
     "NEURON_COMPILE_CACHE_URL": "/shared/cache",
 }
-TRN1 = Machine(
+TRN1 = Host(
+    on_neuron=True,
     environment=ENVIRONMENT,
     versions=VERSIONS,
     placeholders=frozenset(),
-    commands=frozenset(machines.COMMANDS),
+    commands=frozenset(hosts.COMMANDS),
     device_files=16,
     neuron_cores=32,
     users=(),
@@ -77,6 +82,7 @@ def test_a_good_machine_and_a_cpu():
     assert {each.level for each in findings(nodes, plan(nnodes=4))} == {"ok"}
     cpu = replace(
         TRN1,
+        on_neuron=False,
         versions={"torch": "2.9.1", "torch-xla": "2.9.0"},
         environment={"PJRT_DEVICE": "CPU"},
         open_files=1024,
@@ -114,7 +120,7 @@ FINDINGS = [
         "neuronx-cc 1.0.post1 is PyPI's placeholder",
     ),
     (
-        {"versions": {"torch": "2.9.0", "torch-xla": "2.9.0"}},
+        {"on_neuron": False, "versions": {"torch": "2.9.0", "torch-xla": "2.9.0"}},
         {},
         "error",
         "16 Neuron devices, but no torch-neuronx",
@@ -126,7 +132,12 @@ FINDINGS = [
     ({"users": (17, 18)}, {}, "warning", "processes 17, 18 have Neuron devices open"),
     ({}, {"nproc": 16}, "warning", "16 processes a node: collectives on trn1 take 1, 2, 8, 32"),
     (environment(FI_PROVIDER="efa") | {"efa": 0}, {"nnodes": 2}, "error", "no EFA interface"),
-    ({"environment": {"PJRT_DEVICE": "CPU"}}, {"nnodes": 2}, "error", "2 nodes without Neuron devices"),
+    (
+        {"on_neuron": False, "environment": {"PJRT_DEVICE": "CPU"}},
+        {"nnodes": 2},
+        "error",
+        "2 nodes without Neuron devices",
+    ),
     # topology
     ({}, {"nproc": 2}, "error", "the world size 2 is not divisible by --tensor_parallel_size 8"),
     ({}, {"flags": "--world_size 16"}, "error", "--world_size 16, and 32 processes"),
@@ -275,6 +286,28 @@ def test_one_change_gives_one_finding(changes, planned, level, what):
     assert what in found[0].what and len(found[0].mend) > 10
 
 
+def test_a_placeholder_of_torch_neuronx_is_named():
+    """It cannot be imported, so ranks would not be NeuronCores."""
+    host = replace(
+        TRN1, on_neuron=False, placeholders=frozenset({"torch-neuronx"}), **versions(torch_neuronx="0.1")
+    )
+    errors = [each.what for each in findings(host, plan()) if each.level == "error"]
+    assert errors == [
+        "there are 16 Neuron devices, but no torch-neuronx",
+        "torch-neuronx 0.1 is PyPI's placeholder, which has nothing in it",
+    ]
+
+
+def test_it_runs_without_torch():
+    """Importing torch fails in this process, as where it is not installed."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['torch_xla'] = None\n"
+        "from tools.preflight.__main__ import main; sys.exit(main(['--nproc_per_node', '4']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 ranks: TP1 x DP4 on 1 node" in done.stdout, done.stderr
+
+
 def test_contradictions_that_are_none():
     """What looks like one of the above, and is none."""
     for changes, planned in [
@@ -296,14 +329,15 @@ def test_what_is_read_from_the_machine(tmp_path):
         {"neuron_device": number, "nc_count": 2, "neuron_processes": [{"pid": 7, "command": "x"}]}
         for number in range(16)
     ]
-    assert machines.read_neuron_ls(json.dumps(devices)) == (32, (7,))
+    assert hosts.read_neuron_ls(json.dumps(devices)) == (32, (7,))
     trn2 = [{"nc_count": 8, "logical_neuroncore_config": 2, "neuron_processes": None}] * 16
-    assert machines.read_neuron_ls(json.dumps(trn2)) == (64, ())
-    assert machines.available_memory("MemTotal: 9 kB\nMemAvailable:   12 kB\n") == 12288
-    assert machines.is_placeholder("\nWRONG PACKAGE. Please install the package from Neuron Repository\n")
-    assert not machines.is_placeholder("A compiler") and not machines.is_placeholder(None)
-    assert machines.existing(str(tmp_path / "a" / "b")) == tmp_path
-    here = machines.look()
+    assert hosts.read_neuron_ls(json.dumps(trn2)) == (64, ())
+    assert hosts.available_memory("MemTotal: 9 kB\nMemAvailable:   12 kB\n") == 12288
+    assert hosts.is_placeholder("\nWRONG PACKAGE. Please install the package from Neuron Repository\n")
+    assert not hosts.is_placeholder("A compiler") and not hosts.is_placeholder(None)
+    assert hosts.existing(str(tmp_path / "a" / "b")) == tmp_path
+    here = hosts.look()
+    assert here.on_neuron == on_neuron()
     assert here.versions["torch"].startswith("2.9.") and here.memory > 0 and here.open_files > 0
     assert here.writable(str(tmp_path / "new")) and here.free_bytes(str(tmp_path / "new")) > 0
 
@@ -321,7 +355,7 @@ def test_a_plan_and_the_command(tmp_path, capsys, monkeypatch):
     assert main([*flags, "--tensor_parallel_size", "3"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("error ") and "to mend: choose NPROC_PER_NODE (4)" in said[1]
-    assert preflight.main(["--lora_target_modules", ",", *flags]) == 1
+    assert main(["--lora_target_modules", ",", *flags]) == 1
     assert "error: --lora_target_modules names no module" in capsys.readouterr().err
     for module, said in (
         ("torch_xla", "4 ranks"),

@@ -194,7 +194,7 @@ def test_data(tmp_path):
 
 
 def test_merging(tmp_path):
-    from tools.merge_checkpoint.__main__ import merge
+    from tools.merge_checkpoint.merging import merge
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").touch()
@@ -269,12 +269,12 @@ def test_booleans_as_hugging_face_takes_them():
         (["--tensor_parallel_size", "1"], False),
     ):
         assert parse(["--tensor_parallel_size", "2", *flags]).divides_sequence is divides
-    for flags, recompute in (
+    for flags, mode in (
         ([], "none"),
         (["--gradient_checkpointing"], "full"),
         (["--gradient_checkpointing", "false"], "none"),
         (["--gradient_checkpointing", "selective", "--bf16"], "selective"),
     ):
-        assert parse(flags).recompute == recompute
+        assert parse(flags).checkpointing_mode == mode
     assert parse([]).datasets == [str(SAMPLE / "instructions.jsonl")]
     assert parse(["--dataset", "a", "b", "--dataset_weights", "1", "0.5"]).dataset_weights == [1.0, 0.5]

@@ -1,4 +1,4 @@
-"""Checkpoints: written by some ranks, read by others; what is incomplete or damaged is not taken for one."""
+"""Checkpoints are read on any topology, and incomplete or damaged ones are rejected."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_stages_save_and_read_what_is_theirs(tmp_path, zero_1, writers):
                 ours, theirs = (
                     each.buckets.own_piece(name, getattr(each, kind))[0] for each in (optimizer, expected)
                 )
-                assert not ours.any() if shard.spare else torch.equal(ours, theirs), name
+                assert not ours.any() if shard.padding else torch.equal(ours, theirs), name
 
 
 def test_a_rank_reads_what_it_needs(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def break_header(path):
 
 
 def rewrite(**changes):
-    """Change the manifest, and its checksum with it."""
+    """Change values of the manifest, and its checksum accordingly."""
 
     def change(path):
         manifest = path.parent / "manifest.json"
@@ -185,7 +185,7 @@ def test_every_byte_of_the_tensors_counts(tmp_path):
             match="rank-00001.safetensors is damaged: the bytes of .* are not those that were saved",
         ):
             Checkpoint(path).verify()
-        for name in SHAPES:  # streaming notices what it reads, and nothing else
+        for name in SHAPES:  # streaming verifies only the tensor that it reads
             try:
                 list(Checkpoint(path).stream(name))
             except ValueError as error:

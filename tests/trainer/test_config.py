@@ -1,8 +1,9 @@
-"""Presets, and the global batch that any cluster keeps."""
+"""Presets, and the global batch, which is the same on every cluster."""
 
 import pytest
 
-from trainer.config import PRESETS, Config, parse, read_preset
+from trainer.command_line import PRESETS, read_preset
+from trainer.config import Config, parse
 
 
 def test_presets_are_the_flags_of_the_published_jobs():
@@ -15,7 +16,8 @@ def test_presets_are_the_flags_of_the_published_jobs():
         1.5e-4,
         1024,
     )
-    assert job.random_weights and job.zero_1 and job.bf16 and job.lora_r == 0 and job.recompute == "selective"
+    assert job.random_weights and job.zero_1 and job.bf16 and job.lora_r == 0
+    assert job.checkpointing_mode == "selective"
     assert (
         job.for_ranks(4).gradient_accumulation_steps == 256
         and job.for_ranks(16).gradient_accumulation_steps == 64
@@ -24,9 +26,8 @@ def test_presets_are_the_flags_of_the_published_jobs():
         16,
         32.0,
     )
-    assert (
-        dolly.learning_rate == 5e-5 and dolly.gradient_accumulation_steps == 2 and dolly.recompute == "full"
-    )
+    assert dolly.learning_rate == 5e-5 and dolly.gradient_accumulation_steps == 2
+    assert dolly.checkpointing_mode == "full"
 
 
 def test_the_command_line_wins(tmp_path):

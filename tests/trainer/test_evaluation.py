@@ -1,4 +1,4 @@
-"""Loss and perplexity of held-out rows against transformers', and what a run answers between its steps."""
+"""Loss and perplexity of held-out rows compared with transformers, and the answers during a run."""
 
 import json
 import math
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tests.model.test_generation import save_lora
 from tests.support.examples import rows_of
 from tests.support.on_ranks import on_ranks
-from tests.trainer.test_training import read, several_runs
-from tools.merge_checkpoint.__main__ import merge
+from tests.support.runs import read, several_runs
+from tools.merge_checkpoint.merging import merge
 from trainer.samples import questions
 
 
@@ -29,21 +29,19 @@ def examples():
 
 
 def evaluated(runtime, checkpoint):
-    """{dp: (loss, targets)} by the loop's own evaluation, of a model that is not merged; 5 rows in batches of
-    2 a rank."""
+    """{dp: (loss, targets)} of an unmerged model by the loop's evaluation: 5 rows, batches of 2 per rank."""
     from pathlib import Path
 
     from data.loader import Loader
     from parallel.mesh import Mesh
     from tools.model_source import ModelSource
-    from trainer.loop import evaluate
+    from trainer.evaluation import evaluate
 
     made, groups = examples()
     source, found = ModelSource.of_checkpoint(Path(checkpoint)), {}
     for dp in (1, 2, 4):
         mesh = Mesh.create(runtime.rank, runtime.world_size, runtime.world_size // dp)
         model = source.build(mesh.tp, runtime.device, torch.float32, sequence_parallel=dp < 4)
-        zeros = torch.zeros(3).to(runtime.device)
         runtime.mark_step()
         loader = Loader(
             rows_of(made, groups, 48),
@@ -53,7 +51,7 @@ def evaluated(runtime, checkpoint):
             dp_size=dp,
             seed=0,
         )
-        found[dp] = evaluate(runtime, model, loader, mesh, zeros)
+        found[dp] = evaluate(runtime, model, loader, mesh)
     return found
 
 
@@ -95,8 +93,10 @@ def test_examples_as_questions():
 
 
 def test_a_run_answers_between_its_steps(tmp_path):
-    """tp 2 x dp 2 with sequence parallelism, after the same run that answers nothing: two graphs more, and
-    the same training."""
+    """Compared with the same run without answers, there are two more graphs, and the training is the same.
+
+    The topology is tp 2 x dp 2 with sequence parallelism.
+    """
     flags = [
         "--max_steps",
         "4",

@@ -11,7 +11,7 @@ import torch
 from parallel.graph.live import live_tensors
 from parallel.runtime import ThreadRuntime
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import SHORT
+from tests.support.runs import SHORT
 
 FLAGS = [
     *SHORT,
@@ -53,12 +53,12 @@ class Collecting(ThreadRuntime):
         super().__init__(runtime.rank, runtime.world_size, runtime.device, runtime._lockstep)
         self.graphs = []
 
-    def _execute(self, place, step, graph, tensors):
-        self.graphs.append((place, graph))
-        super()._execute(place, step, graph, tensors)
+    def _execute(self, name, graph, tensors):
+        self.graphs.append((name, graph))
+        super()._execute(name, graph, tensors)
 
-    def mark_step(self, place=None, step=None):
-        super().mark_step(place, step)
+    def _end_graph(self, name):
+        super()._end_graph(name)
         self.barrier()
         if self.rank == 0 and not self.executes:
             for tensor in (each for tensors in live_tensors(self.world_size) for each in tensors):
@@ -96,9 +96,9 @@ def test_a_run_that_collects_graphs_has_those_of_the_real_one_and_leaves_nothing
     assert [graph for graph in collected if graph[0] != "decode"] == [
         graph for graph in whole if graph[0] != "decode"
     ]
-    places = {place for place, _ in whole}
+    names = {name for name, _ in whole}
     assert (
-        len(set(whole)) == len(places) and {"build", "micro_batch", "step", "evaluation", "decode"} < places
+        len(set(whole)) == len(names) and {"build", "micro_batch", "update", "evaluation", "decode"} < names
     )
     assert os.listdir(tmp_path) == ["whole"]
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
@@ -113,7 +113,7 @@ def test_a_run_that_collects_graphs_has_those_of_the_real_one_and_leaves_nothing
 def test_a_process_as_on_neuron_collects_and_trains(tmp_path):
     """One rank, of a process group: the whole program, first collecting, then for good."""
     program = (
-        "import sys, parallel.runtime as runtime; runtime.on_neuron = lambda: True\n"
+        "import sys, parallel.runtime.devices as devices; devices.on_neuron = lambda: True\n"
         "import trainer.main; sys.exit(trainer.main.main())"
     )
     flags = [

@@ -1,5 +1,4 @@
-"""Killed processes, full disks, two runs in one directory: what was complete stays, the rest is not taken for
-complete."""
+"""Killed processes, full disks and two runs in one directory: only complete checkpoints are read."""
 
 import fcntl
 import os
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from model.config import ModelConfig
 from model.weights.shapes import base_shapes
 from tests.support.saved import SHAPES, save, whole
-from tools.merge_checkpoint.__main__ import merge
+from tools.merge_checkpoint.merging import merge
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.names import KINDS, list_checkpoints
 from trainer.config import SAMPLE
@@ -28,8 +27,7 @@ KILLS = 50
 
 
 def fork():
-    """As os.fork. tqdm's lock is shared by all processes: a child killed while it holds it would stop this
-    one for ever."""
+    """os.fork with a tqdm lock per process: a child that is killed with a shared one would block us."""
     child = os.fork()
     if not child:
         tqdm.set_lock(threading.RLock())
@@ -38,7 +36,7 @@ def fork():
 
 
 def killed(work, seconds):
-    """Run `work(ready)` in another process, and kill that so many seconds after it called ready()."""
+    """Run `work(ready)` in another process, and kill it `seconds` after it called ready()."""
     reading, writing = os.pipe()
     child = fork()
     if not child:
@@ -55,8 +53,7 @@ def killed(work, seconds):
 
 
 def save_tiny(output, step):
-    """A checkpoint of a full training of the sample's model, and the global shape and dimension of each
-    weight."""
+    """A checkpoint of a full training of the sample's model; and {weight: (global shape, dimension)}."""
     shapes = {
         name: (shape, 0 if len(shape) > 1 else None)
         for name, shape in base_shapes(ModelConfig.from_pretrained(SAMPLE / "tiny")).items()
@@ -73,8 +70,7 @@ def check_latest(output):
 
 
 def test_a_kill_at_any_moment_of_saving(tmp_path, capsys):
-    """Each process goes on where the one before was killed; old checkpoints are deleted meanwhile, so that is
-    hit too."""
+    """Each process resumes where the last one was killed; kills also hit the deletion of checkpoints."""
     save(tmp_path, 1)
     begun = time.perf_counter()
     save(tmp_path, 2, limit=2)
@@ -121,7 +117,7 @@ def test_a_kill_at_any_moment_of_merging(tmp_path):
 
 
 def fails(work):
-    """The error of `work()`, in another process whose files may have 3000 bytes."""
+    """The error of `work()`, in another process whose files may have at most 3000 bytes."""
     reading, writing = os.pipe()
     child = fork()
     if not child:
@@ -140,7 +136,7 @@ def fails(work):
 
 
 def test_a_disk_that_takes_no_more(tmp_path):
-    """A limit on the size of files in place of a full disk: writing fails in the middle of the first file."""
+    """A limit on the size of files stands for a full disk: writing fails in the middle of the first file."""
     save(tmp_path, 1)
     assert "checkpoint-2.incomplete could not be written: [Errno 27]" in fails(
         lambda: save(tmp_path, 2, tp=1, dp=1)

@@ -18,7 +18,7 @@ import pytest
 
 from parallel.graph.hlo import Graph
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import read, several_runs
+from tests.support.runs import read, several_runs
 from trainer.config import SAMPLE
 
 GOLDEN, RANKS, STEPS = ROOT / "tests" / "golden", 4, 10
@@ -26,10 +26,13 @@ SHORT = "--max_seq_length 64 --learning_rate 5e-3 --lr_scheduler_type cosine --w
 CASES = {
     "lora": "--tensor_parallel_size 2 --lora_r 4 --lora_dropout 0.1 --do_eval --eval_steps 5",
     "full": "--tensor_parallel_size 4 --lora_r 0 --weight_decay 0.1 --gradient_checkpointing",
-    "bf16": "--tensor_parallel_size 2 --lora_r 4 --bf16 --gradient_checkpointing selective --sequence_parallel false",
-    "stages": "--model_id {model} --random_weights --tensor_parallel_size 2 --pipeline_parallel_size 2 --per_device_train_batch_size 2 --lora_r 4 --lora_dropout 0.1 "
+    "bf16": "--tensor_parallel_size 2 --lora_r 4 --bf16 --gradient_checkpointing selective "
+    "--sequence_parallel false",
+    "stages": "--model_id {model} --random_weights --tensor_parallel_size 2 --pipeline_parallel_size 2 "
+    "--per_device_train_batch_size 2 --lora_r 4 --lora_dropout 0.1 "
     "--gradient_accumulation_steps 2 --gradient_checkpointing --do_eval --eval_samples 1",
-    "stages_in_one_graph": "--tensor_parallel_size 2 --pipeline_parallel_size 2 --per_device_train_batch_size 2 --lora_r 0 "
+    "stages_in_one_graph": "--tensor_parallel_size 2 --pipeline_parallel_size 2 "
+    "--per_device_train_batch_size 2 --lora_r 0 "
     "--mark_step step",
     "accumulation": "--tensor_parallel_size 2 --lora_r 4 --gradient_accumulation_steps 3",
     "zero_1": "--tensor_parallel_size 2 --lora_r 0 --zero_1 --gradient_accumulation_steps 2",
@@ -56,7 +59,7 @@ def operations(runtime, commands):
             found.append(
                 {
                     name: dict(sorted(Graph(text).operations.items()))
-                    for name, text in runtime._guard._texts.items()
+                    for name, text in runtime.guard.texts.items()
                     if "ENTRY" in text
                 }
             )

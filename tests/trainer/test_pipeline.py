@@ -11,8 +11,8 @@ from parallel.mesh import Group, Mesh
 from parallel.pipeline import Pipeline
 from tests.support.models import save_adapter, save_llama
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import column, several_runs
-from tools.merge_checkpoint.__main__ import merge
+from tests.support.runs import column, several_runs
+from tools.merge_checkpoint.merging import merge
 from trainer.config import parse
 from trainer.job import prepare
 
@@ -60,26 +60,28 @@ def batch_of(dp_rank):
 
 
 def pipelined(runtime, cases, bases):
-    """[loss sum, loss of an evaluation, gradient norm, gradients with their shards, of the parameters that
-    are not spare] of each case, by the ticks of trainer/loop.py; compilations."""
+    """[counts, loss of an evaluation, gradient norm, gradients with their shards, of the parameters that are
+    no padding] of each case, by trainer/pipelined.py; compilations."""
     from pathlib import Path
     from types import SimpleNamespace
 
     from model.config import ModelConfig
     from model.llama import Llama
     from model.lora import add_lora
-    from model.stage import finish, forward_tick, schedule
+    from model.stage import schedule
     from model.weights.loading import fill
     from model.weights.peft import PeftAdapter
     from model.weights.sources import SafetensorsFiles
     from parallel.buckets import Buckets
     from parallel.collectives import all_reduce
-    from parallel.gradients import global_norm
-    from parallel.loss import parallel_cross_entropy
+    from parallel.gradients import GradientAccumulator, global_norm
     from parallel.shard import named_shards
-    from trainer.loop import batch_totals, evaluate
+    from trainer.build import TrainState
+    from trainer.evaluation import evaluate
+    from trainer.objective import FIGURES
+    from trainer.pipelined import forward_backward_in_ticks, without_mark_step
 
-    found, zeros = [], torch.zeros(3).to(runtime.device)
+    found = []
     for pp, tp, micro_batches, base, how in cases:
         mesh = Mesh.create(runtime.rank, runtime.world_size, tp, pp)
         checkpointing = next((each for each in ("full", "selective") if each in how), "none")
@@ -96,41 +98,25 @@ def pipelined(runtime, cases, bases):
         model.requires_grad_(True)  # LoRA and all weights at once: more than a run trains, in one graph
         buckets = Buckets(list(named_shards(model)), mesh, "zero_1" in how, 4 * 1000)
         batch = {name: tensor.to(runtime.device) for name, tensor in batch_of(mesh.dp.rank()).items()}
-        ticks, idle = schedule(model, ROWS, SEQUENCE, runtime.device)
-        totals, passages, sent, divided = zeros, [], idle, "step" not in how
-        sums = [torch.zeros(shape).to(runtime.device) for shape in buckets.shapes] if divided else None
-        for tick in ticks:
-            passages.append(forward_tick(model, batch, tick, sent))
-            sent = passages[-1].output
-            if divided:
-                runtime.mark_step()
-        sent = idle
-        for tick in reversed(ticks):
-            passage = passages.pop()
-            logits, rows = finish(model, batch, tick, passage.output)
-            losses = parallel_cross_entropy(logits, rows["labels"], model.rank_index, mesh.model)
-            losses.sum().backward()
-            sent = passage.backward(sent)
-            sums = buckets.take_gradients(sums)
-            totals = totals + batch_totals(losses, rows)
-            del passage, logits, rows, losses
-            if divided:
-                runtime.mark_step()
-        del sent
-        totals = all_reduce(totals, mesh.dp)
-        gradients = buckets.reduce(sums)
+        divided = "step" not in how
+        accumulator = GradientAccumulator(buckets, 2 + len(FIGURES), runtime.device, divided)
+        ticks = schedule(model, ROWS, SEQUENCE, runtime.device)
+        state = TrainState(None, mesh, model, buckets, accumulator, ticks)
+        forward_backward_in_ticks(state, batch, runtime.mark_step if divided else without_mark_step)
+        totals = all_reduce(accumulator.counts, mesh.dp)
+        gradients = buckets.reduce(accumulator.grad_sums)
         norm = global_norm(buckets, gradients)
         runtime.mark_step()
         on_host = [gradient.cpu() for gradient in gradients]
         pieces = {name: (*buckets.own_piece(name, on_host), shard) for name, shard in buckets.shards.items()}
-        assert all(not piece.any() for piece, _, shard in pieces.values() if shard.spare)
+        assert all(not piece.any() for piece, _, shard in pieces.values() if shard.padding)
         held_out = SimpleNamespace(evaluation_batches=lambda: [batch_of(mesh.dp.rank())] * 2)  # noqa: B023  (called here)
         found.append(
             (
                 totals.tolist(),
-                evaluate(runtime, model, held_out, mesh, zeros),
+                evaluate(runtime, model, held_out, mesh),
                 norm.item(),
-                {name: each for name, each in pieces.items() if not each[2].spare},
+                {name: each for name, each in pieces.items() if not each[2].padding},
             )
         )
     return found, runtime.compilations()
@@ -194,7 +180,7 @@ def check(results, world_size, cases, adapted):
         )
         for found, compilations in results:
             assert compilations == graphs
-            (total, *counted), (mean, twice), found_norm, gradients = found[number]
+            (*counted, total), (mean, twice), found_norm, gradients = found[number]
             assert (
                 counted == [targets, tokens]
                 and twice == 2 * targets
@@ -207,7 +193,7 @@ def check(results, world_size, cases, adapted):
                 found_norm,
                 norm,
             )
-            # Beside a spare LoRA, which peft has not, a weight has its plain name there.
+            # peft has no padding LoRA: a weight has its plain name there.
             gradients = {
                 name if name in expected else hf_name(name): each for name, each in gradients.items()
             }
@@ -249,10 +235,10 @@ def test_the_mesh_has_each_rank_once_in_each_kind_of_group():
 
 def test_layers_are_dealt_out_evenly():
     def dealt(layers, stages):
-        return [Pipeline(Group([list(range(stages))], stage)).slots(layers) for stage in range(stages)]
+        return [Pipeline(Group([list(range(stages))], stage)).layer_ids(layers) for stage in range(stages)]
 
     assert dealt(6, 2) == [[0, 1, 2], [3, 4, 5]]
-    assert dealt(5, 4) == [[0, 1], [2, 6], [3, 7], [4, 8]]  # 6, 7 and 8 are spare
+    assert dealt(5, 4) == [[0, 1], [2, 6], [3, 7], [4, 8]]  # 6, 7 and 8 are padding
     with pytest.raises(ValueError, match="num_hidden_layers 3 is less than --pipeline_parallel_size 4"):
         dealt(3, 4)
 
@@ -270,7 +256,7 @@ MODES = {
 
 
 def test_runs_are_saved_and_go_on_with_other_stages(tmp_path):
-    """Three layers, so that a slot is spare; with dropout; and what is merged is what one stage has trained."""
+    """Three layers, so that one is padding; with dropout; the merged model is what one stage has trained."""
     save_llama(tmp_path / "base", hidden_size=32, intermediate_size=48)
 
     def command(mode, run, output, *more):

@@ -8,10 +8,10 @@ from data.loader import Loader
 from tests.model.test_generation import asked
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
+from tests.support.runs import read, several_runs, start
 from tests.support.saved import TOKENIZER
 from tests.tools.test_inspect_checkpoint import flip
-from tests.trainer.test_training import read, several_runs, start
-from tools.inspect_checkpoint import main as inspect
+from tools.inspect_checkpoint.__main__ import main as inspect
 from tools.merge_checkpoint.__main__ import main as merge
 from trainer.config import parse
 from trainer.job import prepare

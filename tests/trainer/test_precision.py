@@ -7,7 +7,7 @@ import torch
 
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
-from tests.trainer.test_training import column, final_states, several_runs
+from tests.support.runs import column, final_states, several_runs
 from trainer.config import SAMPLE, parse
 from trainer.job import prepare
 

@@ -1,4 +1,4 @@
-"""Prompts as they are in training, found again beside the weights; and what ends an answer."""
+"""Prompts are those of training, which are saved next to the weights; and the tokens that end an answer."""
 
 import json
 
@@ -11,7 +11,8 @@ from trainer.config import SAMPLE
 from trainer.prompts import FILE, PromptFormat, chat_ids, end_tokens, generation_config
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARKS = ["<|im_start|>", "<|im_end|>"]

@@ -1,4 +1,4 @@
-"""Runs that are stopped, and go on: on another topology, after SIGTERM, before a time limit."""
+"""Runs that stop and resume: on another topology, after SIGTERM, before a time limit."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ import torch
 
 from tests.support.models import save_llama
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.trainer.test_training import ENVIRONMENT, column, read, several_runs, start
+from tests.support.runs import column, environment, read, several_runs, start
 
 # (tp, dp): flags; each with 8 rows a step.
 TOPOLOGIES = {
@@ -22,11 +22,11 @@ MODES = {"lora": "--lora_r 4 --lora_dropout 0.1", "full": "--lora_r 0 --weight_d
 
 
 def test_another_topology_continues_the_curve(tmp_path):
-    """To TP4 x DP2 with ZeRO-1 from three others, and back; 4 KV heads, so that 8 ranks replicate them."""
+    """From three topologies to TP4 x DP2 with ZeRO-1 and back; 8 ranks replicate the 4 KV heads."""
     save_llama(tmp_path / "base", num_hidden_layers=1)
 
     def run(world_size, *legs):
-        """legs: (topology, the topology that it goes on from, or None)."""
+        """legs: (topology, the topology that it resumes from, or None)."""
         commands = []
         for (tp, dp), origin in legs:
             for mode, flags in MODES.items():
@@ -106,7 +106,7 @@ def test_sigterm_and_a_time_limit_save_and_end(tmp_path):
         str(stopped),
     ]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     while not (stopped / "metrics.jsonl").exists() or len(read_lines(stopped)) < 3:
         assert process.poll() is None, process.stdout.read()
@@ -117,7 +117,7 @@ def test_sigterm_and_a_time_limit_save_and_end(tmp_path):
     first = read(stopped)[-1]["step"]
     assert f"stopped after step {first} of 100000: --resume latest goes on" in said
     assert [path.name for path in stopped.glob("checkpoint-*")] == [f"checkpoint-{first}"]
-    # A limit that has passed before the first step: two steps are made, because the wish to stop is read one
+    # The limit has passed before the first step. Two steps are made, because the stop request is read one
     # step late.
     start(*flags, "--max_steps", 100000, "--max_minutes", 0.001, "--output_dir", stopped)
     assert [path.name for path in stopped.glob("checkpoint-*")] == [f"checkpoint-{first + 2}"]

@@ -1,7 +1,6 @@
 """Whole runs of trainer/main.py, as a user starts them."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,35 +12,10 @@ import torch
 
 from tests.support.models import save_adapter, save_llama
 from tests.support.on_ranks import ROOT, on_ranks
-from tools.merge_checkpoint.__main__ import merge
+from tests.support.runs import SHORT, column, environment, read, several_runs, start
+from tools.merge_checkpoint.merging import merge
 from trainer.config import parse
 from trainer.job import prepare
-
-SHORT = [
-    "--max_seq_length",
-    "64",
-    "--learning_rate",
-    "1e-2",
-    "--lr_scheduler_type",
-    "cosine",
-    "--warmup_ratio",
-    "0.1",
-]
-HIDDEN = ("PJRT_DEVICE", "CPU_NUM_DEVICES", "PYTHONPATH")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in HIDDEN}
-
-
-def start(*flags, program=("trainer/main.py",), cwd=ROOT):
-    done = subprocess.run(
-        [sys.executable, *map(str, program), *map(str, flags)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env=ENVIRONMENT,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done
 
 
 def torchrun(processes):
@@ -53,14 +27,6 @@ def torchrun(processes):
         f"--nproc_per_node={processes}",
         ROOT / "trainer" / "main.py",
     )
-
-
-def read(output, name="metrics.jsonl"):
-    return [json.loads(line) for line in (output / name).read_text().splitlines()]
-
-
-def column(output, name="loss"):
-    return [line[name] for line in read(output)]
 
 
 def sharded_logits(runtime, checkpoint, base, tp, ids):
@@ -136,38 +102,6 @@ MODES = {
     "lora": ["--lora_r", "4", "--lora_dropout", "0.1"],
     "full": ["--lora_r", "0", "--weight_decay", "0.1"],
 }
-
-
-def several_runs(runtime, commands):
-    """What trainer/main.py does, for several command lines in one process, which saves its start."""
-    from trainer.config import parse
-    from trainer.job import prepare
-    from trainer.loop import run
-
-    for flags in commands:
-        job = prepare(parse(flags), runtime.world_size)
-        runtime.barrier()
-        run(runtime, job)
-
-
-SEEN: dict[tuple[int, str], object] = {}
-
-
-def final_states(runtime, commands, look):
-    """{output directory's name: look(optimizer)} on this rank, in place of the checkpoint that each run
-    writes at its end.
-
-    Every rank puts its own function there, and whichever rank's is called knows its caller by the runtime
-    that it is given.
-    """
-    import trainer.checkpoint.writer
-
-    def save(saver, position, eval_loss):
-        SEEN[saver.runtime.rank, os.path.basename(saver.job.config.output_dir)] = look(saver.optimizer)
-
-    trainer.checkpoint.writer.Saver.save = save
-    several_runs(runtime, commands)
-    return {name: state for (rank, name), state in SEEN.items() if rank == runtime.rank}
 
 
 def test_the_topology_does_not_change_the_run(tmp_path):
@@ -384,12 +318,14 @@ def test_full_training_comes_back(tmp_path):
 def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
     """The launch command of the LoRA tutorial, on a machine of 8 virtual devices."""
     save_llama(tmp_path / "base", num_key_value_heads=8)
-    flags = f"""--model_id {tmp_path}/base --dataset {ROOT}/data/sample/instructions.jsonl --num_train_epochs 3 --do_train
-        --learning_rate 5e-5 --warmup_ratio 0.03 --max_steps 4 --per_device_train_batch_size 1 --per_device_eval_batch_size 1
-        --gradient_accumulation_steps 2 --gradient_checkpointing true --bf16 --zero_1 false --tensor_parallel_size 8
-        --pipeline_parallel_size 1 --logging_steps 1 --save_total_limit 1 --output_dir out --lr_scheduler_type constant
-        --lora_r 16 --lora_alpha 32 --lora_dropout 0.0 --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128
-        --packing true""".split()
+    flags = f"""
+        --model_id {tmp_path}/base --dataset {ROOT}/data/sample/instructions.jsonl --num_train_epochs 3
+        --do_train --learning_rate 5e-5 --warmup_ratio 0.03 --max_steps 4
+        --per_device_train_batch_size 1 --per_device_eval_batch_size 1
+        --gradient_accumulation_steps 2 --gradient_checkpointing true --bf16 --zero_1 false
+        --tensor_parallel_size 8 --pipeline_parallel_size 1 --logging_steps 1 --save_total_limit 1
+        --output_dir out --lr_scheduler_type constant --lora_r 16 --lora_alpha 32 --lora_dropout
+        0.0 --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128 --packing true""".split()
     start(*flags, program=torchrun(8), cwd=tmp_path)
     lines = read(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["compilations"] == 2
@@ -441,7 +377,7 @@ def test_ctrl_c_ends_the_run_in_its_first_compilation(tmp_path):
             tmp_path,
         ],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,7 +5,7 @@ import torch
 
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
-from tests.trainer.test_training import column, final_states
+from tests.support.runs import column, final_states
 
 STEPS, TP, DP = 20, 4, 2
 LORA, FULL = ["--lora_r", "4", "--lora_dropout", "0.1"], ["--lora_r", "0", "--weight_decay", "0.1"]

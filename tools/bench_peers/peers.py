@@ -85,15 +85,12 @@ def plain(directory: Path) -> dict:
 
 def pending_instructions() -> int:
     """The number of HLO instructions that have been recorded since the last sync."""
-    import torch_xla
-
+    from parallel.graph import backend
     from parallel.graph.hlo import Graph
     from parallel.graph.live import live_tensors
 
-    [tensors], backend = live_tensors(1), torch_xla._XLAC
-    needed = backend._check_tensor_need_materialization(tensors)
-    pending = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
-    return len(Graph(backend._get_xla_tensors_hlo(pending)).instructions)
+    [tensors] = live_tensors(1)
+    return len(Graph(backend.hlo_text(backend.pending_tensors(tensors))).instructions)
 
 
 def trl(directory: Path, padded: bool) -> dict:

@@ -8,51 +8,52 @@ from pathlib import Path
 
 import numpy as np
 
+from parallel.mesh import ALONE
+from parallel.runtime import GraphListener
+
 GEMM = 2048  # rows and columns of the matrices whose product is the peak
 ROUNDS = 6
 RECORDED = 2  # steps in a Chrome trace
 
 
-class Clock:
-    """Rank 0's times of each optimizer step, taken before and after every mark_step.
+class Clock(GraphListener):
+    """Rank 0's times of each optimizer step, taken at every mark_step.
 
     In the steps `waits`, each mark_step waits for the device. `trace`, if any, records steps from waits.stop
-    on. The lists have a value for each step: the seconds of tracing in `traced`, those of mark_step in
-    `worked`, and the moments at which steps ended in `ended`.
+    on. The lists have a value for each step: the seconds of tracing in `trace_seconds`, those of mark_step in
+    `device_seconds`, and the moments at which steps ended in `ended`.
     """
 
-    def __init__(self, runtime, micro_graphs: int, waits: range, trace=None):
-        self.traced, self.worked, self.ended = [], [], []
-        self._graphs, self._waits, self._recorder = micro_graphs, waits, trace
-        self._mark_step, self._calls = runtime.mark_step, -1  # the first mark_step builds the model
-        self._since, self._trace, self._work = 0.0, 0.0, 0.0
-        runtime.mark_step = self.mark_step
+    def __init__(self, step_ends: str, waits: range, trace=None):
+        """step_ends: the name of a step's last graph."""
+        self.trace_seconds, self.device_seconds, self.ended = [], [], []
+        self._step_ends, self._waits, self._recorder = step_ends, waits, trace
+        self._since = self._begun = self._trace = self._work = 0.0
 
-    def mark_step(self, *place) -> None:
-        import torch_xla.core.xla_model as xla_model
-
-        begun = time.perf_counter()
-        self._trace += begun - self._since
+    def traced(self, name):
+        self._begun = time.perf_counter()
+        self._trace += self._begun - self._since
         if self._recorder:
             self._recorder.phase("mark_step")
-        self._mark_step(*place)
+
+    def started(self, name):
+        import torch_xla.core.xla_model as xla_model
+
         if len(self.ended) in self._waits:
             xla_model.wait_device_ops()
         self._since = time.perf_counter()
-        self._work += self._since - begun
-        self._calls += 1
-        if self._calls == 0:
-            self._trace = self._work = 0.0
-        elif self._calls % self._graphs == 0:
-            self.traced.append(self._trace)
-            self.worked.append(self._work)
+        self._work += self._since - self._begun
+        if name == self._step_ends:
+            self.trace_seconds.append(self._trace)
+            self.device_seconds.append(self._work)
             self.ended.append(self._since)
-            self._trace = self._work = 0.0
             if self._recorder and len(self.ended) == self._waits.stop:
                 self._recorder.start()
             elif self._recorder and len(self.ended) == self._waits.stop + RECORDED:
                 xla_model.wait_device_ops()
                 self._recorder.stop()
+        if name in (self._step_ends, "build"):
+            self._trace = self._work = 0.0
         if self._recorder:
             self._recorder.phase("host tracing")
 
@@ -110,8 +111,8 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
         "step_seconds_most": float(seconds.max()),
         **_rates(job, mesh, float(np.median(seconds)), lines[free], peak),
         "data_wait_seconds": float(np.median([line["data_wait_seconds"] for line in lines[free]])),
-        "host_trace_seconds": float(np.median(clock.traced[waited])),
-        "device_seconds": float(np.median(clock.worked[waited])),
+        "host_trace_seconds": float(np.median(clock.trace_seconds[waited])),
+        "device_seconds": float(np.median(clock.device_seconds[waited])),
         "compilations": lines[-1]["compilations"] - compiled,
         "peak_memory_bytes": peak_memory(),
     }
@@ -128,7 +129,9 @@ def _run(job, world_size: int, waits: range, trace) -> tuple[Clock, float, int]:
         if runtime.rank == 0:
             peak = gemm_peak("bfloat16" if job.config.bf16 else "float32")
             compiled = runtime.compilations()
-            found.extend((Clock(runtime, job.config.mark_steps, waits, trace), peak, compiled))
+            clock = Clock(list(job.config.graphs)[-1], waits, trace)
+            runtime.listeners.append(clock)
+            found.extend((clock, peak, compiled))
         runtime.barrier()
         run(runtime, job)
 
@@ -165,20 +168,14 @@ def _micro_batch_flops(job, mesh) -> tuple[float, float]:
 
     The second ones include recomputation and idle ticks.
     """
-    from model.llama import Llama
-    from model.lora import add_lora
-    from parallel.pipeline import Pipeline
     from tools.graphs.flops import micro_batch_flops
+    from trainer.build import build_model
 
     config = job.config
-    stage, whole = (
-        Llama(job.model_config, mesh.tp, sequence_parallel=config.divides_sequence, pipeline=each)
-        for each in (Pipeline(mesh.pp, mesh.model), Pipeline())
-    )
-    if job.lora:
-        add_lora(stage, job.lora)
-        add_lora(whole, job.lora)
     plain = replace(config, gradient_checkpointing="none", pipeline_parallel_size=1, num_microbatches=1)
+    one_stage = replace(mesh, pp=ALONE, model=mesh.tp)
+    stage = build_model(config, job.model_config, mesh, job.lora)
+    whole = build_model(plain, job.model_config, one_stage, job.lora)
     return micro_batch_flops(whole, plain) / mesh.pp.size(), micro_batch_flops(stage, config)
 
 

@@ -9,6 +9,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from parallel.graph import backend
+from parallel.runtime import devices
+
 FILE = "step.trace.json.gz"
 
 
@@ -17,9 +20,7 @@ class StepTrace:
 
     def __init__(self, directory: Path):
         """Make the directory; raises ValueError on NeuronCores, and where nothing can be written to it."""
-        from parallel.runtime import on_neuron
-
-        if on_neuron():
+        if devices.on_neuron():
             raise ValueError(
                 "--profile records XLA:CPU. On NeuronCores run trainer/main.py under "
                 "NEURON_RT_INSPECT_ENABLE=1, NEURON_RT_INSPECT_DEVICE_PROFILE=1 and "
@@ -43,11 +44,9 @@ class StepTrace:
 
     def phase(self, name: str) -> None:
         """Name what the calling thread does from here to the next phase, if steps are being recorded."""
-        import torch_xla
-
         self._end_phase()
         if self._temporary:
-            self._phase = torch_xla._XLAC.profiler.TraceMe(name)
+            self._phase = backend.profiler_span(name)
             self._phase.__enter__()
 
     def _end_phase(self):

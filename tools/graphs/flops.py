@@ -8,7 +8,8 @@ softmax, the embedding (gather and scatter) and the optimizer have no matrix pro
 from torch import nn
 
 from model.attention.blockwise import block_size
-from model.llama import Llama, LlamaDecoderLayer
+from model.decoder_layer import LlamaDecoderLayer
+from model.llama import Llama
 from model.lora import LoraLinear
 from trainer.config import Config
 
@@ -27,7 +28,7 @@ def micro_batch_flops(model: Llama, config: Config) -> int:
         needs_grad = receives or model.model.embed_tokens.weight.requires_grad
         for layer in model.model.layers:
             needs_grad = count.layer(layer, needs_grad)
-            if config.recompute == "full":
+            if config.checkpointing_mode == "full":
                 count.layer(layer, False, recomputed=True)
         count.column_parallel([model.lm_head], needs_grad)
     return count.total
@@ -44,7 +45,7 @@ class _Count:
     def __init__(self, config: Config):
         self.config, self.total = config, 0
         self.has_collectives = config.tensor_parallel_size > 1
-        self.rows = config.per_device_train_batch_size // config.microbatches
+        self.rows = config.per_device_train_batch_size // config.pipeline_microbatches
 
     def layer(self, layer: LlamaDecoderLayer, needs_grad: bool, recomputed: bool = False) -> bool:
         """A decoder layer. S is scores(): one product of attention, of all its blocks.
@@ -61,7 +62,7 @@ class _Count:
         products = 2
         if not recomputed:
             products += query + key + (query or key) + value
-            products += mixed and self.config.recompute == "selective"
+            products += mixed and self.config.checkpointing_mode == "selective"
         self.total += products * self.scores(attention)
         needs_grad = self.linear(attention.o_proj, mixed, recomputed) or needs_grad
         inner = any(self.column_parallel([mlp.gate_proj, mlp.up_proj], needs_grad, recomputed))
@@ -78,7 +79,7 @@ class _Count:
         message, and under full recomputation, which requests the gradient of every layer's input.
         """
         sends_grad = self.has_collectives and (
-            self.config.recompute == "full" or any(isinstance(layer, LoraLinear) for layer in layers)
+            self.config.checkpointing_mode == "full" or any(isinstance(layer, LoraLinear) for layer in layers)
         )
         return [self.linear(layer, needs_grad, recomputed, sends_grad=sends_grad) for layer in layers]
 

@@ -2,6 +2,13 @@
 
 from pathlib import Path
 
+from model.config import ModelConfig
+from model.llama import Llama
+from parallel.mesh import Mesh
+from trainer.build import build_model
+from trainer.config import SAMPLE, Config
+from trainer.job import lora_config
+
 LLAMA3 = {
     "vocab_size": 128256,
     "num_key_value_heads": 8,
@@ -55,14 +62,11 @@ PRESETS = {
 }
 
 
-def read_model(name: str):
+def read_model(name: str) -> ModelConfig:
     """The ModelConfig of a preset, of `tiny`, of a directory or of a config.json.
 
     Raises ValueError for any other name.
     """
-    from model.config import ModelConfig
-    from trainer.config import SAMPLE
-
     if name in PRESETS:
         return ModelConfig(**PRESETS[name])
     path = SAMPLE / "tiny" if name == "tiny" else Path(name)
@@ -71,3 +75,9 @@ def read_model(name: str):
             f"--model {name}: {', '.join(PRESETS)}, tiny, a directory or a config.json was expected"
         )
     return ModelConfig.from_pretrained(path.parent if path.is_file() else path)
+
+
+def rank_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> Llama:
+    """The model of the mesh's rank as it is trained, on the meta device; ValueError where it cannot be
+    divided."""
+    return build_model(config, model_config, mesh, lora_config(config))

@@ -5,7 +5,7 @@ from collections import Counter
 from parallel.graph.hlo import Graph
 from parallel.mesh import Mesh
 from tools.graphs.memory import kept_bytes, most_bytes, state_of
-from trainer.build import build
+from tools.graphs.models import rank_model
 
 
 def rank_0_mesh(config) -> Mesh:
@@ -23,7 +23,7 @@ def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple
     from tools.graphs.tracing import trace
 
     mesh = rank_0_mesh(config)
-    model = build(config, model_config, mesh)
+    model = rank_model(config, model_config, mesh)
     found = trace(config, model_config, mesh.world_size, keep_proto, compiles)
     if len(found) != len(config.graphs):
         raise RuntimeError(
@@ -52,7 +52,7 @@ def step_flops(report: dict) -> int:
 def _topology(config, model_config, mesh: Mesh) -> dict:
     from parallel.pipeline import Pipeline
 
-    stages = Pipeline(mesh.pp).dealt(model_config.num_hidden_layers)
+    stages = Pipeline(mesh.pp).layer_ids_of_stages(model_config.num_hidden_layers)
     return {
         "tensor_parallel_size": mesh.tp.size(),
         "pipeline_parallel_size": mesh.pp.size(),
@@ -61,7 +61,7 @@ def _topology(config, model_config, mesh: Mesh) -> dict:
             sum(number < model_config.num_hidden_layers for number in layers) for layers in stages
         ],
         "slots": len(stages[0]),
-        "num_microbatches": config.microbatches,
+        "num_microbatches": config.pipeline_microbatches,
         "ticks": config.ticks,
     }
 

@@ -1,28 +1,31 @@
-"""Captures the graphs of trainer.loop.run where a rank would execute them.
+"""Captures the graphs of trainer.loop.train_step where a rank would execute them.
 
-One rank is traced, without values and without device memory. The loop runs unchanged, with a Runtime of its
+One rank is traced, without values and without device memory. The step runs unchanged, with a Runtime of its
 own. Its mark_step takes the pending graph as HLO, and then replaces the data of every pending tensor by a
-placeholder, which is a tensor of the device with a shape and no data. Tensors that the loop creates on the
-host are on the meta device, and become placeholders when they are moved to the device; so weights take no
-memory. Batches have values.
+placeholder, which is a tensor of the device with a shape and no data. Tensors that are created on the host
+are on the meta device, and become placeholders when they are moved to the device; so weights take no memory.
 """
 
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from data.loader import BEGINNING
 from data.packing import Pieces, Rows
 from data.tokens import Tokens
 from model.config import ModelConfig
+from parallel.graph import backend
 from parallel.graph.live import live_tensors
 from parallel.runtime import Runtime, launch
+from trainer.build import build_state
 from trainer.config import Config
 from trainer.job import Job, lora_config
+from trainer.loop import make_loaders, train_step
 
 MANY = 64
 
@@ -42,58 +45,35 @@ class Traced:
     compile_seconds: float | None
 
 
-class _Done(Exception):
-    """Ends the loop when enough steps were traced."""
-
-
 class _Tracer(Runtime):
-    """Collects every new graph in `traced`, and ends the loop by an exception after `mark_steps` calls."""
+    """A rank that collects its graphs in `traced` where another one would execute them."""
 
-    def __init__(self, runtime: Runtime, world_size: int, mark_steps: int, keep_proto: bool, compiles: bool):
+    def __init__(self, runtime: Runtime, world_size: int, keep_proto: bool, compiles: bool):
         super().__init__(runtime.rank, world_size, runtime.device)
         self.traced: dict[bytes, Traced] = {}
-        self._left, self._keep_proto, self._compiles = mark_steps, keep_proto, compiles
+        self._keep_proto, self._compiles = keep_proto, compiles
         self._begun = time.perf_counter()
 
-    def barrier(self):
-        """Return at once: no other rank runs."""
-
-    def watch_graphs(self, on_recompile):
-        """Do nothing: every graph is collected, so none is unexpected."""
-
-    def mark_step(self, place=None, step=None):
-        import torch_xla
-
-        backend, begun = torch_xla._XLAC, time.perf_counter()
-        tensors = live_tensors(self.world_size)[self.rank]
-        pending = [
-            tensor
-            for tensor, needed in zip(
-                tensors, backend._check_tensor_need_materialization(tensors), strict=True
-            )
-            if needed
-        ]
+    def _end_graph(self, name):
+        traced = time.perf_counter()
+        pending = backend.pending_tensors(live_tensors(self.world_size)[self.rank])
         if pending:
-            key = backend._get_graph_hash(pending)
+            key = backend.graph_hash(pending)
             if key not in self.traced:
-                self.traced[key] = self._take(backend, pending, begun - self._begun)
+                self.traced[key] = self._take(pending, traced - self._begun)
             for tensor in pending:
                 tensor.data = placeholder(tensor)  # its views are views of the placeholder from now on
-            # As torch_xla.sync does: the token that orders collectives must not reach the next graph.
-            backend._set_all_reduce_token(str(self.device), None)
-        self._left -= 1
-        if not self._left:
-            raise _Done
+            backend.reset_collective_order(self.device)
         self._begun = time.perf_counter()
 
-    def _take(self, backend, pending, trace_seconds):
+    def _take(self, pending, trace_seconds):
         begun = time.perf_counter()
-        text = backend._get_xla_tensors_hlo(pending)
+        text = backend.hlo_text(pending)
         lowered = time.perf_counter()
-        proto = backend._get_xla_tensors_hlo_proto(pending) if self._keep_proto else None
+        proto = backend.hlo_proto(pending) if self._keep_proto else None
         compiling = time.perf_counter()
         if self._compiles:
-            backend._xla_warm_up_cache(pending, [])
+            backend.compile_graph(pending)
         compile_seconds = time.perf_counter() - compiling if self._compiles else None
         return Traced(text, proto, trace_seconds, lowered - begun, compile_seconds)
 
@@ -138,26 +118,33 @@ def trace(
     parallel.runtime.prepare_environment must have been called, with the number of `devices`. `config` must
     have random weights.
     """
-    from trainer.loop import run
-
-    mark_steps = 1 + 2 * config.mark_steps  # the first ends the building, which leaves no graph
     found: list[Traced] = []
 
     def program(runtime):
-        if runtime.rank:
-            return
-        tracer = _Tracer(runtime, world_size, mark_steps, keep_proto, compiles)
-        try:
+        if runtime.rank == 0:
+            tracer = _Tracer(runtime, world_size, keep_proto, compiles)
             with _WithoutData(), torch.device("meta"):
-                run(tracer, job)
-        except _Done:
+                _two_steps(tracer, job)
             found.extend(tracer.traced.values())
 
-    # The loop deletes what earlier runs left in its output directory: it gets an empty one.
     with tempfile.TemporaryDirectory() as directory:
-        job = _job(replace(config, output_dir=directory), model_config, Path(directory))
+        job = _job(config, model_config, Path(directory))
         launch(program, devices(world_size))
     return found
+
+
+def _two_steps(tracer: _Tracer, job: Job) -> None:
+    """Build the state of the loop, and call its step twice."""
+    state = build_state(tracer, job)
+    tracer.mark_step("build")
+    state.model.train()
+    loader, _ = make_loaders(state, job, BEGINNING)
+    for step in range(2):
+        micro_batches = [
+            {name: tensor.to(tracer.device) for name, tensor in batch.items()} for batch in loader.step(step)
+        ]
+        scalars = state.optimizer.scalars(step, job.config.learning_rate).to(tracer.device)
+        train_step(tracer, state, micro_batches, scalars, torch.zeros(1).to(tracer.device))
 
 
 def _job(config, model_config, directory):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A command in a container with all Neuron devices of this machine: docker.sh IMAGE COMMAND. This directory takes the place of the
-# image's /markstep, so that neuron_cache and outputs stay.
+# Run a command in a container with all Neuron devices of this machine: docker.sh IMAGE COMMAND. This
+# directory is mounted over the image's /markstep, so that neuron_cache and outputs stay.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 options=(--rm --init --net=host --ipc=host --ulimit nofile=65536:65536 --volume "$PWD:/markstep"
@@ -8,7 +8,8 @@ options=(--rm --init --net=host --ipc=host --ulimit nofile=65536:65536 --volume 
 for device in /dev/neuron[0-9]*; do
     [[ ! -e $device ]] || options+=("--device=$device")
 done
-# Without a value, docker passes on what is set here, and nothing where it is not. A cache that is a path of this machine is none there.
+# A variable without a value is passed as it is set here, or not at all. A cache in a directory of this
+# machine is not passed: the container does not see it.
 for name in PHASE NPROC_PER_NODE RECIPE HF_TOKEN PJRT_DEVICE NEURON_CC_FLAGS; do
     options+=(--env "$name")
 done

@@ -1,53 +1,61 @@
 # shellcheck shell=bash
-# The environment of a run on Neuron, all of it, with the reason for each. node.sh sources it; what is set already stays as it is.
-# Read in November 2026: the AWS Neuron documentation (pages by name), the scripts of neuronx-distributed 0.18 ("NxD":
-# examples/training/llama/tp_zero1_llama_hf_pretrain/tp_zero1_llama3_8B_hf_pretrain.sh) and of optimum-neuron. None was tried here:
-# nothing of this has run on Trainium.
+# The whole environment of a run on Neuron, with the reason for each variable. node.sh sources this file. A
+# variable that is set already keeps its value. Sources, read in November 2026: the AWS Neuron documentation
+# (pages by name), the scripts of neuronx-distributed 0.18 ("NxD":
+# examples/training/llama/tp_zero1_llama_hf_pretrain/tp_zero1_llama3_8B_hf_pretrain.sh) and of optimum-neuron.
+# None of this has run on Trainium.
 
-# A virtual environment that has the Neuron SDK, unless one is active; neuron-ls lives where the second line says.
+# A virtual environment that has the Neuron SDK, unless one is active. The second line is where neuron-ls is.
 # shellcheck disable=SC1091
 [[ -z ${VENV:-} ]] || . "$VENV/bin/activate"
 export PATH="$PATH:/opt/aws/neuron/bin"
 
-# The compiler's flags ("Neuron Compiler CLI Reference Guide"). model-type: optimisations for transformers. enable-saturate-infinity:
-# on trn1 a matrix product's transpose of infinities (a mask) may otherwise give NaN. auto-cast=none: what is computed in fp32 stays
-# fp32; the default of SDK 2.27 and later, not of earlier ones. Left out on purpose: --distribution-strategy=llm-training, which
-# must not be combined with NKI kernels ("NxD Training release notes", 04/03/2025); --cache_dir, which would win over the
-# variable below.
+# The compiler's flags ("Neuron Compiler CLI Reference Guide"). model-type: optimisations for transformers.
+# enable-saturate-infinity: on trn1, a transpose of infinities (a mask) by a matrix product may otherwise give
+# NaN. auto-cast=none: fp32 products stay fp32; this is the default of SDK 2.27 and later, not of earlier
+# ones. Left out on purpose: --distribution-strategy=llm-training, which must not be combined with NKI kernels
+# ("NxD Training release notes", 04/03/2025); --cache_dir, which would win over the variable below.
 : "${NEURON_CC_FLAGS=--model-type=transformer --enable-saturate-infinity --auto-cast=none}"
 
-# Compiled graphs ("Neuron Persistent Cache"): a directory that all nodes see, or s3://BUCKET/PATH. The default of the SDK,
-# /var/tmp/neuron-compile-cache, is each node's own, and does not travel with the training package.
+# Compiled graphs ("Neuron Persistent Cache"): a directory that all nodes see, or s3://BUCKET/PATH. The SDK's
+# default, /var/tmp/neuron-compile-cache, is each node's own, and is not shipped with the training package.
 : "${NEURON_COMPILE_CACHE_URL=$PWD/neuron_cache}"
 
-# The compiler's own softmax in place of its parts ("PyTorch NeuronX Environment Variables"; NxD).
+# The compiler's own softmax instead of its parts ("PyTorch NeuronX Environment Variables"; NxD).
 : "${NEURON_FUSE_SOFTMAX=1}"
 
-# glibc keeps up to 8 heaps a core for threads; 32 processes of many threads ran hosts out of memory, most of all while saving
-# (NxD and optimum-neuron: "Host OOM"; the tutorial: "don't remove it for now").
+# glibc keeps up to 8 heaps a core for threads. Hosts with 32 processes of many threads ran out of memory,
+# mostly while saving (NxD and optimum-neuron: "Host OOM"; the tutorial: "don't remove it for now").
 : "${MALLOC_ARENA_MAX=64}"
 
-# So many executions may be queued ("NeuronX Runtime Configuration"; default 0: the host waits for each; NxD takes 3). The loop reads
-# its values one step late, and can only be ahead with it. From SDK 2.31 on the runtime ignores it with a warning.
+# The number of executions that may be queued ("NeuronX Runtime Configuration"; NxD takes 3). With the
+# default, 0, the host waits for each. The loop reads its values one step late, and only with this variable is
+# it ahead of the device. From SDK 2.31 on, the runtime ignores the variable with a warning.
 : "${NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS=3}"
 
-export NEURON_CC_FLAGS NEURON_COMPILE_CACHE_URL NEURON_FUSE_SOFTMAX MALLOC_ARENA_MAX NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS
+export NEURON_CC_FLAGS NEURON_COMPILE_CACHE_URL NEURON_FUSE_SOFTMAX MALLOC_ARENA_MAX
+export NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS
 
-# Several nodes talk over EFA, by RDMA from device memory ("How to prepare trn1.32xlarge for multi-node execution").
+# Several nodes communicate over EFA, by RDMA from device memory ("How to prepare trn1.32xlarge for multi-node
+# execution").
 if (( ${SLURM_STEP_NUM_NODES:-1} > 1 )); then
     : "${FI_PROVIDER=efa}" "${FI_EFA_USE_DEVICE_RDMA=1}"
     export FI_PROVIDER FI_EFA_USE_DEVICE_RDMA
 fi
 
-# Every process has sockets to many others: "Too many open files when running training job" ("PyTorch NeuronX troubleshooting").
+# Every process has sockets to many others: "Too many open files when running training job" ("PyTorch NeuronX
+# troubleshooting").
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 
 # Not set, on purpose:
-# NEURON_RT_STOCHASTIC_ROUNDING_EN    trainer/main.py sets it where --stochastic_rounding asks for it. Without, fp32 master weights.
-# XLA_USE_BF16, XLA_DOWNCAST_BF16     the tutorial's; torch_xla 2.9 has no automatic cast any more: --bf16 makes bf16 weights.
-# NEURON_RT_ROOT_COMM_ID              torch-neuronx makes it of torchrun's MASTER_ADDR and port 62182.
+# NEURON_RT_STOCHASTIC_ROUNDING_EN    trainer/main.py sets it with --stochastic_rounding. Without that flag,
+#                                     master weights are fp32.
+# XLA_USE_BF16, XLA_DOWNCAST_BF16     set in the tutorial. torch_xla 2.9 has no automatic cast any more:
+#                                     --bf16 makes bf16 weights.
+# NEURON_RT_ROOT_COMM_ID              torch-neuronx derives it from torchrun's MASTER_ADDR and port 62182.
 # NEURON_RT_NUM_CORES, _VISIBLE_CORES torch-neuronx gives each process of torchrun its core.
 # FI_EFA_FORK_SAFE                    only for Amazon Linux 2, whose glibc is too old for PyTorch 2.9.
-# CCOM_SOCKET_IFNAME                  NxD sets eth0 in pods whose first interface is another; export it where nodes do not find
-#                                     each other.
-# BUCKET_CAP_MB and its kin           torch_xla's and NxD's bucketing; markstep's buckets are of 128 MB (parallel/buckets.py).
+# CCOM_SOCKET_IFNAME                  NxD sets eth0 in pods whose first interface is another. Export it where
+#                                     nodes do not find each other.
+# BUCKET_CAP_MB and its kin           torch_xla's and NxD's bucketing. markstep's buckets are of 128 MB
+#                                     (parallel/buckets.py).

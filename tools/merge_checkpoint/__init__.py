@@ -1,1 +1,1 @@
-"""Sharded checkpoints -> a Hugging Face model, or a peft adapter."""
+"""Sharded checkpoints to a Hugging Face model, or to a peft adapter."""

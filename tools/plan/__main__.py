@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tools import cli
 from tools.graphs.checks import check_file, check_flags
-from tools.graphs.models import PRESETS, read_model
+from tools.graphs.models import PRESETS, rank_model, read_model
 from tools.graphs.report import rank_0_mesh
 from tools.plan.extrapolate import reports
 from tools.plan.instances import INSTANCES
@@ -27,7 +27,6 @@ from tools.plan.output import SHOWN, describe, preface, price_source, record, ta
 from tools.plan.step_report import estimate_step, read_report
 from tools.plan.sweep import sweep
 from tools.plan.topology import rows_per_step, topology_name
-from trainer.build import build
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,7 +106,9 @@ def _prepare(chosen: argparse.Namespace, config) -> tuple:
         )
     config = replace(config, world_size=cores)
     model_config = read_model(chosen.model)
-    build(config, model_config, rank_0_mesh(config))  # raises ValueError where the model cannot be divided
+    rank_model(
+        config, model_config, rank_0_mesh(config)
+    )  # raises ValueError where the model cannot be divided
     check_file("--json", chosen.json)
     check_file("--picture", chosen.picture)
     return config, model_config

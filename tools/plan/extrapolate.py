@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from tools.graphs.memory import state_of
+from tools.graphs.models import rank_model
 from tools.graphs.report import rank_0_mesh
-from trainer.build import build
 
 DEPTHS = (2, 4)
 TRACED_RANKS = 64  # more ranks take time and memory, and change nothing
@@ -92,8 +92,8 @@ def _config_to_trace(config):
         return traced
     if config.ticks == 1:
         return replace(traced, gradient_accumulation_steps=2)
-    count = min(config.microbatches, TRACED_TICKS)
-    rows = config.per_device_train_batch_size // config.microbatches * count
+    count = min(config.pipeline_microbatches, TRACED_TICKS)
+    rows = config.per_device_train_batch_size // config.pipeline_microbatches * count
     return replace(
         traced, gradient_accumulation_steps=1, num_microbatches=count, per_device_train_batch_size=rows
     )
@@ -179,7 +179,7 @@ def _add_ranks(report: dict, traced, config, model_config) -> dict:
     """The report of the Config that was traced, with all ranks and micro-batches of `config`."""
     mesh = rank_0_mesh(config)
     whole, small = (
-        state_of(build(config, model_config, each), config, each) for each in (mesh, rank_0_mesh(traced))
+        state_of(rank_model(config, model_config, each), config, each) for each in (mesh, rank_0_mesh(traced))
     )
     surplus = small.master_weights + small.moments - whole.master_weights - whole.moments
     graphs = {name: dict(graph) for name, graph in report["graphs"].items()}

@@ -91,8 +91,8 @@ def record(config, estimate: Estimate, price: float | None) -> dict:
     """A topology and its estimate, for --json."""
     return {
         **{flag: getattr(config, flag) for flag in _RECORDED_FLAGS},
-        "gradient_checkpointing": config.recompute,
-        "num_microbatches": config.microbatches,
+        "gradient_checkpointing": config.checkpointing_mode,
+        "num_microbatches": config.pipeline_microbatches,
         **vars(estimate),
         **{name: getattr(estimate, name) for name in _RECORDED_PROPERTIES},
         "usd_per_million_tokens": estimate.cost(price) if price else None,

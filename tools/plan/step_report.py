@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from tools.graphs.memory import state_of
+from tools.graphs.models import rank_model
 from tools.graphs.report import rank_0_mesh, step_flops
 from tools.plan.instances import Instance
 from tools.plan.roofline import Estimate, estimate
 from tools.plan.topology import rows_per_step
-from trainer.build import build
 
 
 def read_report(path: str) -> dict:
@@ -38,7 +38,7 @@ def check_report(report: dict, config, model_config) -> None:
         found["parameter bytes"] = report["state_bytes"]["parameters"]
     except (KeyError, TypeError, AttributeError):
         raise ValueError("the report is none of tools.bench_compile") from None
-    model = build(config, model_config, mesh)
+    model = rank_model(config, model_config, mesh)
     expected = sizes | {
         "FLOPs": config.gradient_accumulation_steps * micro_batch_flops(model, config),
         "parameter bytes": state_of(model, config, mesh).parameters,

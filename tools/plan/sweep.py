@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
+from tools.graphs.models import rank_model
 from tools.graphs.report import rank_0_mesh
 from tools.plan.extrapolate import reports
 from tools.plan.instances import Instance
 from tools.plan.roofline import Estimate
 from tools.plan.step_report import estimate_step
 from tools.plan.topology import rows_per_step
-from trainer.build import build
 
 LARGEST_MICRO_BATCH = 4
 STAGES = 1, 2, 4, 8
@@ -87,7 +87,7 @@ def _divided(config, tp: int, pp: int) -> Iterator:
 def _can_be_built(config, model_config) -> bool:
     """Whether the model's heads, its vocabulary and its layers divide."""
     try:
-        build(config, model_config, rank_0_mesh(config))
+        rank_model(config, model_config, rank_0_mesh(config))
     except ValueError:
         return False
     return True
@@ -97,7 +97,7 @@ def _may_grow(config, estimate: Estimate) -> bool:
     """Whether a micro-batch of twice the rows is worth a trace."""
     return (
         estimate.fits == "yes"
-        and config.per_device_train_batch_size // config.microbatches < LARGEST_MICRO_BATCH
+        and config.per_device_train_batch_size // config.pipeline_microbatches < LARGEST_MICRO_BATCH
         and config.gradient_accumulation_steps % 2 == 0
     )
 

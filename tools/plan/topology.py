@@ -10,14 +10,14 @@ def topology_name(config) -> str:
     tp, pp = config.tensor_parallel_size, config.pipeline_parallel_size
     dp = config.world_size // tp // pp
     stages = f" x PP{pp}" if pp > 1 else ""
-    ticks = f"{config.microbatches} in {config.ticks} ticks x " if config.ticks > 1 else ""
+    ticks = f"{config.pipeline_microbatches} in {config.ticks} ticks x " if config.ticks > 1 else ""
     rows = (
-        f"{config.per_device_train_batch_size // config.microbatches} x "
+        f"{config.per_device_train_batch_size // config.pipeline_microbatches} x "
         f"{ticks}{config.gradient_accumulation_steps} rows"
     )
     recomputed = {"none": "", "selective": ", scores recomputed", "full": ", layers recomputed"}
     zero_1 = ", ZeRO-1" if config.zero_1 else ""
-    return f"TP{tp}{stages} x DP{dp}, {rows}{recomputed[config.recompute]}{zero_1}"
+    return f"TP{tp}{stages} x DP{dp}, {rows}{recomputed[config.checkpointing_mode]}{zero_1}"
 
 
 def rows_per_step(config) -> int:

@@ -1,1 +1,1 @@
-"""Whether a run can start here."""
+"""Check that a run can start on this machine, before anything is compiled."""

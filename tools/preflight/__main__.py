@@ -5,64 +5,20 @@ rented for hours.
     trainer/main.py]
 
 The exit status is 1 where a finding is an error. The flags themselves, model and data are checked by
-trainer/main.py, as ever.
+trainer/main.py when it starts.
 """
 
-import argparse
-import math
 import sys
-from dataclasses import replace
-from pathlib import Path
 
-from tools.preflight import checks as preflight_checks
-from tools.preflight import flags as preflight_flags
-from tools.preflight.checks import Finding, Plan
-from tools.preflight.host import Machine, look
-from trainer.config import Config, parse
-
-STATE_BYTES = 12  # a trained parameter's weight and two moments, in a checkpoint
-LEVELS = ("error", "warning", "ok")
-
-
-def findings(machine: Machine, plan: Plan) -> list[Finding]:
-    """All there is to say, the worst first."""
-    found = [
-        each for check in (*preflight_checks.CHECKS, *preflight_flags.CHECKS) for each in check(machine, plan)
-    ]
-    return sorted(found, key=lambda each: LEVELS.index(each.level))
-
-
-def plan_of(config: Config, nproc: int, nnodes: int, phase: str) -> Plan:
-    """The plan, with the sizes of the model where that is a directory: nothing is downloaded to know them."""
-    directory, plan = Path(config.model_directory), Plan(config, nproc, nnodes, phase)
-    try:
-        from model.config import ModelConfig
-        from model.weights.shapes import trained_shapes
-        from parallel.buckets import BUCKET_BYTES
-        from trainer.job import lora_config
-    except ImportError:  # that torch or torch-xla is missing is a finding
-        return plan
-    if not directory.is_dir():
-        return replace(plan, bucket_bytes=BUCKET_BYTES)
-    files = [] if config.random_seed is not None else list(directory.glob("*.safetensors"))
-    shapes = trained_shapes(ModelConfig.from_pretrained(directory), lora_config(config))
-    elements = sum(math.prod(shape) for shape in shapes.values())
-    return replace(
-        plan,
-        model_files=len(files),
-        model_bytes=sum(file.stat().st_size for file in files),
-        checkpoint_bytes=STATE_BYTES * elements,
-        bucket_bytes=BUCKET_BYTES,
-    )
+from tools import cli
+from tools.preflight.findings import findings
+from tools.preflight.host import look
+from tools.preflight.plan import plan_of
+from trainer.config import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.preflight",
-        allow_abbrev=False,
-        description=__doc__.splitlines()[0],
-        epilog="All other flags are those of trainer/main.py.",
-    )
+    parser = cli.parser("preflight", __doc__, trainer_flags=True)
     parser.add_argument(
         "--nproc_per_node",
         type=int,
@@ -72,25 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--phase", choices=("train", "precompile"), default="train", help="default train")
     chosen, flags = parser.parse_known_args(arguments)
     try:
-        config, machine = parse(flags), look()
-    except ModuleNotFoundError as error:
-        print(
-            f"error: {error.name} is not installed: `pip install -e .` in the repository's directory",
-            file=sys.stderr,
-        )
-        return 1
-    nproc = (
-        chosen.nproc_per_node
-        or (machine.neuron_cores if machine.on_neuron else None)
-        or config.world_size
-        or 1
-    )
-    try:
+        config, host = parse(flags), look()
+        cores = host.neuron_cores if host.on_neuron else None
+        nproc = chosen.nproc_per_node or cores or config.world_size or 1
         plan = plan_of(config, nproc, chosen.nnodes, chosen.phase)
+    except ModuleNotFoundError as error:
+        return cli.fail(f"{error.name} is not installed: `pip install -e .` in the repository's directory")
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    found = findings(machine, plan)
+        return cli.fail(error)
+    found = findings(host, plan)
     for each in found:
         print(f"{each.level:<8} {each.what}" + (f"\n{'':<8} to mend: {each.mend}" if each.mend else ""))
     return int(any(each.level == "error" for each in found))

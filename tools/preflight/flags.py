@@ -1,14 +1,14 @@
-"""What preflight looks at in flags and environment: where they contradict each other, or AWS's software. Pure
-functions."""
+"""Checks of flags and environment: do they contradict each other, or AWS's software? Pure functions."""
 
 from collections.abc import Iterator
 
+from model.attention.flash_nki import LARGEST_HEAD, ROW_MULTIPLE, why_not_flash
 from parallel.mesh import Mesh
-from tools.preflight.checks import Finding, Plan
-from tools.preflight.host import Machine
+from tools.preflight.host import Host
+from tools.preflight.plan import Finding, Plan
+from trainer.config import Config
 
-FLASH_TOKENS = 2048  # as in model/attention/flash_nki.py, whose torch may be what is missing here
-BUCKET_MB = 140  # more, and neuronx-distributed 0.18 (trainer/trainer.py) knows of NaN in the third step
+BUCKET_MB = 140  # with more, neuronx-distributed 0.18 (trainer/trainer.py) knows of NaN in the third step
 BUCKET_VARIABLES = (
     "BUCKET_CAP_MB",
     "ALLREDUCE_BUCKET_CAP_MB",
@@ -18,20 +18,19 @@ BUCKET_VARIABLES = (
 SOURCE_IT = "start with tools/launch/trn1.sh or slurm.sbatch, or `. tools/launch/neuron_env.sh` first"
 
 
-def topology(machine: Machine, plan: Plan) -> Iterator[Finding]:
-    """The world divides into tensor parallel groups, and no variable says that it is another world."""
+def topology(host: Host, plan: Plan) -> Iterator[Finding]:
+    """The world divides into tensor parallel groups, and no variable says that it has another size."""
+    tp = plan.config.tensor_parallel_size
     try:
-        Mesh.create(0, plan.world, plan.config.tensor_parallel_size)
-        yield Finding(
-            "ok",
-            f"{plan.world} ranks: TP{plan.config.tensor_parallel_size} x DP"
-            f"{plan.world // plan.config.tensor_parallel_size} on {plan.nnodes} node{'s' * (plan.nnodes > 1)}",
-        )
+        Mesh.create(0, plan.world, tp)
+        nodes = f"{plan.nnodes} node{'s' * (plan.nnodes > 1)}"
+        yield Finding("ok", f"{plan.world} ranks: TP{tp} x DP{plan.world // tp} on {nodes}")
     except ValueError as error:
         yield Finding(
             "error",
             str(error).partition(":")[0],
-            f"choose NPROC_PER_NODE ({plan.nproc}), nodes ({plan.nnodes}) and --tensor_parallel_size so that it is",
+            f"choose NPROC_PER_NODE ({plan.nproc}), nodes ({plan.nnodes}) and --tensor_parallel_size so that "
+            "it is",
         )
     if plan.config.world_size and plan.config.world_size != plan.world:
         yield Finding(
@@ -40,22 +39,22 @@ def topology(machine: Machine, plan: Plan) -> Iterator[Finding]:
             "leave --world_size out",
         )
     for name, value in (("LOCAL_WORLD_SIZE", plan.nproc), ("WORLD_SIZE", plan.world)):
-        if machine.environment.get(name, str(value)) != str(value):
+        if host.environment.get(name, str(value)) != str(value):
             yield Finding(
                 "error",
-                f"{name}={machine.environment[name]} is set, and the run will have {value}",
+                f"{name}={host.environment[name]} is set, and the run will have {value}",
                 f"unset {name}: torchrun sets it",
             )
-    if not machine.on_neuron:
+    if not host.on_neuron:
         return
-    visible = machine.environment.get("NEURON_RT_VISIBLE_CORES")
+    visible = host.environment.get("NEURON_RT_VISIBLE_CORES")
     if visible and (count := count_cores(visible)) != plan.nproc:
         yield Finding(
             "error",
             f"NEURON_RT_VISIBLE_CORES={visible} names {count or 'no'} cores for {plan.nproc} processes",
             f"unset it, or name {plan.nproc}: torch-neuronx gives each process one",
         )
-    number = machine.environment.get("NEURON_RT_NUM_CORES")
+    number = host.environment.get("NEURON_RT_NUM_CORES")
     if number and number not in ("1", str(plan.nproc)):
         yield Finding(
             "error",
@@ -65,7 +64,7 @@ def topology(machine: Machine, plan: Plan) -> Iterator[Finding]:
 
 
 def count_cores(ranges: str) -> int:
-    """How many cores a list such as 0-3,8 names; 0 where it is none."""
+    """The number of cores in a list such as 0-3,8; 0 where the text is no such list."""
     count = 0
     for part in ranges.split(","):
         first, _, last = part.partition("-")
@@ -75,9 +74,9 @@ def count_cores(ranges: str) -> int:
     return count
 
 
-def variables(machine: Machine, plan: Plan) -> Iterator[Finding]:
-    """Variables that are gone, that would turn a run into something else, or that are missing."""
-    environment = machine.environment
+def precision(host: Host, plan: Plan) -> Iterator[Finding]:
+    """No variable asks for another precision or another rounding than the flags."""
+    environment = host.environment
     for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
         if environment.get(name, "0") not in ("", "0"):
             yield Finding(
@@ -92,8 +91,12 @@ def variables(machine: Machine, plan: Plan) -> Iterator[Finding]:
             "rounded at random, that of fp32 master weights too",
             "unset it, or pass --bf16 --stochastic_rounding",
         )
+
+
+def buckets(host: Host, plan: Plan) -> Iterator[Finding]:
+    """No bucket of gradients is so large that it gives NaN with neuronx-distributed."""
     for name in BUCKET_VARIABLES:
-        value = environment.get(name)
+        value = host.environment.get(name)
         if value and (not value.isdigit() or int(value) > BUCKET_MB):
             yield Finding(
                 "error",
@@ -103,19 +106,24 @@ def variables(machine: Machine, plan: Plan) -> Iterator[Finding]:
     if plan.bucket_bytes > BUCKET_MB * 10**6:
         yield Finding(
             "error",
-            f"BUCKET_BYTES in parallel/buckets.py is {plan.bucket_bytes}: buckets of more than {BUCKET_MB} MB "
-            "gave NaN with neuronx-distributed",
+            f"BUCKET_BYTES in parallel/buckets.py is {plan.bucket_bytes}: buckets of more than {BUCKET_MB} "
+            "MB gave NaN with neuronx-distributed",
             f"make it {BUCKET_MB} * 10**6 or less",
         )
+
+
+def variables(host: Host, plan: Plan) -> Iterator[Finding]:
+    """No variable turns the run into something else, and none that it needs is missing."""
+    environment = host.environment
     if environment.get("NEURON_EXTRACT_GRAPHS_ONLY") and plan.phase == "train":
         yield Finding(
             "error",
             "NEURON_EXTRACT_GRAPHS_ONLY is set: nothing would be executed, and nothing saved",
             "unset it: neuron_parallel_compile sets it for its own run",
         )
-    if not machine.on_neuron:
+    if not host.on_neuron:
         return
-    if plan.phase == "precompile" and "neuron_parallel_compile" not in machine.commands:
+    if plan.phase == "precompile" and "neuron_parallel_compile" not in host.commands:
         yield Finding(
             "error",
             "neuron_parallel_compile is not on the PATH",
@@ -133,18 +141,18 @@ def variables(machine: Machine, plan: Plan) -> Iterator[Finding]:
         )
 
 
-def compiler_flags(machine: Machine, plan: Plan) -> Iterator[Finding]:
-    """NEURON_CC_FLAGS against what the run will compile, and rows against the flash attention kernel."""
-    if not machine.on_neuron:
+def compiler_flags(host: Host, plan: Plan) -> Iterator[Finding]:
+    """NEURON_CC_FLAGS suit what the run will compile, and rows suit the flash attention kernel."""
+    if not host.on_neuron:
         return
-    given = machine.environment.get("NEURON_CC_FLAGS", "").replace("=", " ").split()
-    options = dict(zip(given, given[1:], strict=False))  # of --name value, the value
+    words = host.environment.get("NEURON_CC_FLAGS", "").replace("=", " ").split()
+    options = dict(zip(words, words[1:], strict=False))  # after --name, its value
     if options.get("--distribution-strategy") == "llm-training":
         level = "error" if flash_attention(plan.config) else "warning"
         yield Finding(
             level,
-            "--distribution-strategy=llm-training must not be combined with NKI kernels, such as flash attention"
-            + ("" if level == "error" else "; this run has none, but the next may"),
+            "--distribution-strategy=llm-training must not be combined with NKI kernels, such as flash "
+            "attention" + ("" if level == "error" else "; this run has none, but the next may"),
             "take it out of NEURON_CC_FLAGS",
         )
     cast = options.get("--auto-cast", "none")
@@ -155,24 +163,24 @@ def compiler_flags(machine: Machine, plan: Plan) -> Iterator[Finding]:
             "--auto-cast=none in NEURON_CC_FLAGS, or --bf16",
         )
     tokens = plan.config.max_seq_length
-    if not plan.config.packing and tokens % FLASH_TOKENS:
+    if not plan.config.packing and tokens % ROW_MULTIPLE:
         yield Finding(
             "warning",
-            f"--max_seq_length {tokens} is no multiple of {FLASH_TOKENS}, as NKI's flash attention needs: "
+            f"--max_seq_length {tokens} is no multiple of {ROW_MULTIPLE}, as NKI's flash attention needs: "
             "the blockwise attention takes its place",
-            f"--max_seq_length {-(-tokens // FLASH_TOKENS) * FLASH_TOKENS}, where rows may be so long",
+            f"--max_seq_length {-(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE}, where rows may be so long",
         )
 
 
-def flash_attention(config) -> bool:
-    """Whether a run on Neuron can take the NKI kernel, as model/attention/flash_nki.py decides it of a model
-    whose heads are small enough."""
-    return (
-        config.bf16
-        and config.parallel_layers != "native"
-        and not config.packing
-        and config.max_seq_length % FLASH_TOKENS == 0
+def flash_attention(config: Config) -> bool:
+    """Whether a run on Neuron can use the NKI kernel, if its model's heads are small enough.
+
+    Rows that may be packed count as rows of several examples.
+    """
+    examples = 2 if config.packing else 1
+    return config.parallel_layers != "native" and not why_not_flash(
+        examples, config.max_seq_length, LARGEST_HEAD, config.bf16
     )
 
 
-CHECKS = (topology, variables, compiler_flags)
+CHECKS = (topology, precision, buckets, variables, compiler_flags)

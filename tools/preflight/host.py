@@ -1,5 +1,4 @@
-"""What a machine has, as far as it decides whether a run can start: looked up once, and passed around as a
-value."""
+"""What this machine has, as far as it decides whether a run can start: looked up once, then a value."""
 
 import json
 import os
@@ -11,21 +10,25 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from parallel.runtime import devices
+
 PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc")
 COMMANDS = ("neuron-ls", "neuron_parallel_compile")
 
 
 @dataclass(frozen=True)
-class Machine:
-    """One machine, as a value, so that every check of it is a pure function.
+class Host:
+    """One machine as a value, so that every check of it is a pure function.
 
-    versions: of PACKAGES that are installed; placeholders: those that are PyPI's empty packages of AWS's
-    names. commands: of COMMANDS, those on the PATH. device_files: how many /dev/neuron<n> there are;
-    neuron_cores: of them, by neuron-ls, or None; users: process ids that have a Neuron device open. efa: EFA
-    interfaces. memory, shm: bytes available. open_files: the limit. free_bytes and writable say it of a path,
-    or of the nearest of its parents that exists.
+    on_neuron: whether ranks would be NeuronCores. versions: of the installed PACKAGES; placeholders: which of
+    these are PyPI's empty packages of AWS's names. commands: those of COMMANDS on the PATH. device_files: the
+    number of /dev/neuron<n>; neuron_cores: the number of their cores by neuron-ls, or None; users: ids of the
+    processes that have a Neuron device open. efa: the number of EFA interfaces. memory, shm: bytes available.
+    open_files: the limit of a process. free_bytes and writable take a path, and look at the nearest of its
+    parents that exists.
     """
 
+    on_neuron: bool
     environment: Mapping[str, str]
     versions: Mapping[str, str]
     placeholders: frozenset[str]
@@ -40,17 +43,13 @@ class Machine:
     free_bytes: Callable[[str], int]
     writable: Callable[[str], bool]
 
-    @property
-    def on_neuron(self) -> bool:
-        """Whether a run's ranks would be NeuronCores: as parallel.runtime decides."""
-        return "torch-neuronx" in self.versions and self.environment.get("PJRT_DEVICE", "NEURON") == "NEURON"
 
-
-def look() -> Machine:
+def look() -> Host:
     """This machine."""
     found = {name: found for name in PACKAGES if (found := _distribution(name))}
     cores, users = neuron_ls()
-    return Machine(
+    return Host(
+        on_neuron=devices.on_neuron(),
         environment=dict(os.environ),
         versions={name: each.version for name, each in found.items()},
         placeholders=frozenset(
@@ -81,25 +80,26 @@ def is_placeholder(description: str | None) -> bool:
 
 
 def available_memory(meminfo: str) -> int:
-    """Bytes, of the text of /proc/meminfo."""
+    """The available bytes, from the text of /proc/meminfo."""
     return next(
         1024 * int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("MemAvailable:")
     )
 
 
 def neuron_ls() -> tuple[int | None, tuple[int, ...]]:
-    """(NeuronCores, ids of the processes on them) by `neuron-ls --json-output`; (None, ()) where it says
-    nothing."""
+    """(NeuronCores, ids of the processes on them) by `neuron-ls --json-output`; (None, ()) where it fails."""
     try:
-        said = subprocess.run(["neuron-ls", "--json-output"], capture_output=True, text=True, timeout=60)
-        return read_neuron_ls(said.stdout)
+        done = subprocess.run(["neuron-ls", "--json-output"], capture_output=True, text=True, timeout=60)
+        return read_neuron_ls(done.stdout)
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError):
         return None, ()
 
 
 def read_neuron_ls(text: str) -> tuple[int, tuple[int, ...]]:
-    """What `neuron-ls --json-output` printed; raises ValueError, KeyError or TypeError where it is something
-    else."""
+    """(NeuronCores, ids of the processes on them) from the output of `neuron-ls --json-output`.
+
+    Raises ValueError, KeyError or TypeError where the text is something else.
+    """
     devices = json.loads(text)
     cores = sum(device["nc_count"] // (device.get("logical_neuroncore_config") or 1) for device in devices)
     users = {process["pid"] for device in devices for process in device.get("neuron_processes") or ()}

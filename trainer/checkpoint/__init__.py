@@ -1,1 +1,1 @@
-"""Checkpoints: names, written, read."""
+"""Writing, finding and reading checkpoints, in the format of CHECKPOINT_FORMAT.md."""

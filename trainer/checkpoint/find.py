@@ -1,4 +1,4 @@
-"""The checkpoint that a run resumes from."""
+"""Finding the checkpoint that a run resumes from."""
 
 import os
 import re
@@ -9,9 +9,10 @@ from trainer.checkpoint.reader import Checkpoint
 
 
 def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
-    """The checkpoint that --resume asks for, verified, or None; ValueError where it is damaged, or another run is in the way.
+    """The verified checkpoint that --resume names; None where the run starts from the beginning.
 
-    What a run leaves in `output_dir` (checkpoints, metrics.jsonl) is gone on with, or stays as it is.
+    Raises ValueError where the checkpoint is damaged, and where `output_dir` holds files of another run
+    (checkpoints, metrics.jsonl): a run either continues them or leaves them alone.
     """
     output = Path(output_dir)
     if os.path.exists(output) and not os.path.isdir(output):
@@ -23,21 +24,26 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
     if checkpoint and checkpoint.path.resolve().parent == output.resolve():
         if present and present[-1][0] > checkpoint.step:
             raise ValueError(
-                f"--resume {resume}: {output} holds the later {present[-1][1].name}, which would be overwritten: "
-                "pass --resume latest, or another --output_dir"
+                f"--resume {resume}: {output} holds the later {present[-1][1].name}, "
+                "which would be overwritten: pass --resume latest, or another --output_dir"
             )
         return checkpoint
     left = present[-1][1] if present else output / "metrics.jsonl"
     if os.path.exists(left):
         way_out = "pass --resume latest to go on with it" if present else "move it away"
         raise ValueError(
-            f"--output_dir {output} holds {left.name} of another run: {way_out}, or choose another --output_dir"
+            f"--output_dir {output} holds {left.name} of another run: {way_out}, "
+            "or choose another --output_dir"
         )
     return checkpoint
 
 
 def _latest(output: Path, present: list[tuple[int, Path]]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None where there is none yet: one command both starts a job and restarts it."""
+    """The newest undamaged checkpoint, or None where there is no checkpoint yet.
+
+    None is no error, so that one command both starts a job and restarts it. Raises ValueError where all
+    checkpoints are damaged.
+    """
     for name in sorted(os.listdir(output) if os.path.isdir(output) else []):
         if re.fullmatch(r"checkpoint-\d+" + re.escape(INCOMPLETE), name):
             print(f"--resume latest: {output / name} is incomplete, and skipped")
@@ -54,6 +60,7 @@ def _latest(output: Path, present: list[tuple[int, Path]]) -> Checkpoint | None:
 
 
 def _verified(path: Path) -> Checkpoint:
+    """The checkpoint in `path`; raises ValueError where it is damaged or cannot be read."""
     try:
         checkpoint = Checkpoint(path)
         checkpoint.verify()

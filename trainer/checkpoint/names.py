@@ -1,4 +1,4 @@
-"""Names in a checkpoint, and the checkpoints in a directory. CHECKPOINT_FORMAT.md describes them."""
+"""The names in a checkpoint, which CHECKPOINT_FORMAT.md describes, and the checkpoints in a directory."""
 
 import json
 import os
@@ -10,16 +10,18 @@ from model.weights.safetensors_file import checksum
 FORMAT, VERSION = "markstep checkpoint", 3
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
-INCOMPLETE = ".incomplete"  # ends the name of a directory that is being written, or deleted
+INCOMPLETE = ".incomplete"  # the suffix of a directory that is being written or deleted
 
 
 def manifest_checksum(manifest: dict) -> str:
-    """The checksum that a manifest names: of everything else in it."""
-    return checksum(
-        json.dumps(
-            {key: value for key, value in manifest.items() if key != "checksum"}, sort_keys=True
-        ).encode()
-    )
+    """The checksum of a manifest, which covers everything in it but the checksum itself."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return checksum(json.dumps(content, sort_keys=True).encode())
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:

@@ -1,5 +1,4 @@
-"""Checkpoints, read: what is in a directory `checkpoint-<step>`, whether it is whole, and any part of it on
-any topology.
+"""Reading a checkpoint directory: its manifest, checks that it is whole, and any slice on any topology.
 
 CHECKPOINT_FORMAT.md describes the directory; trainer/checkpoint/writer.py writes it.
 """
@@ -23,58 +22,29 @@ from model.weights.safetensors_file import TensorFile, as_bytes, bands, checksum
 from parallel.shard import Shard
 from trainer.checkpoint.names import FORMAT, INCOMPLETE, KINDS, MANIFEST, VERSION, manifest_checksum
 
-BAND_BYTES = 16 * 2**20  # of a tensor in memory at once, where it is streamed
+BAND_BYTES = 16 * 2**20  # the part of a tensor that `stream` holds in memory at once
 
 
 class Checkpoint:
-    """A complete checkpoint, opened for reading: manifest and headers at once, tensors when asked for.
+    """A complete checkpoint, opened for reading: manifest and headers at once, tensors on demand.
 
-    Raises ValueError where `path` is no checkpoint, or one of its files is missing, truncated or unreadable.
-    Damage within the tensors is found by `verify`, and by `stream`.
+    `tensors` has each stored tensor by its key `<kind>/<name>`, `shapes` the global shape of each parameter
+    by its name. Raises ValueError where `path` is no checkpoint, or one of its files is missing, truncated or
+    unreadable. Damage within the tensors is found by `verify` and by `stream`.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        file = self.path / MANIFEST
-        if not os.path.isfile(file) or self.path.name.endswith(INCOMPLETE):
-            raise ValueError(
-                f"{self.path} is no complete checkpoint: a directory checkpoint-<step> with a {MANIFEST} was "
-                "expected"
-            )
-        self.manifest = read_json(file)
-        if self.manifest.get("format") != FORMAT or self.manifest.get("version") != VERSION:
-            raise ValueError(
-                f"{file}: format {self.manifest.get('format')!r} version {self.manifest.get('version')!r}; "
-                f"this program reads {FORMAT!r} version {VERSION}"
-            )
-        if self.manifest.get("checksum") != manifest_checksum(self.manifest):
-            raise ValueError(f"{file} is damaged: its checksum is not that of its contents")
+        self.manifest = _read_manifest(self.path)
         self.step: int = self.manifest["step"]
         self.position = Position(self.step, **self.manifest["position"])
         lora = self.manifest["identity"]["lora"]
         self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
-        files = {}
-        for name, values in self.manifest["files"].items():
-            content = self.path / name
-            if not content.is_file():
-                raise ValueError(f"{content} is missing: the checkpoint is damaged")
-            if content.stat().st_size != values["bytes"]:
-                raise ValueError(
-                    f"{content} has {content.stat().st_size} bytes of {values['bytes']}: the checkpoint is damaged"
-                )
-            if name.startswith("rank-"):
-                files[name] = TensorFile(content)
-                found = files[name].header_checksum
-            else:
-                found = checksum(content.read_bytes())
-            if found != values["checksum"]:
-                raise ValueError(f"{content} is damaged: its checksum is not that in {MANIFEST}")
-        self._files = files
-        # By `<kind>/<name>`.
+        self._files = _open_files(self.path, self.manifest["files"])
         self.tensors = {
-            key: Stored(self.path, key, values, files) for key, values in self.manifest["tensors"].items()
+            key: Stored(self.path, key, values, self._files)
+            for key, values in self.manifest["tensors"].items()
         }
-        # The global shape of each stored parameter.
         self.shapes = {
             key.removeprefix("parameter/"): stored.shape
             for key, stored in self.tensors.items()
@@ -82,34 +52,34 @@ class Checkpoint:
         }
 
     def read(self, kind: str, name: str, shard: Shard | None = None) -> torch.Tensor:
-        """The slice `shard` (default: all) of a parameter or a moment (`kind` of KINDS), fp32, whoever wrote
-        its parts.
+        """The slice `shard` (default: all) of a parameter or a moment, fp32; `kind` is one of KINDS.
 
-        No other bytes are read, and they are not verified.
+        Only the bytes of the slice are read. They are not verified.
         """
         stored = self.tensors[f"{kind}/{name}"]
         return stored.read(shard.slices if shard else tuple(slice(0, size) for size in stored.shape))
 
     def stream(self, name: str) -> Iterator[torch.Tensor]:
-        """A parameter in consecutive bands of rows, fp32. Raises ValueError at its end where a byte of it was
-        not as saved."""
+        """A parameter in consecutive bands of rows, fp32.
+
+        Raises ValueError after the last band where the bytes are not those that were saved.
+        """
         return self.tensors[f"parameter/{name}"].stream()
 
     def close(self) -> None:
-        """Give the files back; nothing is read from here on."""
+        """Close the files; nothing can be read afterwards."""
         for file in self._files.values():
             file.close()
 
     def verify(self) -> None:
-        """Read everything; raises ValueError that names the first tensor whose checksum is not that in the
-        manifest."""
+        """Read all tensors; raises ValueError that names the first one with a wrong checksum."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for problem in pool.map(Stored.problem, self.tensors.values()):
                 if problem:
                     raise ValueError(problem)
 
     def check(self, identity: dict) -> None:
-        """Raise ValueError unless the checkpoint is of the run that `identity` describes."""
+        """Raise ValueError unless the checkpoint belongs to the run that `identity` describes."""
         for key, here in json.loads(json.dumps(identity)).items():
             there = self.manifest["identity"].get(key)
             if there != here:
@@ -118,8 +88,10 @@ class Checkpoint:
                 )
 
     def check_tensors(self, expected: dict[str, tuple[int, ...]], kinds: tuple[str, ...] = KINDS) -> None:
-        """Raise ValueError unless the files hold the parameters `expected` (name, global shape) in these
-        kinds, and no others."""
+        """Raise ValueError unless the files hold exactly the `expected` parameters, in each of `kinds`.
+
+        `expected` maps names to global shapes.
+        """
         found = {key: stored.shape for key, stored in self.tensors.items() if key.split("/")[0] in kinds}
         wanted = {f"{kind}/{name}": shape for kind in kinds for name, shape in expected.items()}
         odd = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
@@ -130,11 +102,13 @@ class Checkpoint:
             )
 
     def restore(self, optimizer) -> None:
-        """Give the optimizer's moments their stored values, in place. (Its weights were read when the model
-        was filled.)"""
+        """Give the optimizer's moments their stored values, in place.
+
+        Its weights were already read, when the model was filled.
+        """
         for kind, state in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
             values = {
-                name: torch.zeros(shard.shape) if shard.spare else self.read(kind, name, shard)
+                name: torch.zeros(shard.shape) if shard.padding else self.read(kind, name, shard)
                 for name, shard in optimizer.buckets.shards.items()
             }
             state[:] = [
@@ -142,9 +116,50 @@ class Checkpoint:
             ]
 
 
+def _read_manifest(path: Path) -> dict:
+    """The manifest of a checkpoint; raises ValueError where it is missing, damaged or of another version."""
+    file = path / MANIFEST
+    if not os.path.isfile(file) or path.name.endswith(INCOMPLETE):
+        raise ValueError(
+            f"{path} is no complete checkpoint: a directory checkpoint-<step> with a {MANIFEST} was expected"
+        )
+    manifest = read_json(file)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
+            f"this program reads {FORMAT!r} version {VERSION}"
+        )
+    if manifest.get("checksum") != manifest_checksum(manifest):
+        raise ValueError(f"{file} is damaged: its checksum is not that of its contents")
+    return manifest
+
+
+def _open_files(path: Path, listed: dict[str, dict]) -> dict[str, TensorFile]:
+    """The open files of the ranks, by name; raises ValueError where one of the `listed` files is damaged.
+
+    Of the ranks' files only the headers are read; the other files are read and verified as a whole.
+    """
+    files = {}
+    for name, values in listed.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: the checkpoint is damaged")
+        size = file.stat().st_size
+        if size != values["bytes"]:
+            raise ValueError(f"{file} has {size} bytes of {values['bytes']}: the checkpoint is damaged")
+        if name.startswith("rank-"):
+            files[name] = TensorFile(file)
+            found = files[name].header_checksum
+        else:
+            found = checksum(file.read_bytes())
+        if found != values["checksum"]:
+            raise ValueError(f"{file} is damaged: its checksum is not that in {MANIFEST}")
+    return files
+
+
 @dataclass
 class Piece:
-    """Consecutive elements of a flattened slice, from number `first`: a tensor of one dimension in `file`."""
+    """Consecutive elements of a flattened slice, starting with number `first`: a 1-D tensor in `file`."""
 
     first: int
     file: TensorFile
@@ -152,8 +167,11 @@ class Piece:
 
 
 class Stored:
-    """A tensor of a checkpoint: slices along one dimension, and each slice in pieces (under ZeRO-1, one a
-    data parallel rank)."""
+    """A tensor of a checkpoint: slices along one dimension, each of which is stored in pieces.
+
+    Under ZeRO-1, a slice has a piece per data parallel rank. Raises ValueError where the files do not hold
+    the whole tensor.
+    """
 
     def __init__(self, path: Path, key: str, values: dict, files: dict[str, TensorFile]):
         self._key, self.shape = key, tuple(values["global_shape"])
@@ -180,37 +198,39 @@ class Stored:
     def read(
         self, part: tuple[slice, ...], digests: dict[int, xxhash.xxh3_128] | None = None
     ) -> torch.Tensor:
-        """The part of the tensor that is asked for; where `digests` are given, each piece's bytes are fed to
-        its digest."""
+        """The requested part of the tensor, fp32.
+
+        `digests`, a hash of each piece by its id(), are updated with the bytes that are read.
+        """
         whole = torch.empty([each.stop - each.start for each in part])
         for shard, pieces in self._slices:
-            both = [
+            overlap = [
                 slice(max(a.start, b.start), min(a.stop, b.stop))
                 for a, b in zip(part, shard.slices, strict=True)
             ]
-            if all(each.start < each.stop for each in both):
-                values = read_part(
-                    shard.shape, _within(shard.slices, both), partial(self._elements, pieces, digests)
-                )
+            if all(each.start < each.stop for each in overlap):
+                read_elements = partial(self._elements, pieces, digests)
+                values = read_part(shard.shape, _within(shard.slices, overlap), read_elements)
                 if values.shape == whole.shape:
-                    return values
-                whole[_within(part, both)] = values
+                    return values  # one slice holds the part: no copy
+                whole[_within(part, overlap)] = values
         return whole
 
     def _elements(self, pieces: list[Piece], digests, first: int, count: int) -> torch.Tensor:
-        """`count` elements of a flattened slice from number `first`."""
+        """`count` elements of a flattened slice, starting with number `first`."""
         found = []
         number = bisect_right([piece.first for piece in pieces], first) - 1
         while count:
             piece = pieces[number]
-            here = min(count, piece.first + piece.file.entries[self._key].numel - first)
-            found.append(piece.file.elements(self._key, first - piece.first, here))
+            length = min(count, piece.first + piece.file.entries[self._key].numel - first)
+            found.append(piece.file.elements(self._key, first - piece.first, length))
             if digests is not None:
                 digests.setdefault(id(piece), xxhash.xxh3_128()).update(as_bytes(found[-1]))
-            first, count, number = first + here, count - here, number + 1
+            first, count, number = first + length, count - length, number + 1
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def stream(self) -> Iterator[torch.Tensor]:
+        """The tensor in bands of rows; see Checkpoint.stream."""
         digests = {}
         rest = tuple(slice(0, size) for size in self.shape[1:])
         for first, last in bands(self.shape, 4, BAND_BYTES):
@@ -221,7 +241,7 @@ class Stored:
                     raise ValueError(self._damaged(piece))
 
     def problem(self) -> str | None:
-        """What is wrong with the bytes of this tensor."""
+        """What is wrong with the bytes of this tensor; None where they are as saved."""
         for _, pieces in self._slices:
             for piece in pieces:
                 digest = xxhash.xxh3_128()
@@ -235,7 +255,7 @@ class Stored:
 
 
 def _within(outer: tuple[slice, ...], inner: list[slice]) -> tuple[slice, ...]:
-    """`inner`, counted from where `outer` starts."""
+    """The slices `inner`, relative to the start of `outer`."""
     return tuple(
         slice(each.start - own.start, each.stop - own.start) for each, own in zip(inner, outer, strict=True)
     )

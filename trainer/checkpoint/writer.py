@@ -1,53 +1,40 @@
-"""Checkpoints, written: behind the training's back, complete or not at all. CHECKPOINT_FORMAT.md describes
-the directory.
+"""Saving checkpoints in the background, complete or not at all. CHECKPOINT_FORMAT.md describes the directory.
 
-Every rank that has something to say writes its own file, in a thread, from a copy on the host; rank 0 waits
-for the files of the others, writes the manifest and gives the directory its name. Ranks may be processes on
-several nodes: they meet in the output directory, and on the device for nothing.
+Every rank that holds part of the state writes a file of its own, in a thread, from a copy on the host. Rank 0
+waits for the files of the others, writes the manifest and gives the directory its name. The ranks may be
+processes on several nodes: they coordinate by the files in the output directory, without the device.
 """
 
 import json
-import math
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from data.loader import Position
-from model.weights.hub import read_json
-from model.weights.safetensors_file import TensorFile, TensorWriter, as_bytes, checksum
+from model.weights.safetensors_file import TensorWriter, as_bytes, checksum
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
-from trainer.checkpoint.names import (
-    FORMAT,
-    INCOMPLETE,
-    KINDS,
-    MANIFEST,
-    VERSION,
-    list_checkpoints,
-    manifest_checksum,
-)
+from parallel.shard import Shard
+from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors, read_eval_loss
+from trainer.checkpoint.names import INCOMPLETE, KINDS, MANIFEST, list_checkpoints, rank_file
 
 MODEL_FILES = ("config.json", "generation_config.json")
-SHARD = ("global_shape", "dim", "parts", "index")  # what the files say of a Shard
-POLL_SECONDS, PATIENCE_SECONDS = 0.02, 3600  # of rank 0, while the others write
-SAVE_SECONDS = 30.0  # what a save is taken to need, until one was measured
+POLL_SECONDS, PATIENCE_SECONDS = 0.02, 3600  # how often and how long rank 0 looks for the others' files
+SAVE_SECONDS = 30.0  # the assumed duration of a save, until one was measured
 
 
 class Saver:
     """Saves the state of a run, one checkpoint at a time.
 
-    `stalled`: for how many seconds the last `save` held up training; `seconds`: how long the last one took in
-    all.
-
-    Every rank has one, and calls its methods at the same steps.
+    Every rank has a Saver and calls its methods at the same steps. `stalled` is the number of seconds for
+    which the last `save` held up training, `seconds` the whole duration of the last one.
     """
 
     def __init__(self, runtime: Runtime, mesh: Mesh, job, optimizer):
@@ -56,17 +43,24 @@ class Saver:
         self._written = self._completed = None
         self.stalled, self.seconds = 0.0, SAVE_SECONDS
         if runtime.rank == 0 and runtime.executes:
-            for path in self._output.glob("checkpoint-*" + INCOMPLETE):  # of a run that was killed
-                shutil.rmtree(path)
-            for step, path in list_checkpoints(self._output):
-                if step > (job.resume.step if job.resume else 0):  # damaged: --resume latest has skipped it
-                    _set_aside(path)
+            self._tidy_up(job.resume.step if job.resume else 0)
+
+    def _tidy_up(self, first_step: int) -> None:
+        """Delete what a killed run left incomplete; rename the checkpoints after `first_step`.
+
+        Those are damaged: --resume latest has skipped them.
+        """
+        for path in self._output.glob("checkpoint-*" + INCOMPLETE):
+            shutil.rmtree(path)
+        for step, path in list_checkpoints(self._output):
+            if step > first_step:
+                _set_aside(path)
 
     def save(self, position: Position, eval_loss: float | None = None) -> None:
-        """Begin `OUT/checkpoint-<step>`, the state before the step of `position`. Called after a mark_step.
+        """Start writing `OUT/checkpoint-<step>`: the state before the step of `position`, after a mark_step.
 
-        The host waits for the save before this one, and for the device; then what is saved is on the host.
-        Raises the OSError of the save before, where that failed. Nothing is saved where nothing is executed.
+        The host waits for the previous save and for the device. On return, the host has a copy of the state.
+        Raises the error of the previous save, where that failed. Does nothing where no graph is executed.
         """
         if not self.runtime.executes:
             return
@@ -89,7 +83,7 @@ class Saver:
         self.stalled = time.perf_counter() - begun
 
     def wait(self) -> None:
-        """Wait until the save that was begun is complete, on all ranks; raises the error that prevented it."""
+        """Wait until the last save is complete on all ranks; raises the error that prevented it."""
         for future in (self._written, self._completed):
             if future:
                 future.result()
@@ -98,47 +92,57 @@ class Saver:
 
     @property
     def _writes(self) -> bool:
-        # Data parallel ranks hold the same, but for the parts that ZeRO-1 gives them.
+        """Whether this rank writes a file: data parallel ranks hold the same state, except under ZeRO-1."""
         return self.mesh.dp.rank() == 0 or self.optimizer.buckets.parts > 1
 
-    def _file(self, rank: int) -> str:
-        return f"rank-{rank:05d}.safetensors"
+    @property
+    def _writers(self) -> list[int]:
+        """The ranks that write a file."""
+        if self.optimizer.buckets.parts > 1:
+            return list(range(self.mesh.world_size))
+        return self.mesh.model.replica_groups[0]
 
     def _write(self, partial: Path, state: list[list[torch.Tensor]]) -> None:
-        """This rank's file: its pieces of what it holds as the first of the replicas; of the rest, the
-        checksums."""
-        buckets, mesh, own, described = self.optimizer.buckets, self.mesh, [], {}
+        """Write this rank's file: the pieces that it stores, and a description of all that it holds.
+
+        `state` has the rank's part of each bucket for each of KINDS. Of the tensor parallel ranks that hold
+        the same slice, the first stores it; the others have only its checksum in their description.
+        """
+        buckets, stored, described = self.optimizer.buckets, {}, {}
         for kind, values in zip(KINDS, state, strict=True):
             for name, shard in buckets.shards.items():
-                if shard.spare:
+                if shard.padding:
                     continue
                 piece, first = buckets.own_piece(name, values)
                 if not len(piece):
                     continue
-                piece, key = piece.float(), f"{kind}/{name}"
-                replicas = (
-                    mesh.tp.size() if shard.dim is None else shard.replicas
-                )  # neighbours that hold the same
-                described[key] = {each: getattr(shard, each) for each in SHARD} | {
-                    "replicas": replicas,
-                    "first": first,
-                    "checksum": checksum(as_bytes(piece)),
-                }
-                if mesh.tp.rank() % replicas == 0:
-                    own.append((key, name, values, len(piece)))
-        file = partial / self._file(self.runtime.rank)
-        hidden = file.with_name(file.name + ".partial")
+                key = f"{kind}/{name}"
+                described[key] = self._describe(shard, first, piece)
+                if self.mesh.tp.rank() % described[key]["replicas"] == 0:
+                    stored[key] = (name, values, len(piece))
+        file = partial / rank_file(self.runtime.rank)
+        unfinished = file.with_name(file.name + ".partial")
         writer = TensorWriter(
-            hidden,
-            {key: (torch.float32, (length,)) for key, _, _, length in own},
+            unfinished,
+            {key: (torch.float32, (length,)) for key, (_, _, length) in stored.items()},
             {"shards": json.dumps(described)},
         )
-        for key, name, values, _ in own:
-            writer.write(
-                key, buckets.own_piece(name, values)[0].float()
-            )  # all at once would be a second copy
+        for key, (name, values, _) in stored.items():  # pieces are copies: one at a time is in memory
+            writer.write(key, buckets.own_piece(name, values)[0].float())
         writer.close()
-        os.rename(hidden, file)
+        os.rename(unfinished, file)
+
+    def _describe(self, shard: Shard, first: int, piece: torch.Tensor) -> dict:
+        """What the rank's file says of a piece that begins at element `first` of the flattened slice."""
+        return {
+            "global_shape": shard.global_shape,
+            "dim": shard.dim,
+            "parts": shard.parts,
+            "index": shard.index,
+            "replicas": self.mesh.tp.size() if shard.dim is None else shard.replicas,
+            "first": first,
+            "checksum": checksum(as_bytes(piece.float())),
+        }
 
     def _complete(
         self,
@@ -148,101 +152,58 @@ class Saver:
         owner: threading.Thread,
         begun: float,
     ) -> None:
-        """Once all files are there: the model's own files, the manifest, the name; then the checkpoints that
-        are too many go."""
-        mesh, job = self.mesh, self.job
-        writers = range(mesh.world_size) if self.optimizer.buckets.parts > 1 else mesh.model.replica_groups[0]
-        while missing := [rank for rank in writers if not (partial / self._file(rank)).exists()]:
-            if not owner.is_alive():  # another rank's error has ended the run
-                return
-            if time.perf_counter() - begun > PATIENCE_SECONDS:
-                raise OSError(
-                    f"{self._file(missing[0])} has not come in {PATIENCE_SECONDS} s: do all nodes share the directory?"
-                )
-            time.sleep(POLL_SECONDS)
+        """Rank 0's part: wait for all files, add the model's files and the manifest, rename the directory.
+
+        `begun` is the time.perf_counter() at which the save started; `owner` the thread that trains.
+        """
+        if not self._wait_for_files(partial, owner, begun):
+            return
         for name in MODEL_FILES:
-            if (job.model_directory / name).is_file():
-                shutil.copyfile(job.model_directory / name, partial / name)
-        job.tokenizer.save_pretrained(partial)
-        job.prompt_format.write(partial)
-        tensors, files = self._collect(partial, writers)
-        for path in sorted(partial.rglob("*")):
-            name = path.relative_to(partial).as_posix()
-            if path.is_file() and name not in files:
-                files[name] = {"bytes": path.stat().st_size, "checksum": checksum(path.read_bytes())}
+            if (self.job.model_directory / name).is_file():
+                shutil.copyfile(self.job.model_directory / name, partial / name)
+        self.job.tokenizer.save_pretrained(partial)
+        self.job.prompt_format.write(partial)
+        tensors, rank_files = describe_tensors(partial, self._writers)
+        files = describe_files(partial, rank_files)
+        manifest = build_manifest(self.job, self.mesh, position, eval_loss, tensors, files)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*sorted(partial.rglob("*")), partial]:
             _flush(path)
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": position.step,
-            "position": {"epoch": position.epoch, "row": position.row},
-            "eval_loss": finite(eval_loss),
-            "world_size": mesh.world_size,
-            "tensor_parallel_size": mesh.tp.size(),
-            "pipeline_parallel_size": mesh.pp.size(),
-            "data_parallel_size": mesh.dp.size(),
-            "identity": job.identity,
-            "model": job.model_reference,
-            "random_seed": job.config.random_seed,
-            "config": asdict(job.config),
-            "files": files,
-            "tensors": tensors,
-        }
-        manifest = json.loads(json.dumps(manifest))  # as a reader will have it
-        text = json.dumps(manifest | {"checksum": manifest_checksum(manifest)}, indent=1)
-        (partial / MANIFEST).write_text(text, encoding="utf-8")
-        _flush(partial / MANIFEST)
-        _flush(partial)
         os.rename(partial, partial.with_name(partial.name.removesuffix(INCOMPLETE)))
         _flush(partial.parent)
         self._prune()
         self.seconds = time.perf_counter() - begun
 
-    def _collect(self, partial: Path, writers: Iterable[int]) -> tuple[dict, dict]:
-        """(tensors, files) of the manifest, from the headers of the ranks' files. Raises RuntimeError where
-        replicas differ."""
-        tensors, files, pieces = {}, {}, {}
-        for rank in writers:
-            path = partial / self._file(rank)
-            file = TensorFile(path)
-            files[path.name] = {"bytes": path.stat().st_size, "checksum": file.header_checksum}
-            for key, values in json.loads(file.metadata["shards"]).items():
-                place = (key, values["index"], values["first"])
-                first_rank, known = pieces.setdefault(place, (rank, values["checksum"]))
-                if known != values["checksum"]:
-                    raise RuntimeError(
-                        f"{key} of rank {rank} is not that of rank {first_rank}, whose replica it is: what they "
-                        f"compute has diverged, and {partial.name} stays incomplete"
-                    )
-                tensor = tensors.setdefault(
-                    key,
-                    {each: values[each] for each in ("global_shape", "dim", "parts", "replicas")}
-                    | {"dtype": "F32", "slices": [[] for _ in range(values["parts"])]},
+    def _wait_for_files(self, partial: Path, owner: threading.Thread, begun: float) -> bool:
+        """Whether the files of all ranks have come: False where the error of another rank has ended the run.
+
+        Raises OSError after PATIENCE_SECONDS.
+        """
+        while missing := [rank for rank in self._writers if not (partial / rank_file(rank)).exists()]:
+            if not owner.is_alive():
+                return False
+            if time.perf_counter() - begun > PATIENCE_SECONDS:
+                raise OSError(
+                    f"{rank_file(missing[0])} has not come in {PATIENCE_SECONDS} s: "
+                    "do all nodes share the directory?"
                 )
-                if key in file.entries:
-                    tensor["slices"][values["index"]].append(
-                        {each: values[each] for each in ("first", "checksum")} | {"file": path.name}
-                    )
-        for tensor in tensors.values():
-            for slices in tensor["slices"]:
-                slices.sort(key=lambda piece: piece["first"])
-        return tensors, files
+            time.sleep(POLL_SECONDS)
+        return True
 
     def _prune(self) -> None:
-        """Delete all but the newest --save_total_limit checkpoints, and the one with the least evaluation
-        loss.
+        """Delete all but the newest --save_total_limit checkpoints and the one with the least eval loss.
 
-        What cannot be deleted is no reason to end a run.
+        A checkpoint that cannot be deleted gives a warning: it is no reason to end a run.
         """
         limit = self.job.config.save_total_limit
+        if not limit:
+            return
         present = list_checkpoints(self._output)
-        losses = {path: loss for _, path in present if limit and (loss := _eval_loss(path)) is not None}
+        losses = {path: loss for _, path in present if (loss := read_eval_loss(path)) is not None}
         best = min(losses, key=losses.get, default=None)
-        for _, old in present[:-limit] if limit else []:
+        for _, old in present[:-limit]:
             if old != best:
-                doomed = old.with_name(
-                    old.name + INCOMPLETE
-                )  # a half-deleted directory must not look complete
+                doomed = old.with_name(old.name + INCOMPLETE)  # a half-deleted one must not look complete
                 try:
                     os.rename(old, doomed)
                     shutil.rmtree(doomed)
@@ -250,8 +211,11 @@ class Saver:
                     print(f"warning: {old} cannot be deleted: {error}", file=sys.stderr)
 
 
-def _in_background(partial: Path, work) -> Future:
-    """Run `work()`, a part of writing `partial`, in a thread that does not outlive the program."""
+def _in_background(partial: Path, work: Callable[[], None]) -> Future:
+    """Run `work()`, a part of writing `partial`, in a thread that does not outlive the program.
+
+    An error is printed at once, and raised by the Future's result().
+    """
     future = Future()
 
     def run():
@@ -263,25 +227,14 @@ def _in_background(partial: Path, work) -> Future:
                     f"{partial} could not be written: {error}; the checkpoints before it are whole"
                 )
             print(f"error: {error}", file=sys.stderr)
-            future.set_exception(error)  # which ends the run at the next save
+            future.set_exception(error)  # ends the run at the next save
 
     threading.Thread(target=run, daemon=True).start()
     return future
 
 
-def _eval_loss(path: Path) -> float | None:
-    try:
-        return finite(read_json(path / MANIFEST).get("eval_loss"))
-    except ValueError:  # a damaged checkpoint is no reason not to save another
-        return None
-
-
-def finite(loss: float | None) -> float | None:
-    """The loss, or None where it is no number: JSON has no NaN, and a NaN is no best loss."""
-    return loss if loss is not None and math.isfinite(loss) else None
-
-
 def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that a new one can have its name."""
     number = 1
     while path.with_name(f"{path.name}.damaged-{number}").exists():
         number += 1
@@ -289,7 +242,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until the disk has a file, or a directory's names."""
+    """Wait until a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,0 +1,108 @@
+"""Llama's decoder layer: attention and MLP, for training and for generation with a cache."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.attention.blockwise import attend
+from model.attention.flash_nki import flash_attend
+from model.attention.rotary import apply_rotary
+from model.config import ModelConfig
+from model.norm import LlamaRMSNorm
+from parallel.layers import column_parallel
+
+
+class LayerCache(Protocol):
+    """The keys and values of earlier tokens, of one layer (model/generation.py has one)."""
+
+    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new keys and values [sequence, batch, kv_heads, head_dim]; returns those to attend to."""
+
+
+@dataclass
+class LayerInputs:
+    """What every layer needs to know about the tokens of a batch.
+
+    cos, sin: fp32 [sequence, batch, 1, head_dim] of the rotary embedding. masks: those of segment_masks, or
+    None for flash attention. token_seeds: of LoRA's dropout, int32 [sequence, batch], or None where nothing
+    is dropped.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    masks: list[torch.Tensor] | None
+    token_seeds: torch.Tensor | None = None
+
+
+class LlamaAttention(nn.Module):
+    """Self-attention with this rank's heads. Where there are more ranks than KV heads, neighbours hold the
+    same KV head."""
+
+    def __init__(self, config: ModelConfig, gradient_checkpointing: str, layers: ModuleType, **layout):
+        super().__init__()
+        self.head_dim, self.gradient_checkpointing = config.head_dim, gradient_checkpointing
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        column = {"bias": config.attention_bias, **layout}
+        replicas = max(1, layout["tensor_model_parallel_group"].size() // config.num_key_value_heads)
+        self.q_proj = layers.ColumnParallelLinear(config.hidden_size, queries, **column)
+        self.k_proj = layers.ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
+        self.v_proj = layers.ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
+        self.o_proj = layers.RowParallelLinear(
+            queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True, **layout
+        )
+
+    def forward(self, x: torch.Tensor, inputs: LayerInputs, cache: LayerCache | None = None) -> torch.Tensor:
+        """x [tokens, features] -> the same shape; with a `cache`, attention to earlier tokens, too."""
+        query, key, value = (
+            each.view(*inputs.cos.shape[:2], -1, self.head_dim)  # [sequence, batch, heads, head_dim]
+            for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj])
+        )
+        query, key = (apply_rotary(each, inputs.cos, inputs.sin) for each in (query, key))
+        if cache is not None:
+            key, value = cache.update(key, value)
+        if inputs.masks is None:
+            return self.o_proj(flash_attend(query, key, value))
+        checkpointing = self.gradient_checkpointing == "selective" and torch.is_grad_enabled()
+        return self.o_proj(attend(query, key, value, inputs.masks, checkpointing))
+
+
+class LlamaMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, layers: ModuleType, **layout):
+        super().__init__()
+        column = {"bias": config.mlp_bias, **layout}
+        self.gate_proj = layers.ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
+        self.up_proj = layers.ColumnParallelLinear(config.hidden_size, config.intermediate_size, **column)
+        self.down_proj = layers.RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=config.mlp_bias,
+            input_is_parallel=True,
+            **layout,
+        )
+
+    def forward(self, x):
+        gate, up = column_parallel(x, [self.gate_proj, self.up_proj])
+        return self.down_proj(F.silu(gate) * up)
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and added to the residual."""
+
+    def __init__(self, config: ModelConfig, gradient_checkpointing: str, layers: ModuleType, **layout):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, gradient_checkpointing, layers, **layout)
+        self.mlp = LlamaMLP(config, layers, **layout)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
+
+    def forward(self, x: torch.Tensor, inputs: LayerInputs, cache: LayerCache | None = None) -> torch.Tensor:
+        """x [tokens, features] -> the same shape."""
+        x = x + self.self_attn(self.input_layernorm(x), inputs, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))

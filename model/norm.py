@@ -1,0 +1,47 @@
+"""RMSNorm with a backward of its own."""
+
+import torch
+
+from parallel.layers import ParallelLayer
+from parallel.mesh import Group
+
+
+class LlamaRMSNorm(ParallelLayer):
+    """x / sqrt(mean(x^2) + eps) * weight of x [tokens, size], statistics in fp32."""
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        dtype,
+        device,
+        sequence_parallel_enabled: bool = False,
+        tensor_model_parallel_group: Group | None = None,
+    ):
+        super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
+        self.eps = eps
+        self.add_parameter("weight", (size,), None, dtype, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        scale = torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        grad, normed, grad_x, grad_weight = grad.float(), x.float() * scale, None, None
+        if ctx.needs_input_grad[0]:
+            grad_normed = grad * weight.float()
+            mean = (grad_normed * normed).sum(-1, keepdim=True) / x.shape[-1]
+            grad_x = ((grad_normed - normed * mean) * scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, None

@@ -1,0 +1,70 @@
+"""torch_xla's private calls: the only file that knows them.
+
+Written for torch_xla 2.9. torch_xla is imported at the first call, because its environment has to be set
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _xlac():
+    import torch_xla
+
+    return torch_xla._XLAC
+
+
+def tensor_id(tensor: torch.Tensor) -> int:
+    """The number of a tensor on an XLA device. Numbers grow in the order in which tensors are created."""
+    return _xlac()._xla_get_tensor_id(tensor)
+
+
+def are_pending(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Whether each tensor waits for a mark_step: operations are recorded that were not executed."""
+    return _xlac()._check_tensor_need_materialization(tensors)
+
+
+def pending_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors that wait for a mark_step: the outputs of its graph."""
+    return [tensor for tensor, pending in zip(tensors, are_pending(tensors), strict=True) if pending]
+
+
+def graph_hash(tensors: Sequence[torch.Tensor]) -> bytes:
+    """The hash of the graph that computes the tensors."""
+    return _xlac()._get_graph_hash(tensors)
+
+
+def hlo_text(tensors: Sequence[torch.Tensor]) -> str:
+    """The HLO module that computes the tensors, before any optimisation."""
+    return _xlac()._get_xla_tensors_hlo(tensors)
+
+
+def hlo_proto(tensors: Sequence[torch.Tensor]) -> bytes:
+    """The same module as a serialised HloModuleProto."""
+    return _xlac()._get_xla_tensors_hlo_proto(tensors)
+
+
+def compile_graph(tensors: Sequence[torch.Tensor]) -> None:
+    """Compile the graph that computes the tensors, without executing it."""
+    _xlac()._xla_warm_up_cache(tensors, [])
+
+
+def record_lines(on: bool) -> None:
+    """Whether operations are recorded with their line of Python, which doubles the time of tracing."""
+    _xlac()._set_ir_debug(on)
+
+
+def reset_collective_order(device: torch.device) -> None:
+    """Forget the token that keeps the order of collectives within a graph, as a sync does at its end."""
+    _xlac()._set_all_reduce_token(str(device), None)
+
+
+def profiler_span(name: str) -> AbstractContextManager:
+    """A named span of the calling thread in XLA's profile."""
+    return _xlac().profiler.TraceMe(name)

@@ -1,0 +1,1 @@
+"""Compare models on a data set: loss, perplexity and their answers."""

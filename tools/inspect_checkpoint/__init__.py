@@ -1,0 +1,1 @@
+"""Inspect checkpoints and models, and compare two of them."""

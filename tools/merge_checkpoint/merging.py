@@ -1,0 +1,128 @@
+"""Merge a sharded checkpoint into a Hugging Face model, or into a peft adapter.
+
+Tensors are read, merged in fp32 and written in bands of rows, so memory does not grow with the model. The
+output directory gets its name when it is complete.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig
+from model.weights.hub import in_one_line, resolve
+from model.weights.shapes import trained_shapes
+from tools.merge_checkpoint.model_files import write_adapter, write_model
+from tools.merge_checkpoint.nxd import NxdCheckpoint
+from tools.merge_checkpoint.sources import AdaptedWeights, TrainedWeights
+from trainer.checkpoint.names import INCOMPLETE
+from trainer.checkpoint.reader import Checkpoint
+from trainer.job import load_tokenizer
+from trainer.prompts import generation_config
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def merge(
+    checkpoint_path: Path,
+    output: Path,
+    adapter_only: bool = False,
+    base_only: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    device: str = "cpu",
+    verify: bool = False,
+    model_id: str | None = None,
+) -> None:
+    """Write the merged model (or the adapter, or the base) to the new directory `output`.
+
+    `dtype`: of all weights; default: the base model's under LoRA, else that of the model's config.json.
+    Raises ValueError and leaves nothing behind.
+    """
+    path, output, max_bytes = Path(checkpoint_path), Path(output), parse_size(max_shard_size)
+    check_output(output, device)
+    if NxdCheckpoint.is_one(path):
+        if adapter_only or base_only or not model_id:
+            raise ValueError(
+                f"{path} is a checkpoint of neuronx-distributed: pass --model_id, a Hugging Face directory "
+                "with its config and tokenizer, and neither --adapter_only nor --base_only"
+            )
+        directory = resolve(model_id)
+        config = ModelConfig.from_pretrained(directory)
+        source = NxdCheckpoint(path, config)
+    else:
+        checkpoint, directory = open_checkpoint(path, needs_adapter=adapter_only or base_only), path
+        config = ModelConfig.from_pretrained(directory)
+        checkpoint.check_tensors(trained_shapes(config, checkpoint.lora), kinds=("parameter",))
+        if checkpoint.lora is None:
+            source = TrainedWeights(checkpoint, config)
+        elif not adapter_only:
+            source = AdaptedWeights(checkpoint, config, model_id, base_only, device)
+    generation = generation_config(directory, load_tokenizer(directory), config.vocab_size)
+    with new_directory(output) as partial:
+        if adapter_only:
+            write_adapter(checkpoint, partial, dtype)
+        else:
+            write_model(source, directory, generation, partial, dtype, max_bytes, verify)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or "2GiB"; raises ValueError for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+    if not match or match[2] not in UNITS or float(match[1]) <= 0:
+        raise ValueError(f"--max_shard_size {text}: a size such as 5GB or 500MB was expected")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def check_output(output: Path, device: str) -> None:
+    """Raise ValueError unless `output` can be written and `device` can compute."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists already: choose another output directory, or move it away")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {in_one_line(error)}") from None
+
+
+def open_checkpoint(path: Path, needs_adapter: bool) -> Checkpoint:
+    """The checkpoint at `path`; raises ValueError where it is none, or lacks the adapter that it needs."""
+    checkpoint = Checkpoint(path)
+    if checkpoint.lora is None and needs_adapter:
+        raise ValueError(
+            f"{checkpoint.path} was trained without LoRA: there is no adapter; leave --adapter_only and "
+            "--base_only out"
+        )
+    return checkpoint
+
+
+@contextmanager
+def new_directory(output: Path) -> Iterator[Path]:
+    """An empty directory to write into, which is renamed to `output` at the end, or removed after an error.
+
+    Raises ValueError where another process is writing the same output.
+    """
+    partial = output.with_name(output.name + INCOMPLETE)
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)  # a merge that was killed leaves its directory, but no lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{output} is being written by another merge") from None
+    try:
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield partial
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)

@@ -1,0 +1,106 @@
+"""Checks of the flags' values that need nothing but the flags themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.config import Config
+
+FLOAT32_MAX = 3.4e38
+AT_LEAST = {
+    "lora_r": 0,
+    "max_seq_length": 2,
+    "tensor_parallel_size": 1,
+    "logging_steps": 1,
+    "pipeline_parallel_size": 1,
+    "num_microbatches": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "global_batch_size": 1,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "max_samples": 1,
+    "world_size": 1,
+    "warmup_steps": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "eval_steps": 0,
+    "eval_samples": 0,
+    "seed": 0,
+    "adam_epsilon": 1e-30,
+}
+ABOVE_ZERO = ("num_train_epochs", "lora_alpha", "max_minutes")
+FROM_ZERO_TO_BELOW_ONE = ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
+
+
+def check_values(config: Config) -> None:
+    """Raise ValueError, which names the flag and the mend, for values that no run can have."""
+    _check_ranges(config)
+    _check_dataset_weights(config)
+    _check_divisibility(config)
+    _check_combinations(config)
+
+
+def _check_ranges(config: Config) -> None:
+    """Each number is in the range of its flag."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not abs(value) <= FLOAT32_MAX:
+            raise ValueError(f"--{name} {value}: a number that fp32 can hold was expected")
+    for name, least in AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: at least {least} was expected")
+    for name in ABOVE_ZERO:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} {value}: a number above 0 was expected")
+    for name in FROM_ZERO_TO_BELOW_ONE:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"--{name} {value}: a number from 0 to below 1 was expected")
+    percentage = config.validation_split_percentage
+    if not 1 <= percentage <= 99:
+        raise ValueError(f"--validation_split_percentage {percentage}: 1 to 99 was expected")
+
+
+def _check_dataset_weights(config: Config) -> None:
+    """There is one weight per data set, and each is positive."""
+    weights, datasets = config.dataset_weights or [], config.datasets
+    if weights and len(weights) != len(datasets):
+        raise ValueError(
+            f"--dataset_weights has {len(weights)} numbers for {len(datasets)} data sets: "
+            "one each was expected"
+        )
+    if not all(0 < weight <= 1000 for weight in weights):
+        raise ValueError(f"--dataset_weights {weights}: numbers above 0, up to 1000, were expected")
+
+
+def _check_divisibility(config: Config) -> None:
+    """Rows and positions can be cut into equal parts."""
+    if config.sequence_parallel and config.max_seq_length % config.tensor_parallel_size:
+        raise ValueError(
+            f"--max_seq_length {config.max_seq_length} is not divisible by --tensor_parallel_size "
+            f"{config.tensor_parallel_size}, over which --sequence_parallel divides it"
+        )
+    if config.per_device_train_batch_size % config.pipeline_microbatches:
+        raise ValueError(
+            f"--per_device_train_batch_size {config.per_device_train_batch_size} is not divisible by "
+            f"--num_microbatches {config.pipeline_microbatches}, into which it is cut"
+        )
+
+
+def _check_combinations(config: Config) -> None:
+    """No flag contradicts another, or has no effect without it."""
+    if config.stochastic_rounding and not config.bf16:
+        raise ValueError("--stochastic_rounding rounds to bfloat16: pass --bf16 too")
+    if config.depth_scaled_init and config.random_seed is None:
+        raise ValueError("--depth_scaled_init is of random weights: pass --random_weights too")
+    if config.global_batch_size and config.gradient_accumulation_steps > 1:
+        raise ValueError("--gradient_accumulation_steps follows from --global_batch_size: choose one of them")
+    if config.adapter_name_or_path and not config.lora_r:
+        raise ValueError(
+            "--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one"
+        )

@@ -1,0 +1,32 @@
+"""The loss of a micro-batch, and what is counted of it for metrics.jsonl.
+
+To train on something else, or to log another figure, change this file; CONTRIBUTING.md has a recipe. Training
+and evaluation, with one stage or several, call `loss_and_counts` here. The names of its figures are in
+`FIGURES`.
+"""
+
+import torch
+
+from model.llama import Llama
+from parallel.pipeline import IGNORE_INDEX
+
+# The figures of `loss_and_counts`, by their names in metrics.jsonl. Each is logged as a mean per target
+# token.
+FIGURES = ("loss",)
+
+
+def loss_and_counts(
+    model: Llama, logits: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the loss of a micro-batch on this rank, and count what is logged. Returns (loss_sum, counts).
+
+    logits are [batch, sequence, this rank's part of the vocabulary]. loss_sum, an fp32 scalar, is what is
+    differentiated. It is a *sum* over target tokens: the update divides the gradients by the target tokens of
+    all ranks and micro-batches. counts are fp32 [2 + len(FIGURES)]: target tokens, tokens that are no
+    padding, and the sum of each figure.
+    """
+    losses = model.token_losses(logits, batch["labels"])  # [batch, sequence], 0 where there is no target
+    target = batch["labels"] != IGNORE_INDEX  # [batch, sequence]
+    target_tokens = target.float().sum()
+    tokens = (batch["segment_ids"] > 0).float().sum()
+    return losses.sum(), torch.stack([target_tokens, tokens, losses.detach().sum()])
