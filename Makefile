@@ -36,7 +36,7 @@ test: $(READY)
 
 # Writes down what the golden runs compute (tests/trainer/test_golden.py): after a change that is meant to change it.
 golden: $(READY)
-	XLA_FLAGS=--xla_backend_optimization_level=0 PJRT_DEVICE=CPU $(PY) -c "from tests.trainer.test_golden import write; write()"
+	$(PY) -c "import tests.conftest; from tests.trainer.test_golden import write; write()"
 
 # A venv starts with the pip of its Python, and an old one takes minutes to choose versions.
 .venv/bin/python:

@@ -69,7 +69,7 @@ def forward_tick(
 
     def layer_inputs():
         rows = pipeline.microbatch(batch, tick - model.stage_index)
-        return model.layer_inputs(rows["position_ids"], rows["segment_ids"], rows["row_seeds"])
+        return model.layer_inputs(rows["position_ids"], rows["segment_ids"], rows.get("row_seeds"))
 
     with _ComputedAgain(layer_inputs) as inputs, _SavesOperands():
         embedded = model.embed(pipeline.microbatch(batch, tick)["input_ids"])
@@ -92,7 +92,7 @@ def finished_logits(
     without targets.
     """
     rows = model.pipeline.finished_microbatch(batch, tick)
-    seeds = model.dropout_seeds(rows["row_seeds"], rows["input_ids"].shape[1])
+    seeds = model.dropout_seeds(rows.get("row_seeds"), rows["input_ids"].shape[1])
     return model.head(stage_output, len(rows["labels"]), seeds), rows
 
 

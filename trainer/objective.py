@@ -1,7 +1,8 @@
-"""What a step trains on: the loss of a micro-batch, and what is counted for metrics.jsonl.
+"""The loss of a micro-batch, and what is counted of it for metrics.jsonl.
 
-To train on something else, or to log another figure, change this file. All topologies, pipeline stages and
-accumulation steps use the two names below and nothing else of it.
+To train on something else, or to log another figure, change this file; CONTRIBUTING.md has a recipe. Training
+and evaluation, with one stage or several, call `loss_and_counts` here. The names of its figures are in
+`FIGURES`.
 """
 
 import torch
@@ -17,14 +18,15 @@ FIGURES = ("loss",)
 def loss_and_counts(
     model: Llama, logits: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the sum that is differentiated, counts) of a micro-batch on this rank.
+    """Compute the loss of a micro-batch on this rank, and count what is logged. Returns (loss_sum, counts).
 
-    logits [batch, sequence, this rank's part of the vocabulary]. The first result is a *sum* over target
-    tokens, fp32, a scalar: the update divides the gradients by the target tokens of all ranks and
-    micro-batches. The counts are fp32 [2 + len(FIGURES)]: target tokens, tokens that are no padding, and the
-    sum of each figure.
+    logits are [batch, sequence, this rank's part of the vocabulary]. loss_sum, an fp32 scalar, is what is
+    differentiated. It is a *sum* over target tokens: the update divides the gradients by the target tokens of
+    all ranks and micro-batches. counts are fp32 [2 + len(FIGURES)]: target tokens, tokens that are no
+    padding, and the sum of each figure.
     """
     losses = model.token_losses(logits, batch["labels"])  # [batch, sequence], 0 where there is no target
-    target_tokens = (batch["labels"] != IGNORE_INDEX).float().sum()
+    target = batch["labels"] != IGNORE_INDEX  # [batch, sequence]
+    target_tokens = target.float().sum()
     tokens = (batch["segment_ids"] > 0).float().sum()
     return losses.sum(), torch.stack([target_tokens, tokens, losses.detach().sum()])

@@ -41,6 +41,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
+        """The size of the array."""
         return BYTES[self.dtype] * prod(self.sizes)
 
 

@@ -52,7 +52,7 @@ def key_of(config: Config, environment: Mapping[str, str]) -> dict:
     flags = {name: value for name, value in vars(config).items() if name not in NOT_IN_THE_GRAPH}
     flags |= {
         "model_id": Path(config.model_directory).name,
-        "gradient_checkpointing": config.recompute,
+        "gradient_checkpointing": config.checkpointing_mode,
         "sequence_parallel": config.divides_sequence,
     }
     compiler_flags = " ".join(sorted(WRAPPER_FLAGS.sub("", environment.get("NEURON_CC_FLAGS", "")).split()))

@@ -61,6 +61,7 @@ class Estimate:
 
     @property
     def seconds(self) -> tuple[float, float]:
+        """The seconds of a step."""
         return tuple(sum(self.parts[part][end] for part in PARTS) for end in (0, 1))
 
     @property
@@ -77,10 +78,12 @@ class Estimate:
 
     @property
     def tokens_per_second_per_node(self) -> tuple[float, float]:
+        """Tokens a second and node, padding included."""
         return tuple(self.tokens / self.nodes / seconds for seconds in self.seconds)
 
     @property
     def rows_per_second(self) -> tuple[float, float]:
+        """Rows a second of all ranks."""
         return tuple(self.rows / seconds for seconds in self.seconds)
 
     @property
