@@ -19,6 +19,7 @@ from model.decoder_layer import LayerInputs
 from model.llama import Llama
 from parallel.collectives import permute
 from parallel.graph import backend
+from parallel.graph.replay import traced_always
 
 
 @dataclass
@@ -57,6 +58,7 @@ class StageActivations:
         return input_grad
 
 
+@traced_always  # autograd's record of it, which the backward tick needs, is no tensor
 def forward_tick(
     model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor, previous_output: torch.Tensor
 ) -> StageActivations:

@@ -152,6 +152,9 @@ class Config:
         "Where graphs end: a micro-batch (of stages, a tick) has one, the update another; or a step is "
         "one graph.",
     )
+    replay: bool = _flag(
+        True, "Start a known graph without tracing it again; false: trace every time, which is slower."
+    )
     on_recompile: Literal["warn", "error", "ignore"] = _flag(
         "warn",
         "When a step, micro-batch or evaluation has another graph than before: say what changed, or end "

@@ -32,6 +32,7 @@ def run(runtime: Runtime, job: Job) -> TrainState:
     """Train and evaluate as `job.config` says, on one rank; returns what the last step left."""
     config = job.config
     runtime.watch_graphs(config.on_recompile)
+    runtime.replay_graphs(config.replay)
     state = build_state(runtime, job)  # trainer/build.py: model, LoRA, optimizer
     start = job.resume.position if job.resume else BEGINNING
     first_step = start.step

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.stage import StageActivations, finished_logits, forward_tick
+from parallel.graph.replay import traced_always
 from trainer.objective import loss_and_counts
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def forward_backward_in_ticks(
         input_grad = mark_step("backward", backward_tick, state, batch, tick, activations.pop(), input_grad)
 
 
+@traced_always
 def backward_tick(
     state: TrainState,
     batch: dict[str, torch.Tensor],

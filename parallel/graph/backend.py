@@ -71,13 +71,14 @@ def profiler_span(name: str) -> AbstractContextManager:
 
 
 def data_handle(tensor: torch.Tensor) -> int:
-    """A number for the data of a tensor that is not pending: two tensors with one handle share their data."""
+    """A number for the data of a tensor that is not pending: tensors with one handle share their data."""
     return _xlac()._unique_id_for_ir_and_data(tensor)
 
 
-def graph_inputs(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The data that the graph of the tensors reads, as tensors, in the order of its parameters."""
-    return _xlac()._get_tensors_xla_device_data_node(tensors)[1]
+def graph_inputs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+    """What the graph of the tensors reads, in the order of its parameters: (tensor_id of its first owner, its data)."""
+    identities, data = _xlac()._get_tensors_xla_device_data_node(tensors)
+    return list(zip(identities, data, strict=True))
 
 
 def run_compiled(graph: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -85,6 +86,16 @@ def run_compiled(graph: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
     return _xlac()._run_cached_graph(graph, inputs)
 
 
-def replace_data(tensor: torch.Tensor, source: torch.Tensor) -> None:
-    """Give a tensor the data of another one, in place of what it has or waits for."""
-    _xlac()._replace_xla_tensor(tensor, source)
+def reads() -> int:
+    """How often values have been copied from devices to the host in this process."""
+    from torch_xla.debug.metrics import metric_data
+
+    data = metric_data("TransferFromDeviceTime")
+    return data[0] if data else 0
+
+
+def wait() -> None:
+    """Wait until all started graphs of this process are done: before that, handles of their outputs may change."""
+    import torch_xla.core.xla_model as xla_model
+
+    xla_model.wait_device_ops()

@@ -70,6 +70,21 @@ def difference(before: str, after: str) -> str:
     )
 
 
+def input_use(text: str, number: int) -> str:
+    """The first line that uses an input of a graph, from its HLO text."""
+    operations, _ = _operations(text, {})
+    for given in _inputs(operations):
+        if int(given.value) == number:
+            return _use(given, operations) or HINT
+    return HINT
+
+
+def output_made(text: str, number: int) -> str:
+    """The operation and the line that make an output of a graph, from its HLO text."""
+    _, outputs = _operations(text, {})
+    return str(outputs[number]) if number < len(outputs) else HINT
+
+
 def _first_changed(operations, others):
     """Those that are not among the others, though all that they are computed from is."""
     made = {each.made for each in others}

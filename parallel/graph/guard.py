@@ -64,7 +64,7 @@ class Guard:
             backend.record_lines(True)  # the text has the lines only where this is on
             self.texts[name] = backend.hlo_text(tensors)
             self._recording_lines = self._new_in_step = True
-        where = f'{f"step {self._step}" if self._step else "before step 1"}: mark_step("{name}")'
+        where = self._where(name)
         if value_was_read:
             self._report(
                 f"{where}: a graph was compiled before it, because a value was read (.item(), .cpu(), "
@@ -73,6 +73,13 @@ class Guard:
             )
         elif new and before:
             self._report(f"{where} compiles a new graph: {difference(before, self.texts[name])}")
+
+    def traced_always(self, name: str, reason: str) -> None:
+        """Report that the graph `name` cannot be replayed."""
+        self._report(f"{self._where(name)} is traced every time from now on: {reason}")
+
+    def _where(self, name):
+        return f'{f"step {self._step}" if self._step else "before step 1"}: mark_step("{name}")'
 
     def _report(self, message):
         if self._action == "error":

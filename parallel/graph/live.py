@@ -5,6 +5,10 @@ from contextlib import contextmanager
 
 from parallel.graph import backend
 
+RECORDED = (
+    "is_recorded_constant"  # an attribute of the tensors that recordings hold (replay.py): no program's
+)
+
 
 def live_tensors(devices: int) -> list[list]:
     """The tensors that are alive on each of this process's XLA devices, oldest first.
@@ -19,7 +23,7 @@ def live_tensors(devices: int) -> list[list]:
     gc.collect()
     live = [{} for _ in range(devices)]
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "xla":
+        if isinstance(thing, torch.Tensor) and thing.device.type == "xla" and not hasattr(thing, RECORDED):
             for tensor in (thing, thing.grad) if thing.is_leaf and thing.grad is not None else (thing,):
                 live[thing.device.index][backend.tensor_id(tensor)] = tensor
     return [[tensors[key] for key in sorted(tensors)] for tensors in live]

@@ -16,13 +16,14 @@ is traced always from then on, with a warning.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from parallel.graph import backend
 from parallel.graph.difference import input_use, output_made
+from parallel.graph.live import RECORDED
 from parallel.graph.watched import Watched
 
 LARGEST_DISTANCE = 256  # between two traces of one graph, in calls
@@ -38,28 +39,36 @@ class Trace:
     """What one traced call showed.
 
     sources: for each input of the graph ("argument", its number), ("state", the tensor) or ("constant", its data).
-    updates: (state tensor, number of the output that is its new data). result: the function's result, with an Output in
+    updates: (state tensor or number of an argument, number of the output that is its new data). result: the function's result, with an Output in
     place of each tensor.
     """
 
     graph: bytes
     sources: list[tuple[str, Any]]
-    updates: list[tuple[torch.Tensor, int]]
+    updates: list[tuple[torch.Tensor | int, int]]
     result: Any
 
-    def difference(self, other: "Trace") -> str | None:
-        """What another trace of the same function shows that is not so here; None where they agree."""
+    def difference(self, other: "Trace", pending: list[torch.Tensor]) -> str | None:
+        """What another trace of the same function shows that is not so here; None where they agree.
+
+        `pending`: the outputs of the other trace's graph, which has not been executed yet.
+        """
         if self.graph != other.graph:
             return "it has another graph"
         for number, (mine, theirs) in enumerate(zip(self.sources, other.sources, strict=True)):
             (kind, value), (other_kind, other_value) = mine, theirs
             if kind != other_kind or kind == "state" and value is not other_value:
-                return f"input {number} is another tensor"
+                used = input_use(backend.hlo_text(pending), number)
+                return f"a tensor that it uses is another one (used at {used})"
             if kind == "argument" and value != other_value:
-                return f"input {number} is another argument"
+                return f"argument {other_value} is used where argument {value} was"
             if kind == "constant" and not _equal(value, other_value):
-                return f"a value changes that is no tensor of the state (input {number})"
-        mine, theirs = ([(id(tensor), number) for tensor, number in each.updates] for each in (self, other))
+                used = input_use(backend.hlo_text(pending), number)
+                return f"a Python number, or data made in it, changes (used at {used})"
+        mine, theirs = (
+            [(target if isinstance(target, int) else id(target), number) for target, number in each.updates]
+            for each in (self, other)
+        )
         if mine != theirs or self.result != other.result:
             return "it updates other tensors"
         return None
@@ -73,61 +82,63 @@ class Output:
     number: int
 
 
-@dataclass
 class Recorder:
-    """The history of one graph name on one rank. `banned` says why it is traced always."""
+    """The history of one graph name on one rank. `banned` says why it is traced every time; empty while it need not be."""
 
-    function: Any = None
-    key: Any = None
-    last: Trace | None = None
-    ready: bool = False
-    banned: str = ""
-    watched: Watched | None = None
-    distance: int = 2
-    since: int = 0
-    disagreed: int = 0
-    said: set[str] = field(default_factory=set)
+    def __init__(self):
+        self.banned = ""
+        self._function = self._key = self._trace = self._watched = None
+        self._ready, self._distance, self._since, self._disagreed = False, 2, 0, 0
+
+    def _same_call(self, function: Callable, key: Any) -> bool:
+        return self._trace is not None and _same_function(function, self._function) and key == self._key
 
     def can_replay(self, function: Callable, key: Any) -> bool:
-        """Whether the recording is of this very function and such arguments, and no trace is due."""
-        return (
-            self.ready
-            and self.since < self.distance
-            and _same_function(function, self.function)
-            and key == self.key
-            and self.watched.unchanged()
-        )
+        """Whether there is a recording of this very call, nothing that it can reach has changed, and no trace is due."""
+        due = not self._ready or self._since >= self._distance
+        return not due and self._same_call(function, key) and self._watched.unchanged()
 
     def replay(self, arguments: list[torch.Tensor]) -> Any:
         """Start the compiled graph with these arguments; returns the function's result."""
-        self.since += 1
-        inputs = [arguments[value] if kind == "argument" else value for kind, value in self.last.sources]
-        outputs = backend.run_compiled(self.last.graph, inputs)
-        for tensor, number in self.last.updates:
-            tensor.data = outputs[number]
-        return _fill(self.last.result, outputs, arguments)
+        self._since += 1
+        sources = self._trace.sources
+        inputs = [arguments[value] if kind == "argument" else value for kind, value in sources]
+        outputs = backend.run_compiled(self._trace.graph, inputs)
+        for target, number in self._trace.updates:
+            (arguments[target] if isinstance(target, int) else target).data = outputs[number]
+        return _fill(self._trace.result, outputs, arguments)
 
-    def take(self, function: Callable, key: Any, inputs: tuple, trace: Trace) -> str:
-        """Remember a traced call; returns what is to be warned of, or an empty string."""
-        expected = self.ready and _same_function(function, self.function) and key == self.key
-        expected = expected and self.watched.unchanged()
-        same_call = self.last is not None and _same_function(function, self.function) and key == self.key
-        problem = self.last.difference(trace) if same_call else "first"
-        self.function, self.key, self.last, self.since = function, key, trace, 0
-        self.watched = Watched([function, *inputs])
+    def add(self, function: Callable, key: Any, inputs: tuple, trace: Trace, pending: list) -> None:
+        """Add a traced call, whose graph's outputs are `pending`."""
+        problem = "it is another call"
+        if self._same_call(function, key):
+            problem = self._trace.difference(trace, pending)
         if problem is None:
-            self.distance = min(2 * self.distance, LARGEST_DISTANCE) if self.ready else 2
-            self.ready = True
-            return ""
-        self.ready, self.distance = False, 2
-        if problem == "first":
-            return ""
-        self.disagreed += 1
-        if expected:
-            self.banned = f"{problem}, and calls since the trace before may have been replayed wrongly"
-        elif self.disagreed >= TRIES:
-            self.banned = problem
-        return self.banned
+            self._distance = min(2 * self._distance, LARGEST_DISTANCE) if self._ready else 2
+        else:
+            self._disagreed += self._trace is not None
+            if self._ready and self._same_call(function, key) and self._watched.unchanged():
+                self.banned = (
+                    f"{problem}: the calls since its last trace were replayed with what was traced then"
+                )
+            elif self._disagreed >= TRIES:
+                self.banned = problem
+            self._distance = 2
+        self._ready = problem is None
+        self._function, self._key, self._trace, self._since = function, key, trace, 0
+        self._watched = Watched([function, *inputs])
+
+    def ban(self, reason: str) -> None:
+        """Trace this graph every time from now on."""
+        self.banned = reason
+        self._trace = self._watched = self._function = None
+        self._ready = False
+
+
+def traced_always(function: Callable) -> Callable:
+    """Marks a function whose graph cannot be replayed, because it leaves more than the tensors of its result."""
+    function.is_traced_always = True
+    return function
 
 
 def flatten(thing: Any, tensors: list[torch.Tensor]) -> Any:
@@ -144,29 +155,87 @@ def flatten(thing: Any, tensors: list[torch.Tensor]) -> Any:
     return ("object", id(thing))
 
 
-def describe(graph: bytes, before: list[torch.Tensor], handles: dict, arguments: list[torch.Tensor],
-             pending: list[torch.Tensor], result: Any) -> Trace:
-    """The trace of a call. `before`: the tensors that were alive; `handles`: of their data, as it was before the call."""
-    numbers = {backend.tensor_id(tensor): number for number, tensor in enumerate(arguments)}
-    of_argument = {handle: number for number, tensor in enumerate(arguments) if (handle := handles.get(id(tensor)))}
-    of_state = {handles[id(tensor)]: tensor for tensor in before if id(tensor) in handles}
-    sources = []
-    for identity, data in backend.graph_inputs_with_ids(pending):
-        handle = backend.data_handle(data)
-        if identity in numbers:
-            sources.append(("argument", numbers[identity]))
-        elif handle in of_argument:
-            sources.append(("argument", of_argument[handle]))
-        elif handle in of_state:
-            sources.append(("state", of_state[handle]))
-        else:
-            sources.append(("constant", data))
-    places = {id(tensor): number for number, tensor in enumerate(pending)}
-    template, returned = _template(result, places, {id(tensor): number for number, tensor in enumerate(arguments)})
-    alive = {id(tensor) for tensor in before}
-    updates = [(tensor, number) for number, tensor in enumerate(pending) if id(tensor) in alive]
-    strays = [number for number, tensor in enumerate(pending) if id(tensor) not in alive and number not in returned]
+class Before:
+    """What was on a rank's device before a call, and which of it are arguments of the call.
+
+    A graph's input is known by the id of the tensor that it was, or by the handle of its data. Both are of the moment
+    before the call, because an update in place changes them.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor], arguments: list[torch.Tensor]):
+        self.tensors, self.arguments = tensors, arguments
+        numbers = {id(tensor): number for number, tensor in enumerate(arguments)}
+        self._sources: dict[Any, tuple[str, Any]] = {}
+        for tensor, pending in zip(tensors, backend.are_pending(tensors), strict=True):
+            number = numbers.get(id(tensor))
+            source = ("state", tensor) if number is None else ("argument", number)
+            if not pending:
+                self._sources.setdefault(backend.data_handle(tensor), source)
+            self._sources[backend.tensor_id(tensor)] = source
+
+    def source(self, identity: int, data: torch.Tensor) -> tuple[str, Any]:
+        """Where an input of the graph comes from; see Trace.sources."""
+        found = self._sources.get(identity) or self._sources.get(backend.data_handle(data))
+        if found is None:
+            setattr(data, RECORDED, True)
+            return ("constant", data)
+        return found
+
+
+def trace_of(graph: bytes, before: Before, pending: list[torch.Tensor], result: Any) -> Trace:
+    """What a call showed that left these tensors pending, the graph's outputs.
+
+    Raises NotReplayable where a tensor outlives the call that is neither state nor in its result.
+    """
+    sources = [before.source(identity, data) for identity, data in backend.graph_inputs(pending)]
+    argument_numbers = {id(tensor): number for number, tensor in enumerate(before.arguments)}
+    output_numbers = {id(tensor): number for number, tensor in enumerate(pending)}
+    template, returned = _template(result, output_numbers, argument_numbers)
+    known = {id(tensor) for tensor in before.tensors}
+    updates = [
+        (argument_numbers.get(id(tensor), tensor), number)
+        for number, tensor in enumerate(pending)
+        if id(tensor) in known
+    ]
+    strays = [n for n, tensor in enumerate(pending) if id(tensor) not in known and n not in returned]
     if strays:
-        text = backend.hlo_text(pending)
-        raise NotReplayable(f"a tensor outlives the call that is not in its result: {output_made(text, strays[0])}")
+        made = output_made(backend.hlo_text(pending), strays[0])
+        raise NotReplayable(f"a tensor outlives the call that is not in its result, {made}")
     return Trace(graph, sources, updates, template)
+
+
+def _template(result, outputs, arguments):
+    """(the result with an Output for each tensor, the numbers of the graph's outputs in it)."""
+    if isinstance(result, torch.Tensor):
+        if id(result) in outputs:
+            return Output("output", outputs[id(result)]), {outputs[id(result)]}
+        if id(result) in arguments:
+            return Output("argument", arguments[id(result)]), set()
+        raise NotReplayable("its result has a tensor that this graph does not compute")
+    if isinstance(result, (list, tuple)):
+        pairs = [_template(each, outputs, arguments) for each in result]
+        return type(result)(each for each, _ in pairs), set().union(*(numbers for _, numbers in pairs))
+    if isinstance(result, (int, float, str, type(None))):
+        return result, set()
+    raise NotReplayable(f"its result has a {type(result).__name__}, which may hold tensors")
+
+
+def _fill(template, outputs, arguments):
+    if isinstance(template, Output):
+        return (outputs if template.kind == "output" else arguments)[template.number]
+    if isinstance(template, (list, tuple)):
+        return type(template)(_fill(each, outputs, arguments) for each in template)
+    return template
+
+
+def _same_function(one, other) -> bool:
+    """Whether two references are to one function, bound to the same object."""
+    inner, other_inner = (getattr(each, "__func__", each) for each in (one, other))
+    return inner is other_inner and getattr(one, "__self__", None) is getattr(other, "__self__", None)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two constants are equal. The host waits for the device."""
+    if one is other or backend.data_handle(one) == backend.data_handle(other):
+        return True
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())

@@ -39,12 +39,15 @@ class ProcessRuntime(Runtime):
         store.wait([name], timedelta(days=1))
         return pickle.loads(store.get(name))
 
-    def _end_graph(self, name):
-        pending = backend.pending_tensors(live_tensors(1)[0])
+    def _live(self):
+        return live_tensors(1)[0]
+
+    def _end_graph(self, name, record=None):
+        pending = backend.pending_tensors(self._live())
+        graph = backend.graph_hash(pending)
         if pending:
-            graph = backend.graph_hash(pending)
             self._compile(name, graph, pending)
-            self._start(graph, pending)
+        self._start(name, graph, pending, record)
 
 
 def launch_process(function: Callable[[Runtime], object]) -> None:

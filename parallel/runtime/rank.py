@@ -6,6 +6,7 @@ from typing import Any
 
 from parallel.graph import backend
 from parallel.graph.guard import Guard
+from parallel.graph.replay import Before, NotReplayable, Recorder, flatten, trace_of
 from parallel.runtime.devices import extracts_graphs
 
 
@@ -34,11 +35,14 @@ class Runtime:
     so it must not be written, and no branch may depend on it. `listeners` are told about every mark_step.
     """
 
+    is_opaque_to_replay = True  # parallel/graph/watched.py
+
     def __init__(self, rank: int, world_size: int, device):
         self.rank, self.world_size, self.device = rank, world_size, device
         self.executes = not extracts_graphs()
         self.listeners: list[GraphListener] = []
         self.guard: Guard | None = None
+        self.replay_graphs(False)
 
     def watch_graphs(self, on_recompile: str) -> None:
         """From here on, a named mark_step whose graph changes is a warning (`warn`), an error (`error`) or
@@ -60,24 +64,76 @@ class Runtime:
         raise NotImplementedError
 
     def mark_step(self, name: str | None = None, function: Callable | None = None, *inputs) -> Any:
-        """Record `function(*inputs)` as one graph, start to execute it, and return what the function returns.
+        """Execute `function(*inputs)` as one graph; returns what the function returns, before the device has finished.
 
-        Also executes what was recorded before, since the last mark_step. Without a function, only that.
-        Returns before the device has finished. `name` is the graph's name in warnings; without one, the graph
-        may differ each time.
+        The function is called, and what it records is compiled, if it is new, and started. Where graphs are replayed
+        (replay_graphs) a function whose graph is known is not called: its compiled graph is started with the new
+        inputs. What was recorded before, since the last mark_step, is executed, too. Without a function, only that.
+        `name` is the graph's name in warnings; without one, the graph may differ each time.
         """
         for listener in self.listeners:
             listener.tracing(name)
+        if self._replays and name and function and not hasattr(function, "is_traced_always"):
+            return self._replay_or_trace(name, function, inputs)
         outputs = function(*inputs) if function else None
-        for listener in self.listeners:
-            listener.traced(name)
         self._end_graph(name)
-        for listener in self.listeners:
-            listener.started(name)
         return outputs
 
-    def _end_graph(self, name: str | None) -> None:
-        """Start to execute everything that is pending on this rank's device."""
+    def _replay_or_trace(self, name, function, inputs):
+        recorder, arguments = self._recorders.setdefault(name, Recorder()), []
+        key = flatten(inputs, arguments)
+        if self._all_ranks(recorder.can_replay(function, key)):
+            for listener in self.listeners:
+                listener.traced(name)
+            outputs = recorder.replay(arguments)
+            for listener in self.listeners:
+                listener.started(name)
+            return outputs
+        if recorder.banned:
+            outputs = function(*inputs)
+            self._end_graph(name)
+            return outputs
+        live = self._live()
+        backend.wait()
+        before, reads = Before(live, arguments), backend.reads()
+        outputs = function(*inputs)
+
+        def record(graph, pending):
+            if backend.reads() > reads:
+                recorder.ban("a value is read in it (.item(), .cpu(), print)")
+                return
+            try:
+                recorder.add(function, key, inputs, trace_of(graph, before, pending, outputs), pending)
+            except NotReplayable as problem:
+                recorder.ban(str(problem))
+
+        self._end_graph(name, record)
+        if any(bans := self._exchange(recorder.banned)):
+            recorder.ban(next(filter(None, bans)))
+            if self.guard:
+                self.guard.traced_always(name, recorder.banned)
+        return outputs
+
+    def replay_graphs(self, on: bool) -> None:
+        """From here on, whether a named mark_step may start its compiled graph without calling the function again."""
+        self._replays, self._recorders = on and self.executes, {}
+
+    def _live(self) -> list:
+        """The tensors that are alive on this rank's device."""
+        raise NotImplementedError
+
+    def _exchange(self, value: Any) -> list:
+        """The values of all ranks of this process, or of a rank that is a process, its own."""
+        return [value]
+
+    def _all_ranks(self, value: bool) -> bool:
+        return all(self._exchange(value))
+
+    def _end_graph(self, name: str | None, record: Callable | None = None) -> None:
+        """Start to execute everything that is pending on this rank's device.
+
+        `record(hash of the graph, pending tensors)` is called before.
+        """
         raise NotImplementedError
 
     def read(self, tensor) -> list[float]:
@@ -90,13 +146,20 @@ class Runtime:
         with self.guard.compiling(name, graph, pending) if self.guard else nullcontext():
             backend.compile_graph(pending)
 
-    def _start(self, graph: bytes, pending: list) -> None:
+    def _start(self, name: str | None, graph: bytes, pending: list, record: Callable | None) -> None:
         """Execute the compiled graph, and give the pending tensors its outputs."""
-        for tensor, output in zip(
-            pending, backend.run_compiled(graph, backend.graph_inputs(pending)), strict=True
-        ):
-            tensor.data = output  # not _replace_xla_tensor, which leaves what views of the tensor are made of
-        backend.reset_collective_order(self.device)
+        for listener in self.listeners:
+            listener.traced(name)
+        if record:
+            record(graph, pending)
+        if pending:
+            outputs = backend.run_compiled(graph, [data for _, data in backend.graph_inputs(pending)])
+            for tensor, output in zip(pending, outputs, strict=True):
+                # Not by torch_xla's _replace_xla_tensor, after which views of the tensor are made of what it was before.
+                tensor.data = output
+            backend.reset_collective_order(self.device)
+        for listener in self.listeners:
+            listener.started(name)
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""

@@ -20,12 +20,23 @@ class LockstepBarrier:
     def __init__(self, world_size: int):
         self.shared = None
         self._calls = [""] * world_size
+        self._values, self._turns = [[None] * world_size, [None] * world_size], [0] * world_size
         self._barrier = threading.Barrier(world_size, action=self._check)
 
     def wait(self, rank: int, call: str) -> None:
         """Wait until all ranks are here; `call` says where this one is, in words."""
         self._calls[rank] = call
         self._barrier.wait()
+
+    def exchange(self, rank: int, call: str, value) -> list:
+        """The values that all ranks gave to this call, by rank."""
+        values = self._values[
+            self._turns[rank] % 2
+        ]  # a rank can be one exchange ahead of another, and no more
+        self._turns[rank] += 1
+        values[rank] = value
+        self.wait(rank, call)
+        return list(values)
 
     def abort(self) -> None:
         """End the wait of all, now and later, with threading.BrokenBarrierError."""
@@ -58,19 +69,28 @@ class ThreadRuntime(Runtime):
         self._lockstep.wait(self.rank, "something shared")  # before rank 0 shares the next
         return value
 
-    def _end_graph(self, name):
+    def _exchange(self, value):
+        return self._lockstep.exchange(self.rank, "an exchange", value)
+
+    def _live(self):
         self._lockstep.wait(self.rank, "a mark_step")
         if self.rank == 0:
-            self._lockstep.shared = self._compile_for_all(name)
-        self._lockstep.wait(self.rank, "a compiled mark_step")
-        graph, pending_of = self._lockstep.shared
-        if pending := pending_of.pop(self.rank):
-            self._start(graph, pending)
+            self._lockstep.shared = dict(enumerate(live_tensors(self.world_size)))
+        self._lockstep.wait(self.rank, "a mark_step's tensors")
+        return self._lockstep.shared.pop(self.rank)
 
-    def _compile_for_all(self, name):
-        """(hash of the graph, {rank: its pending tensors})."""
-        pending = [backend.pending_tensors(tensors) for tensors in live_tensors(self.world_size)]
-        hashes = [backend.graph_hash(tensors) for tensors in pending]
+    def _end_graph(self, name, record=None):
+        pending = backend.pending_tensors(self._live())
+        graph = backend.graph_hash(pending)
+        hashes = self._exchange(graph)
+        if self.rank == 0:
+            self._check(hashes)
+            if pending:
+                self._compile(name, graph, pending)
+        self._lockstep.wait(self.rank, "a compiled mark_step")
+        self._start(name, graph, pending, record)
+
+    def _check(self, hashes):
         odd = [str(rank) for rank, graph in enumerate(hashes) if graph != hashes[0]]
         if odd:
             raise GraphMismatch(
@@ -79,9 +99,6 @@ class ThreadRuntime(Runtime):
                 "depends on the rank must be data in a tensor of shape [1] or more, never a Python branch, a "
                 "shape or a constant."
             )
-        if pending[0]:
-            self._compile(name, hashes[0], pending[0])
-        return hashes[0], dict(enumerate(pending))
 
 
 def launch_threads(function, world_size: int) -> None:

@@ -54,7 +54,7 @@ class _Tracer(Runtime):
         self._keep_proto, self._compiles = keep_proto, compiles
         self._begun = time.perf_counter()
 
-    def _end_graph(self, name):
+    def _end_graph(self, name, record=None):
         traced = time.perf_counter()
         pending = backend.pending_tensors(live_tensors(self.world_size)[self.rank])
         if pending:
