@@ -18,6 +18,8 @@ from trainer.job import prepare
 from trainer.prompts import PromptFormat
 from trainer.samples import NEW_TOKENS, questions
 
+pytestmark = pytest.mark.process
+
 STAGES = [
     "--pipeline_parallel_size",
     "2",
