@@ -29,7 +29,7 @@ STAGES = [
     "2",
 ]
 DATA = ["--max_seq_length", "96", "--do_eval", "--validation_split_percentage", "4"]
-# Three layers on two stages: a slot of the second one is spare.
+# Three layers on two stages: the second one has a padding layer.
 MODES = {
     "lora": (
         False,
