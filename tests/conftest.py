@@ -49,7 +49,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Under pytest-xdist, the longest tests first, and those that share a fixture of their module on one worker."""
+    """Under pytest-xdist: the longest tests first, and tests that share a module's fixture on one worker."""
     if not hasattr(config, "workerinput"):
         return
     groups, seconds = {}, recorded_seconds()
