@@ -1,4 +1,5 @@
-# make train: fine-tune the embedded tiny Llama on 4 ranks (TP2 x DP2), merge it, ask it a question.   make test: ruff and pytest.
+# make train: fine-tune the embedded tiny Llama on 4 ranks (TP2 x DP2), merge it, ask it a question.
+# make check: ruff, and the tests that start no process: a minute.   make test: ruff and all tests.
 # make demo: train it until it knows the embedded sample, ask it before and after merging, and write a page of all its answers.
 # PYTHON=python3.12 picks the interpreter of .venv. Where PYTHON itself has torch 2.9 and torch_xla 2.9 (an activated environment of
 # a Neuron machine, say), that one is used, and only what it lacks is installed.
@@ -10,7 +11,7 @@ VENV := $(or $(word 1,$(USABLE)),.venv)
 PY := $(or $(word 2,$(USABLE)),.venv/bin/python)
 READY := $(VENV)/.markstep-ready
 
-.PHONY: train demo test golden clean
+.PHONY: train demo lint check test seconds golden clean
 train: $(READY)
 	@if [ -e $(OUT) ]; then echo "error: $(OUT) exists: move it away, or choose another: make train OUT=..." >&2; exit 1; fi
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 \
@@ -30,9 +31,20 @@ demo: $(READY)
 	$(PY) -m tools.evaluate --base --checkpoint $(OUT)/checkpoint-700 --model $(OUT)/merged --max_seq_length 256 --batch_size 16 \
 	  --output $(OUT)/evaluation
 
-test: $(READY)
+lint: $(READY)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+check: lint
+	$(PY) -m pytest -q -m "not process"
+
+test: lint
 	$(PY) -m pytest -q
+
+# Writes down how long the tests take, so that the longest are started first.
+seconds: $(READY)
+	$(PY) -m pytest -q --durations=0 --durations-min=1 >$(VENV)/tests.log || { cat $(VENV)/tests.log; exit 1; }
+	grep -E '^ *[0-9.]+s (setup|call)' $(VENV)/tests.log >tests/seconds.txt
 
 # Writes down what the golden runs compute (tests/trainer/test_golden.py): after a change that is meant to change it.
 golden: $(READY)

@@ -14,7 +14,7 @@ BLOCKS = (
 def block_size(sequence: int) -> int:
     """Queries that attend at once: half a row, within BLOCKS.
 
-    Smaller ones spare more of the square above the diagonal (two blocks leave 3/4 of it, four 5/8), and each
+    Smaller ones skip more of the square above the diagonal (two blocks leave 3/4 of it, four 5/8), and each
     adds some fifty operations a layer to the graph.
     """
     fewest, most = BLOCKS

@@ -8,6 +8,8 @@ import torch
 
 from tests.support.on_ranks import on_ranks
 
+pytestmark = pytest.mark.process
+
 SEQUENCE, BATCH, HEADS, KV_HEADS, HEAD_DIM = 24, 2, 4, 2, 8
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 12 + [0] * 7, [1] * 24])
 

@@ -132,6 +132,7 @@ def real_call_of(runtime):
 
 
 @needs_source
+@pytest.mark.process
 def test_the_real_function_is_called_as_its_kernels_ask():
     [found] = on_ranks(real_call_of, 1)
     for ours, theirs in zip(found, outputs(dense, *inputs(2048, batch=1)), strict=True):
@@ -171,6 +172,7 @@ def losses_of(runtime, base):
     return found
 
 
+@pytest.mark.process
 def test_a_model_has_the_same_losses_and_gradients(tmp_path):
     from tests.support.models import save_llama
 

@@ -3,12 +3,15 @@ too."""
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.generation import Sampling
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
 from tests.support.saved import save
+
+pytestmark = pytest.mark.process
 
 LENGTHS = [3, 31, 32, 7, 20, 12, 33, 100, 64, 65]  # of the prompts
 NEW, DRAWN = 64, 16

@@ -6,6 +6,8 @@ import torch
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
 
+pytestmark = pytest.mark.process
+
 
 def forward(runtime, directory, tensor_parallel_sizes, rows):
     """{tp: logits of the whole vocabulary} for rows {input_ids, position_ids, segment_ids}, through

@@ -78,6 +78,7 @@ def sharded(runtime):
     return found, runtime.compilations()
 
 
+@pytest.mark.process
 def test_every_factor_has_the_dense_gradient_on_every_rank():
     results = on_ranks(sharded, 4)
     dense = {name: whole(name, *shape).requires_grad_() for name, shape in SHAPES.items()}

@@ -9,9 +9,13 @@ import subprocess
 import sys
 import types
 
+import pytest
+
 from parallel.runtime import ProcessRuntime
 from tests.support.on_ranks import ROOT, on_ranks
 from tests.support.runs import SHORT, column, read, several_runs, start
+
+pytestmark = pytest.mark.process
 
 LOOP = ROOT / "trainer" / "loop.py"
 FLAGS = ["--max_seq_length", "64", "--max_steps", "4"]

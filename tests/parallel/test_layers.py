@@ -95,6 +95,7 @@ def sharded(runtime):
     return found, runtime.compilations()
 
 
+@pytest.mark.process
 def test_layers_equal_dense_ones():
     dense = {name: whole(name, *shape).requires_grad_() for name, shape in SHAPES.items()}
     ids, target = data()

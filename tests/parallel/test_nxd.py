@@ -24,7 +24,7 @@ from tests.trainer.test_extract_graphs import PROCESS
 from tests.trainer.test_topologies import LINEAR, micro_batch
 from trainer.checkpoint.reader import Checkpoint
 
-pytestmark = needs_source
+pytestmark = [needs_source, pytest.mark.process]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -38,6 +38,7 @@ def collectives(runtime):
     return result, runtime.compilations()
 
 
+@pytest.mark.process
 def test_collectives_over_groups_in_one_compilation():
     for rank, (result, compilations) in enumerate(on_ranks(collectives, 4)):
         pair, column = [rank // 2 * 2, rank // 2 * 2 + 1], [rank % 2, rank % 2 + 2]
@@ -68,6 +69,7 @@ def failing(runtime):
     runtime.barrier()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "function, message",
     [
@@ -96,6 +98,7 @@ def test_torchrun_on_a_cpu_is_hosted_by_local_rank_0(monkeypatch):
         leaves_at_once()
 
 
+@pytest.mark.process
 def test_processes_that_leave_import_no_torch():
     code = (
         "import os, sys; os.environ |= {'LOCAL_RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}\n"
@@ -132,6 +135,7 @@ def meet(rank, directory):
         assert runtime.share({"number": number} if rank == 0 else None) == {"number": number}
 
 
+@pytest.mark.process
 def test_processes_meet_and_share(tmp_path):
     torch.multiprocessing.start_processes(meet, (str(tmp_path),), nprocs=3, start_method="fork")
 

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 from parallel.runtime.watch import children
 from tests.support.on_ranks import ROOT
 from tests.support.runs import SHORT, column, environment, start
 from trainer.checkpoint.names import list_checkpoints
+
+pytestmark = pytest.mark.process
 
 
 def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):

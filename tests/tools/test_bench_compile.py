@@ -102,6 +102,7 @@ def reports(tmp_path_factory):
     }
 
 
+@pytest.mark.process
 def test_products_are_those_of_the_formula(reports):
     """The same to the last FLOP, where 2 % would do."""
     assert {case: reports[case]["step_flops"] for case in CASES} == {
@@ -109,6 +110,7 @@ def test_products_are_those_of_the_formula(reports):
     }
 
 
+@pytest.mark.process
 def test_ticks_share_graphs(reports):
     """The graphs of ticks do not grow with the number of ticks; and the bytes that they keep, by hand."""
     few, more = (reports[case] for case in ("stages", "more ticks"))
@@ -139,12 +141,14 @@ def test_ticks_share_graphs(reports):
     assert set(reports["stages in one graph"]["graphs"]) == {"step"}
 
 
+@pytest.mark.process
 def test_products_of_a_full_training_by_hand(reports):
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 192) + 512 * 64  # two layers and the head
     scores = 2 * 8 * TOKENS * TOKENS * 8
     assert reports["full tp1"]["step_flops"] == 6 * TOKENS * weights + 2 * 6 * scores
 
 
+@pytest.mark.process
 def test_collectives_of_a_layer_by_hand(reports):
     two, three = (reports[case]["graphs"]["step"]["collectives"] for case in ("lora tp2", "three layers"))
     layer = {
@@ -166,6 +170,7 @@ def test_collectives_of_a_layer_by_hand(reports):
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", ["lora tp2", "full tp4", "divided optimizer"])
 def test_what_a_core_holds_is_input_of_the_graph(reports, case):
     held = reports[case]["state_bytes"]
@@ -179,6 +184,7 @@ def test_what_a_core_holds_is_input_of_the_graph(reports, case):
     assert 4 * 1024 <= other_inputs < batch
 
 
+@pytest.mark.process
 def test_a_real_run_compiles_the_same_graphs(reports, tmp_path):
     done = run(
         [
@@ -205,6 +211,7 @@ def test_a_real_run_compiles_the_same_graphs(reports, tmp_path):
         assert Graph(text).peak_bytes() == graph["peak_bytes"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number, case", [(2, "memory lora"), (3, "memory full"), (4, "memory recomputed")])
 def test_peak_is_near_what_xla_allocates(reports, number, case):
     """XLA:CPU fuses some operations, so it needs less; fp32, because it widens bf16."""
@@ -214,6 +221,7 @@ def test_peak_is_near_what_xla_allocates(reports, number, case):
     assert allocated <= graph["input_bytes"] + graph["peak_bytes"] <= 1.35 * allocated
 
 
+@pytest.mark.process
 def test_recomputation_is_seen_to_save_memory(reports):
     kept, recomputed = (
         reports[f"memory {case}"]["graphs"]["step"]["peak_bytes"] for case in ("lora", "recomputed")
@@ -293,6 +301,7 @@ BAD = {
 }
 
 
+@pytest.mark.process
 def test_bad_input_is_one_line():
     program = (
         "import sys; from tools.bench_compile import main; "

@@ -2,8 +2,12 @@
 
 import re
 
+import pytest
+
 from tests.support.models import save_llama
 from tests.support.runs import start
+
+pytestmark = pytest.mark.process
 
 
 def test_both_sides_answer_alike(tmp_path):

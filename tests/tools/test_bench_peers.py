@@ -58,6 +58,7 @@ def test_ratios_are_taken_within_a_round():
     assert plain == "| plain loop on torch_xla, full rows | 200 | 50 | 3 (2.25 - 3) | 25% |"
 
 
+@pytest.mark.process
 def test_two_sides_on_the_same_tokens(tmp_path):
     make(tmp_path, TINY, SETTINGS, examples=50)
     tokens, settings = read(tmp_path)
@@ -86,6 +87,7 @@ def test_two_sides_on_the_same_tokens(tmp_path):
     assert filled - 0.2 < rate["tokens"] / rate["positions"] <= 1 and ours["mfu"] > 0
 
 
+@pytest.mark.process
 def test_bad_input_is_refused(tmp_path, capsys):
     for flags in (
         ["--tokens", "1000"],

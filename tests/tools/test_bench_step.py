@@ -25,6 +25,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.process
 def test_figures_of_a_run(tmp_path):
     start(*FLAGS, "--json", tmp_path / "old.json", program=("-m", "tools.bench_step"))
     said = start(

@@ -64,6 +64,7 @@ def test_the_page_shows_hostile_texts_as_text():
     assert page.tags.count("table") == 3 and "100.0%" in page.text and "2.718" in page.text
 
 
+@pytest.mark.process
 def test_base_checkpoint_and_merged_model(tmp_path):
     """Every number and answer is that of transformers, and the two forms of the trained model agree."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -17,6 +17,7 @@ from trainer.prompts import PromptFormat
 PROGRAM = ("-m", "tools.generate")
 
 
+@pytest.mark.process
 def test_the_same_answer_from_a_checkpoint_by_two_ranks_and_from_the_keyboard(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -140,6 +140,7 @@ def test_sizes():
     ]
 
 
+@pytest.mark.process
 def test_an_adapter_goes_in_and_out_without_loss(tmp_path, monkeypatch):
     """A peft adapter, read by 4 ranks, trained with a rate of 0, and written again; the base that it was on;
     and both in one."""

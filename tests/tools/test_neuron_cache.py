@@ -236,6 +236,7 @@ def test_a_torn_archive_and_what_is_none(tmp_path, cache):
     assert f"left out: {COMPILER}/MODULE_1+d41d8cd9/link" in pack(cache, tmp_path / "g.tar", key(), COMPILER)
 
 
+@pytest.mark.process
 def test_a_kill_leaves_whole_graphs(tmp_path, cache):
     """Killed while it moves the first graph, which is then there whole or not at all; unpack can resume."""
     pack(cache, tmp_path / "a.tar", key(), COMPILER)

@@ -108,6 +108,7 @@ def test_stages_by_hand():
     assert each.most_bytes == max(4 * 10**8 + 4 * 10**7 + 10**8, 8 * 10**8)
 
 
+@pytest.mark.process
 def test_traces_of_stages_are_extrapolated(monkeypatch):
     """From 2 and 4 layers a stage and three micro-batches; compared with a trace of all 6 and five."""
     model = replace(read_model("tiny"), num_hidden_layers=11)
@@ -138,6 +139,7 @@ def test_fits(memory, fits):
     assert estimate(REPORT, replace(ROUND, memory_bytes=memory), 1, 1, True).fits == fits
 
 
+@pytest.mark.process
 def test_traces_are_extrapolated(monkeypatch):
     """From 2 and 4 layers at DP2 with two micro-batches; compared with a trace of all 6 at DP4 with three."""
     model = replace(read_model("tiny"), num_hidden_layers=6)
@@ -183,6 +185,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_rows_are_in_the_range(name):
     flags, published = PUBLISHED[name]

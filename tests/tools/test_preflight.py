@@ -298,6 +298,7 @@ def test_a_placeholder_of_torch_neuronx_is_named():
     ]
 
 
+@pytest.mark.process
 def test_it_runs_without_torch():
     """Importing torch fails in this process, as where it is not installed."""
     code = (

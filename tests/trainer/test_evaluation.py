@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -55,6 +56,7 @@ def evaluated(runtime, checkpoint):
     return found
 
 
+@pytest.mark.process
 def test_perplexity_is_that_of_the_merged_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -92,6 +94,7 @@ def test_examples_as_questions():
     assert [each.prompt for each in questions(rows, 1)] == [[3]]
 
 
+@pytest.mark.process
 def test_a_run_answers_between_its_steps(tmp_path):
     """Compared with the same run without answers, there are two more graphs, and the training is the same.
 

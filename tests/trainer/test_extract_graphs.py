@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from parallel.graph.live import live_tensors
 from parallel.runtime import ThreadRuntime
 from tests.support.on_ranks import ROOT, on_ranks
 from tests.support.runs import SHORT
+
+pytestmark = pytest.mark.process
 
 FLAGS = [
     *SHORT,

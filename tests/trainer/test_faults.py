@@ -69,6 +69,7 @@ def check_latest(output):
     return checkpoint.step
 
 
+@pytest.mark.process
 def test_a_kill_at_any_moment_of_saving(tmp_path, capsys):
     """Each process resumes where the last one was killed; kills also hit the deletion of checkpoints."""
     save(tmp_path, 1)
@@ -90,6 +91,7 @@ def test_a_kill_at_any_moment_of_saving(tmp_path, capsys):
     assert done > 10 and incomplete > 10
 
 
+@pytest.mark.process
 def test_a_kill_at_any_moment_of_merging(tmp_path):
     checkpoint, shapes = save_tiny(tmp_path, 3)
     begun = time.perf_counter()
@@ -135,6 +137,7 @@ def fails(work):
         return pipe.read()
 
 
+@pytest.mark.process
 def test_a_disk_that_takes_no_more(tmp_path):
     """A limit on the size of files stands for a full disk: writing fails in the middle of the first file."""
     save(tmp_path, 1)

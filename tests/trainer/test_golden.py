@@ -21,6 +21,8 @@ from tests.support.on_ranks import ROOT, on_ranks
 from tests.support.runs import read, several_runs
 from trainer.config import SAMPLE
 
+pytestmark = pytest.mark.process
+
 GOLDEN, RANKS, STEPS = ROOT / "tests" / "golden", 4, 10
 SHORT = "--max_seq_length 64 --learning_rate 5e-3 --lr_scheduler_type cosine --warmup_ratio 0.1"
 CASES = {

@@ -206,6 +206,7 @@ def check(results, world_size, cases, adapted):
         assert held == set(expected), at
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("world_size", CASES)
 def test_every_gradient_is_the_dense_one(tmp_path, world_size):
     directories, adapted = make_bases(tmp_path)
@@ -255,6 +256,7 @@ MODES = {
 }
 
 
+@pytest.mark.process
 def test_runs_are_saved_and_go_on_with_other_stages(tmp_path):
     """Three layers, so that one is padding; with dropout; the merged model is what one stage has trained."""
     save_llama(tmp_path / "base", hidden_size=32, intermediate_size=48)
@@ -314,6 +316,7 @@ def test_runs_are_saved_and_go_on_with_other_stages(tmp_path):
             torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.process
 def test_a_language_model_follows_transformers(tmp_path):
     """Ten losses of a full training on plain text, of which a row holds one example, beside a loop of
     transformers in float64."""

@@ -18,6 +18,8 @@ from trainer.job import prepare
 from trainer.prompts import PromptFormat
 from trainer.samples import NEW_TOKENS, questions
 
+pytestmark = pytest.mark.process
+
 STAGES = [
     "--pipeline_parallel_size",
     "2",
@@ -27,7 +29,7 @@ STAGES = [
     "2",
 ]
 DATA = ["--max_seq_length", "96", "--do_eval", "--validation_split_percentage", "4"]
-# Three layers on two stages: a slot of the second one is spare.
+# Three layers on two stages: the second one has a padding layer.
 MODES = {
     "lora": (
         False,

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 
 from tests.support.models import save_llama
@@ -10,6 +11,8 @@ from tests.support.on_ranks import on_ranks
 from tests.support.runs import column, final_states, several_runs
 from trainer.config import SAMPLE, parse
 from trainer.job import prepare
+
+pytestmark = pytest.mark.process
 
 PRECISIONS = {"fp32": [], "bf16": ["--bf16"], "nearest": ["--bf16", "--stochastic_rounding"]}
 

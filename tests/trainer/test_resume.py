@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 from tests.support.models import save_llama
 from tests.support.on_ranks import ROOT, on_ranks
 from tests.support.runs import column, environment, read, several_runs, start
+
+pytestmark = pytest.mark.process
 
 # (tp, dp): flags; each with 8 rows a step.
 TOPOLOGIES = {

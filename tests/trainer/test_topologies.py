@@ -9,6 +9,8 @@ import torch
 from tests.support.models import save_adapter, save_llama
 from tests.support.on_ranks import on_ranks
 
+pytestmark = pytest.mark.process
+
 SEQUENCE, VOCABULARY, MICRO_BATCHES = 16, 64, 3
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKPOINTING = ("none", "selective", "full")

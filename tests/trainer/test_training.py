@@ -17,6 +17,8 @@ from tools.merge_checkpoint.merging import merge
 from trainer.config import parse
 from trainer.job import prepare
 
+pytestmark = pytest.mark.process
+
 
 def torchrun(processes):
     # --standalone: a free port, because tests run side by side.

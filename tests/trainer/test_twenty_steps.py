@@ -1,11 +1,14 @@
 """The state of every rank after twenty steps of the real loop: replicas are equal to the bit, and ZeRO-1 and
 the place of a mark_step change nothing."""
 
+import pytest
 import torch
 
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
 from tests.support.runs import column, final_states
+
+pytestmark = pytest.mark.process
 
 STEPS, TP, DP = 20, 4, 2
 LORA, FULL = ["--lora_r", "4", "--lora_dropout", "0.1"], ["--lora_r", "0", "--weight_decay", "0.1"]
