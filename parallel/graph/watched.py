@@ -19,14 +19,16 @@ class Watched:
     """The containers that are reachable from some roots, and the identity of everything that they held.
 
     Containers are dictionaries, lists, tuples, the attributes of objects, closures, and the variables of this project's
-    modules. An object whose class says `is_opaque_to_replay` is not entered.
+    modules and of the module of a root function. An object whose class says `is_opaque_to_replay` is not entered.
     """
 
     def __init__(self, roots: Iterable[Any]):
-        modules = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in OURS]
-        self._dictionaries: list[dict] = [vars(module) for module in modules]
+        roots = list(roots)
+        modules = [vars(module) for name, module in list(sys.modules.items()) if name.split(".")[0] in OURS]
+        own = [root.__globals__ for root in map(_inner, roots) if hasattr(root, "__globals__")]
+        self._dictionaries: list[dict] = [*modules, *own]
         self._sequences: list[list | tuple] = []
-        seen, waiting = set(), list(roots)
+        seen, waiting = set(), roots
         while waiting:
             thing = waiting.pop()
             opaque = isinstance(thing, PLAIN) or getattr(thing, "is_opaque_to_replay", False)
@@ -61,7 +63,12 @@ class Watched:
 
 def _carried(function) -> list:
     """What a function or method carries along: its object, its closure and its defaults."""
-    inner = getattr(function, "__wrapped__", function)
-    inner = getattr(inner, "__func__", inner)
+    inner = _inner(function)
     cells = [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
     return [getattr(function, "__self__", None), *cells, *(getattr(inner, "__defaults__", None) or ())]
+
+
+def _inner(function):
+    """The function of a method, or in a decorator such as torch.no_grad()."""
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__wrapped__", function)

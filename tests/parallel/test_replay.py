@@ -1,0 +1,122 @@
+"""Replayed graphs: equal to traced ones to the bit, and never stale, whatever a researcher plants into the loop."""
+
+import contextlib
+import io
+import json
+import re
+import types
+from pathlib import Path
+
+import pytest
+
+from tests.support.on_ranks import ROOT, on_ranks
+
+LOOP = ROOT / "trainer" / "loop.py"
+FLAGS = ["--max_seq_length", "64", "--max_steps", "12", "--learning_rate", "5e-3", "--logging_steps", "1"]
+STEP, BACKWARD, UPDATE = (
+    "runtime.begin_step(step + 1)",
+    "loss_sum.backward()",
+    "counts = all_reduce(accumulator.counts, mesh.dp)",
+)
+SCALED = (BACKWARD, "loss_sum = loss_sum * state.scale")
+# Lines of the loop with what is planted before them. Until step 4 a graph is traced twice and then replayed.
+CAUSES = {
+    "nothing": [],
+    "a number of the state that changes once": [(STEP, "state.scale = 2.5 if step == 4 else 1.5"), SCALED],
+    "a number that changes in every step": [(STEP, "state.scale = 1.0 + 0.25 * step"), SCALED],
+    "a learning rate that is a Python number": [
+        (STEP, "state.lr = 1e-3 / (step + 1)"),
+        (UPDATE, "scalars = torch.stack([scalars[0] * 0 + state.lr, scalars[1] * 0 + state.lr, scalars[2]])"),
+    ],
+    "a variable of the module": [
+        (STEP, "globals().update(FACTOR=3.5 if step == 4 else 1.5)"),
+        (BACKWARD, "loss_sum = loss_sum * FACTOR"),
+    ],
+    "a branch": [
+        (STEP, "state.clips = step != 4"),
+        (BACKWARD, "loss_sum = loss_sum if state.clips else loss_sum.sigmoid()"),
+    ],
+    "a random number": [(BACKWARD, "loss_sum = loss_sum * state.random.uniform(1, 2)")],
+    "a tensor that is made anew": [
+        (STEP, "state.factor = torch.tensor([1.0 + (step == 4)]).to(runtime.device)"),
+        (BACKWARD, "loss_sum = loss_sum * state.factor.sum()"),
+    ],
+    "a parameter that is another one": [(STEP, "swap(state, runtime) if step == 4 else None")],
+    "state that was changed outside": [(STEP, "state.optimizer.exp_avg[0].mul_(0.5) if step == 4 else None")],
+    "a setting of the model": [(STEP, "state.model.token_seeds.dropout = 0.5 if step == 4 else 0.0")],
+    "another shape": [
+        (BACKWARD, "pass"),
+        ("report, stop_requests = train_step(", "batches = Cropped(batches, step) if step == 4 else batches"),
+    ],
+    "a value that is read": [(BACKWARD, "loss_sum = loss_sum * (1.0 + (loss_sum.item() > 400))")],
+    "a tensor that is kept": [(BACKWARD, "state.kept = loss_sum.detach() * 2")],
+}
+HEAD = """
+import random
+
+def swap(state, runtime):
+    norm = state.model.model.norm
+    norm.weight = torch.nn.Parameter((norm.weight.detach().cpu() * 1.5).to(runtime.device), requires_grad=False)
+
+class Cropped:
+    def __init__(self, batches, step):
+        self.__dict__.update(vars(batches))
+        self.batches = batches
+    def step(self, step, last):
+        for batch in self.batches.step(step, last):
+            yield {name: each[..., :32] if each.dim() > 1 else each for name, each in batch.items()}
+"""
+
+
+def planted(cause):
+    """The loop with the cause's lines."""
+    text = LOOP.read_text().replace("Batch = dict", f"{HEAD}\nBatch = dict", 1)
+    text = text.replace(
+        STEP, f"state.random = vars(state).get('random') or random.Random(5)\n        {STEP}", 1
+    )
+    for before, line in CAUSES[cause]:
+        at = text.index(before)
+        indent = " " * (at - text.rindex("\n", 0, at) - 1)
+        text = f"{text[:at]}{line}\n{indent}{text[at:]}"
+    return text
+
+
+def runs(runtime, causes, output):
+    """{cause: what rank 0 warned of when graphs were replayed}; each cause is trained with and without replay."""
+    from trainer.config import parse
+    from trainer.job import prepare
+
+    said = {}
+    for cause in causes:
+        for replay in ("false", "true"):
+            loop = types.ModuleType("planted")
+            exec(compile(planted(cause), str(LOOP), "exec"), loop.__dict__)
+            flags = [*FLAGS, "--replay", replay, "--output_dir", f"{output}/{cause}/{replay}"]
+            job = prepare(parse(flags), runtime.world_size)
+            runtime.barrier()
+            errors = io.StringIO()
+            with contextlib.redirect_stderr(errors) if runtime.rank == 0 else contextlib.nullcontext():
+                loop.run(runtime, job)
+                runtime.barrier()
+            said[cause] = re.findall("warning: (.*)", errors.getvalue())
+    return said
+
+
+def losses(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    output = tmp_path_factory.mktemp("replay")
+    found, _ = on_ranks(runs, 2, causes=list(CAUSES), output=str(output))
+    return found, Path(output)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("cause", CAUSES)
+def test_what_is_replayed_is_what_would_have_been_traced(said, cause):
+    found, output = said
+    traced, replayed = (losses(output / cause / replay) for replay in ("false", "true"))
+    assert len(traced) == 12 and replayed == traced, found[cause]
