@@ -93,17 +93,23 @@ class Recorder:
     def _same_call(self, function: Callable, key: Any) -> bool:
         return self._trace is not None and _same_function(function, self._function) and key == self._key
 
-    def can_replay(self, function: Callable, key: Any) -> bool:
-        """Whether there is a recording of this very call, nothing that it can reach has changed, and no trace is due."""
-        due = not self._ready or self._since >= self._distance
-        return not due and self._same_call(function, key) and self._watched.unchanged()
+    def can_replay(self, function: Callable, key: Any, arguments: list[torch.Tensor]) -> bool:
+        """Whether there is a recording of this very call, and a trace is neither due nor needed.
+
+        It is needed where something that the function can reach has changed, and where an input waits for operations
+        that were recorded outside.
+        """
+        if not self._ready or self._since >= self._distance or not self._same_call(function, key):
+            return False
+        return self._watched.unchanged() and not any(backend.are_pending(self._inputs(arguments)))
+
+    def _inputs(self, arguments):
+        return [arguments[value] if kind == "argument" else value for kind, value in self._trace.sources]
 
     def replay(self, arguments: list[torch.Tensor]) -> Any:
         """Start the compiled graph with these arguments; returns the function's result."""
         self._since += 1
-        sources = self._trace.sources
-        inputs = [arguments[value] if kind == "argument" else value for kind, value in sources]
-        outputs = backend.run_compiled(self._trace.graph, inputs)
+        outputs = backend.run_compiled(self._trace.graph, self._inputs(arguments))
         for target, number in self._trace.updates:
             (arguments[target] if isinstance(target, int) else target).data = outputs[number]
         return _fill(self._trace.result, outputs, arguments)

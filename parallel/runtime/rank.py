@@ -82,7 +82,7 @@ class Runtime:
     def _replay_or_trace(self, name, function, inputs):
         recorder, arguments = self._recorders.setdefault(name, Recorder()), []
         key = flatten(inputs, arguments)
-        if self._all_ranks(recorder.can_replay(function, key)):
+        if self._all_ranks(recorder.can_replay(function, key, arguments)):
             for listener in self.listeners:
                 listener.traced(name)
             outputs = recorder.replay(arguments)

@@ -19,34 +19,34 @@ STEP, BACKWARD, UPDATE = (
     "counts = all_reduce(accumulator.counts, mesh.dp)",
 )
 SCALED = (BACKWARD, "loss_sum = loss_sum * state.scale")
-# Lines of the loop with what is planted before them. Until step 4 a graph is traced twice and then replayed.
+# Lines of the loop with what is planted before them. Steps 0, 1 and 4 are traced, and step 6 would be replayed.
 CAUSES = {
     "nothing": [],
-    "a number of the state that changes once": [(STEP, "state.scale = 2.5 if step == 4 else 1.5"), SCALED],
+    "a number of the state that changes once": [(STEP, "state.scale = 2.5 if step == 6 else 1.5"), SCALED],
     "a number that changes in every step": [(STEP, "state.scale = 1.0 + 0.25 * step"), SCALED],
     "a learning rate that is a Python number": [
         (STEP, "state.lr = 1e-3 / (step + 1)"),
         (UPDATE, "scalars = torch.stack([scalars[0] * 0 + state.lr, scalars[1] * 0 + state.lr, scalars[2]])"),
     ],
     "a variable of the module": [
-        (STEP, "globals().update(FACTOR=3.5 if step == 4 else 1.5)"),
+        (STEP, "globals().update(FACTOR=3.5 if step == 6 else 1.5)"),
         (BACKWARD, "loss_sum = loss_sum * FACTOR"),
     ],
     "a branch": [
-        (STEP, "state.clips = step != 4"),
+        (STEP, "state.clips = step != 6"),
         (BACKWARD, "loss_sum = loss_sum if state.clips else loss_sum.sigmoid()"),
     ],
     "a random number": [(BACKWARD, "loss_sum = loss_sum * state.random.uniform(1, 2)")],
     "a tensor that is made anew": [
-        (STEP, "state.factor = torch.tensor([1.0 + (step == 4)]).to(runtime.device)"),
+        (STEP, "state.factor = torch.tensor([1.0 + (step == 6)]).to(runtime.device)"),
         (BACKWARD, "loss_sum = loss_sum * state.factor.sum()"),
     ],
-    "a parameter that is another one": [(STEP, "swap(state, runtime) if step == 4 else None")],
-    "state that was changed outside": [(STEP, "state.optimizer.exp_avg[0].mul_(0.5) if step == 4 else None")],
-    "a setting of the model": [(STEP, "state.model.token_seeds.dropout = 0.5 if step == 4 else 0.0")],
+    "a parameter that is another one": [(STEP, "swap(state, runtime) if step == 6 else None")],
+    "state that was changed outside": [(STEP, "state.optimizer.exp_avg[0].mul_(0.5) if step == 6 else None")],
+    "a setting of the model": [(STEP, "state.model.token_seeds.dropout = 0.5 if step == 6 else 0.0")],
     "another shape": [
         (BACKWARD, "pass"),
-        ("report, stop_requests = train_step(", "batches = Cropped(batches, step) if step == 4 else batches"),
+        ("report, stop_requests = train_step(", "batches = Cropped(batches, step) if step == 6 else batches"),
     ],
     "a value that is read": [(BACKWARD, "loss_sum = loss_sum * (1.0 + (loss_sum.item() > 400))")],
     "a tensor that is kept": [(BACKWARD, "state.kept = loss_sum.detach() * 2")],
