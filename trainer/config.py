@@ -152,8 +152,11 @@ class Config:
         "Where graphs end: a micro-batch (of stages, a tick) has one, the update another; or a step is "
         "one graph.",
     )
-    replay: bool = _flag(
-        True, "Start a known graph without tracing it again; false: trace every time, which is slower."
+    replay: bool | None = _flag(
+        None,
+        "Start a known graph without tracing it again, which is faster; default: on a CPU.",
+        nargs="?",
+        const=True,
     )
     on_recompile: Literal["warn", "error", "ignore"] = _flag(
         "warn",

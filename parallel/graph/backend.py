@@ -55,6 +55,13 @@ def compile_graph(tensors: Sequence[torch.Tensor]) -> None:
     _xlac()._xla_warm_up_cache(tensors, [])
 
 
+def sync() -> None:
+    """Compile what is pending on the calling thread's device, if it is new, and start it."""
+    import torch_xla
+
+    torch_xla.sync()
+
+
 def record_lines(on: bool) -> None:
     """Whether operations are recorded with their line of Python, which doubles the time of tracing."""
     _xlac()._set_ir_debug(on)
@@ -76,7 +83,8 @@ def data_handle(tensor: torch.Tensor) -> int:
 
 
 def graph_inputs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
-    """What the graph of the tensors reads, in the order of its parameters: (tensor_id of its first owner, its data)."""
+    """What the graph of the tensors reads, in the order of its parameters: (tensor_id of its first owner, its
+    data)."""
     identities, data = _xlac()._get_tensors_xla_device_data_node(tensors)
     return list(zip(identities, data, strict=True))
 
@@ -95,7 +103,8 @@ def reads() -> int:
 
 
 def wait() -> None:
-    """Wait until all started graphs of this process are done: before that, handles of their outputs may change."""
+    """Wait until all started graphs of this process are done: before that, handles of their outputs may
+    change."""
     import torch_xla.core.xla_model as xla_model
 
     xla_model.wait_device_ops()

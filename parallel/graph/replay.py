@@ -1,7 +1,7 @@
 """Runs a function's graph again without calling the function: recordings, and when they may be used.
 
-What is between two mark_steps records the same graph every time, or it should. After two traces that agree, the compiled
-graph is started with new inputs instead. An input of the graph is
+What is between two mark_steps records the same graph every time, or it should. After two traces that agree,
+the compiled graph is started with new inputs instead. An input of the graph is
 
 - an argument: a tensor among the arguments of the call,
 - state: a tensor that was alive before the call (parameters, optimizer state, accumulators, a cache), or
@@ -9,10 +9,10 @@ graph is started with new inputs instead. An input of the graph is
 
 An output is part of the function's result, or the new data of a state tensor.
 
-What a trace would have seen must not be missed. Before each replay, the arguments are compared (shapes, dtypes, Python
-values), and everything that the function can reach (parallel/graph/watched.py): if anything was replaced, the call is
-traced. And calls are traced at growing distances. If such a trace differs from what would have been replayed, the graph
-is traced always from then on, with a warning.
+What a trace would have seen must not be missed. Before each replay, the arguments are compared (shapes,
+dtypes, Python values), and everything that the function can reach (parallel/graph/watched.py): if anything
+was replaced, the call is traced. And calls are traced at growing distances. If such a trace differs from what
+would have been replayed, the graph is traced always from then on, with a warning.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,9 @@ class NotReplayable(Exception):
 class Trace:
     """What one traced call showed.
 
-    sources: for each input of the graph ("argument", its number), ("state", the tensor) or ("constant", its data).
-    updates: (state tensor or number of an argument, number of the output that is its new data). result: the function's result, with an Output in
-    place of each tensor.
+    sources: for each input of the graph ("argument", its number), ("state", the tensor) or ("constant", its
+    data). updates: (state tensor or number of an argument, number of the output that is its new data).
+    result: the function's result, with an Output in place of each tensor.
     """
 
     graph: bytes
@@ -83,7 +83,8 @@ class Output:
 
 
 class Recorder:
-    """The history of one graph name on one rank. `banned` says why it is traced every time; empty while it need not be."""
+    """The history of one graph name on one rank. `banned` says why it is traced every time; empty while it
+    need not be."""
 
     def __init__(self):
         self.banned = ""
@@ -96,8 +97,8 @@ class Recorder:
     def can_replay(self, function: Callable, key: Any, arguments: list[torch.Tensor]) -> bool:
         """Whether there is a recording of this very call, and a trace is neither due nor needed.
 
-        It is needed where something that the function can reach has changed, and where an input waits for operations
-        that were recorded outside.
+        It is needed where something that the function can reach has changed, and where an input waits for
+        operations that were recorded outside.
         """
         if not self._ready or self._since >= self._distance or not self._same_call(function, key):
             return False
@@ -164,8 +165,8 @@ def flatten(thing: Any, tensors: list[torch.Tensor]) -> Any:
 class Before:
     """What was on a rank's device before a call, and which of it are arguments of the call.
 
-    A graph's input is known by the id of the tensor that it was, or by the handle of its data. Both are of the moment
-    before the call, because an update in place changes them.
+    A graph's input is known by the id of the tensor that it was, or by the handle of its data. Both are of
+    the moment before the call, because an update in place changes them.
     """
 
     def __init__(self, tensors: list[torch.Tensor], arguments: list[torch.Tensor]):

@@ -18,8 +18,9 @@ END = object()
 class Watched:
     """The containers that are reachable from some roots, and the identity of everything that they held.
 
-    Containers are dictionaries, lists, tuples, the attributes of objects, closures, and the variables of this project's
-    modules and of the module of a root function. An object whose class says `is_opaque_to_replay` is not entered.
+    Containers are dictionaries, lists, tuples, the attributes of objects, closures, and the variables of this
+    project's modules and of the module of a root function. An object whose class says `is_opaque_to_replay`
+    is not entered.
     """
 
     def __init__(self, roots: Iterable[Any]):

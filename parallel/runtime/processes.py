@@ -44,10 +44,14 @@ class ProcessRuntime(Runtime):
 
     def _end_graph(self, name, record=None):
         pending = backend.pending_tensors(self._live())
-        graph = backend.graph_hash(pending)
-        if pending:
-            self._compile(name, graph, pending)
-        self._start(name, graph, pending, record)
+        if not pending:
+            return
+        graph = backend.graph_hash(pending) if self.guard or self._replays else b""
+        self._compile(name, graph, pending)
+        if self._replays:
+            if record:
+                record(graph, pending)
+            self._start(graph, pending)
 
 
 def launch_process(function: Callable[[Runtime], object]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from parallel.graph import backend
 from parallel.graph.guard import Guard
 from parallel.graph.replay import Before, NotReplayable, Recorder, flatten, trace_of
+from parallel.runtime import devices
 from parallel.runtime.devices import extracts_graphs
 
 
@@ -64,34 +65,42 @@ class Runtime:
         raise NotImplementedError
 
     def mark_step(self, name: str | None = None, function: Callable | None = None, *inputs) -> Any:
-        """Execute `function(*inputs)` as one graph; returns what the function returns, before the device has finished.
+        """Execute `function(*inputs)` as one graph; returns what the function returns, before the device has
+        finished.
 
-        The function is called, and what it records is compiled, if it is new, and started. Where graphs are replayed
-        (replay_graphs) a function whose graph is known is not called: its compiled graph is started with the new
-        inputs. What was recorded before, since the last mark_step, is executed, too. Without a function, only that.
-        `name` is the graph's name in warnings; without one, the graph may differ each time.
+        The function is called, and what it records is compiled, if it is new, and started. Where graphs are
+        replayed (replay_graphs) a function whose graph is known is not called: its compiled graph is started
+        with the new inputs. What was recorded before, since the last mark_step, is executed, too. Without a
+        function, only that. `name` is the graph's name in warnings; without one, the graph may differ each
+        time.
         """
-        for listener in self.listeners:
-            listener.tracing(name)
+        self._tell("tracing", name)
         if self._replays and name and function and not hasattr(function, "is_traced_always"):
             return self._replay_or_trace(name, function, inputs)
         outputs = function(*inputs) if function else None
-        self._end_graph(name)
+        self._trace_ends(name)
         return outputs
+
+    def _tell(self, what: str, name: str | None) -> None:
+        for listener in self.listeners:
+            getattr(listener, what)(name)
+
+    def _trace_ends(self, name: str | None, record: Callable | None = None) -> None:
+        self._tell("traced", name)
+        self._end_graph(name, record)
+        self._tell("started", name)
 
     def _replay_or_trace(self, name, function, inputs):
         recorder, arguments = self._recorders.setdefault(name, Recorder()), []
         key = flatten(inputs, arguments)
         if self._all_ranks(recorder.can_replay(function, key, arguments)):
-            for listener in self.listeners:
-                listener.traced(name)
+            self._tell("traced", name)
             outputs = recorder.replay(arguments)
-            for listener in self.listeners:
-                listener.started(name)
+            self._tell("started", name)
             return outputs
         if recorder.banned:
             outputs = function(*inputs)
-            self._end_graph(name)
+            self._trace_ends(name)
             return outputs
         live = self._live()
         backend.wait()
@@ -107,15 +116,21 @@ class Runtime:
             except NotReplayable as problem:
                 recorder.ban(str(problem))
 
-        self._end_graph(name, record)
+        self._trace_ends(name, record)
         if any(bans := self._exchange(recorder.banned)):
             recorder.ban(next(filter(None, bans)))
             if self.guard:
                 self.guard.traced_always(name, recorder.banned)
         return outputs
 
-    def replay_graphs(self, on: bool) -> None:
-        """From here on, whether a named mark_step may start its compiled graph without calling the function again."""
+    def replay_graphs(self, on: bool | None) -> None:
+        """From here on, whether a named mark_step may start its compiled graph without calling the function
+        again.
+
+        None: on a CPU. NeuronCores reuse the memory of inputs that are updated where torch_xla runs a graph;
+        whether they do so for a replayed one is not known.
+        """
+        on = not devices.on_neuron() if on is None else on
         self._replays, self._recorders = on and self.executes, {}
 
     def _live(self) -> list:
@@ -132,7 +147,7 @@ class Runtime:
     def _end_graph(self, name: str | None, record: Callable | None = None) -> None:
         """Start to execute everything that is pending on this rank's device.
 
-        `record(hash of the graph, pending tensors)` is called before.
+        Where graphs are replayed, `record(hash of the graph, pending tensors)` is called before.
         """
         raise NotImplementedError
 
@@ -142,24 +157,24 @@ class Runtime:
         return tensor.cpu().tolist() if self.executes else [0.0] * len(tensor)
 
     def _compile(self, name: str | None, graph: bytes, pending: list) -> None:
-        """Compile the graph of the pending tensors, whose hash is `graph`, if it is new."""
-        with self.guard.compiling(name, graph, pending) if self.guard else nullcontext():
-            backend.compile_graph(pending)
+        """Compile the graph of the pending tensors, whose hash is `graph`, if it is new.
 
-    def _start(self, name: str | None, graph: bytes, pending: list, record: Callable | None) -> None:
-        """Execute the compiled graph, and give the pending tensors its outputs."""
-        for listener in self.listeners:
-            listener.traced(name)
-        if record:
-            record(graph, pending)
-        if pending:
-            outputs = backend.run_compiled(graph, [data for _, data in backend.graph_inputs(pending)])
-            for tensor, output in zip(pending, outputs, strict=True):
-                # Not by torch_xla's _replace_xla_tensor, after which views of the tensor are made of what it was before.
-                tensor.data = output
-            backend.reset_collective_order(self.device)
-        for listener in self.listeners:
-            listener.started(name)
+        Where graphs are not replayed, torch_xla compiles and starts it in one go.
+        """
+        with self.guard.compiling(name, graph, pending) if self.guard else nullcontext():
+            if self._replays:
+                backend.compile_graph(pending)
+            else:
+                backend.sync()
+
+    def _start(self, graph: bytes, pending: list) -> None:
+        """Start the compiled graph, and give the pending tensors its outputs."""
+        outputs = backend.run_compiled(graph, [data for _, data in backend.graph_inputs(pending)])
+        for tensor, output in zip(pending, outputs, strict=True):
+            # Not by torch_xla's _replace_xla_tensor, after which views of the tensor are made of its old
+            # data.
+            tensor.data = output
+        backend.reset_collective_order(self.device)
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""

@@ -88,7 +88,12 @@ class ThreadRuntime(Runtime):
             if pending:
                 self._compile(name, graph, pending)
         self._lockstep.wait(self.rank, "a compiled mark_step")
-        self._start(name, graph, pending, record)
+        if pending and self._replays:
+            if record:
+                record(graph, pending)
+            self._start(graph, pending)
+        elif pending and self.rank != 0:
+            backend.sync()
 
     def _check(self, hashes):
         odd = [str(rank) for rank, graph in enumerate(hashes) if graph != hashes[0]]

@@ -18,7 +18,7 @@ from tests.support.runs import SHORT, column, read, several_runs, start
 pytestmark = pytest.mark.process
 
 LOOP = ROOT / "trainer" / "loop.py"
-FLAGS = ["--max_seq_length", "64", "--max_steps", "4"]
+FLAGS = ["--max_seq_length", "64", "--max_steps", "4", "--replay", "false"]
 STEP, BATCH, BACKWARD, REDUCTION = (
     "runtime.begin_step(step + 1)",
     "logits = model(batch[",

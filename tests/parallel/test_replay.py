@@ -1,4 +1,5 @@
-"""Replayed graphs: equal to traced ones to the bit, and never stale, whatever a researcher plants into the loop."""
+"""Replayed graphs: equal to traced ones to the bit, and never stale, whatever a researcher plants into the
+loop."""
 
 import contextlib
 import io
@@ -19,7 +20,8 @@ STEP, BACKWARD, UPDATE = (
     "counts = all_reduce(accumulator.counts, mesh.dp)",
 )
 SCALED = (BACKWARD, "loss_sum = loss_sum * state.scale")
-# Lines of the loop with what is planted before them. Steps 0, 1 and 4 are traced, and step 6 would be replayed.
+# Lines of the loop with what is planted before them. Steps 0, 1 and 4 are traced, and step 6 would be
+# replayed.
 CAUSES = {
     "nothing": [],
     "a number of the state that changes once": [(STEP, "state.scale = 2.5 if step == 6 else 1.5"), SCALED],
@@ -56,7 +58,8 @@ import random
 
 def swap(state, runtime):
     norm = state.model.model.norm
-    norm.weight = torch.nn.Parameter((norm.weight.detach().cpu() * 1.5).to(runtime.device), requires_grad=False)
+    weight = (norm.weight.detach().cpu() * 1.5).to(runtime.device)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 class Cropped:
     def __init__(self, batches, step):
@@ -82,7 +85,8 @@ def planted(cause):
 
 
 def runs(runtime, causes, output):
-    """{cause: what rank 0 warned of when graphs were replayed}; each cause is trained with and without replay."""
+    """{cause: what rank 0 warned of when graphs were replayed}; each cause is trained with and without
+    replay."""
     from trainer.config import parse
     from trainer.job import prepare
 

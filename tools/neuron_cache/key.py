@@ -9,6 +9,7 @@ from trainer.config import Config
 # The values of these flags are data of a graph, or do not reach the device. All other flags, also those that
 # are yet to come, are taken to change the graph.
 NOT_IN_THE_GRAPH = (
+    "replay",
     "random_weights",
     "depth_scaled_init",
     "adapter_name_or_path",
