@@ -143,7 +143,7 @@ class Recorder:
 
 
 def traced_always(function: Callable) -> Callable:
-    """Marks a function whose graph cannot be replayed, because it leaves more than the tensors of its result."""
+    """Marks a function that is never replayed, because it leaves more than the tensors of its result."""
     function.is_traced_always = True
     return function
 

@@ -46,9 +46,9 @@ class ProcessRuntime(Runtime):
         pending = backend.pending_tensors(self._live())
         if not pending:
             return
-        graph = backend.graph_hash(pending) if self.guard or self._replays else b""
+        graph = backend.graph_hash(pending) if self.guard or self._may_replay(name) else b""
         self._compile(name, graph, pending)
-        if self._replays:
+        if self._may_replay(name):
             if record:
                 record(graph, pending)
             self._start(graph, pending)

@@ -147,7 +147,7 @@ class Runtime:
     def _end_graph(self, name: str | None, record: Callable | None = None) -> None:
         """Start to execute everything that is pending on this rank's device.
 
-        Where graphs are replayed, `record(hash of the graph, pending tensors)` is called before.
+        Where the graph may be replayed, `record(hash of the graph, pending tensors)` is called before.
         """
         raise NotImplementedError
 
@@ -159,13 +159,17 @@ class Runtime:
     def _compile(self, name: str | None, graph: bytes, pending: list) -> None:
         """Compile the graph of the pending tensors, whose hash is `graph`, if it is new.
 
-        Where graphs are not replayed, torch_xla compiles and starts it in one go.
+        torch_xla compiles and starts a graph in one go where it is never replayed.
         """
         with self.guard.compiling(name, graph, pending) if self.guard else nullcontext():
-            if self._replays:
+            if self._may_replay(name):
                 backend.compile_graph(pending)
             else:
                 backend.sync()
+
+    def _may_replay(self, name: str | None) -> bool:
+        """Whether the graph is executed so that it can be replayed: torch_xla would compile it again for that."""
+        return name in self._recorders
 
     def _start(self, graph: bytes, pending: list) -> None:
         """Start the compiled graph, and give the pending tensors its outputs."""

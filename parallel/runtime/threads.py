@@ -88,7 +88,7 @@ class ThreadRuntime(Runtime):
             if pending:
                 self._compile(name, graph, pending)
         self._lockstep.wait(self.rank, "a compiled mark_step")
-        if pending and self._replays:
+        if pending and self._may_replay(name):
             if record:
                 record(graph, pending)
             self._start(graph, pending)
