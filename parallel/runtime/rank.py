@@ -168,7 +168,7 @@ class Runtime:
                 backend.sync()
 
     def _may_replay(self, name: str | None) -> bool:
-        """Whether the graph is run in the way that a replay is, for which torch_xla would compile it again."""
+        """Whether the graph is run as a replay is, for which torch_xla would compile it again."""
         return name in self._recorders
 
     def _start(self, graph: bytes, pending: list) -> None:
