@@ -1,13 +1,17 @@
 """What all tests run under, and in which order."""
 
+import functools
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Most of a small run would be XLA and LLVM making fast CPU code of its graph. The graph is the same without.
 os.environ.setdefault(
@@ -47,28 +51,35 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-@pytest.hookimpl(tryfirst=True)
+class LongestFirst(LoadScopeScheduling):
+    """Units of work in the order of collection, each to the next worker that is free."""
+
+    def _split_scope(self, nodeid):
+        return unit_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return LongestFirst(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
-    """Under pytest-xdist: the longest tests first, and tests that share a module's fixture on one worker."""
-    if not hasattr(config, "workerinput"):
-        return
-    groups, seconds = {}, recorded_seconds()
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs.items()
-        shared = sorted(name for name, definitions in fixtures if definitions[-1].scope == "module")
-        groups[item] = f"{item.path.stem}-{'-'.join(shared)}" if shared else item.nodeid
-        if shared:
-            item.add_marker(pytest.mark.xdist_group(groups[item]))
-    total = Counter()
-    for item in items:
-        total[groups[item]] += seconds[item.nodeid]
-    items.sort(key=lambda item: (-total[groups[item]], groups[item]))  # stable within a group
+    """The longest units first, where workers share them."""
+    if hasattr(config, "workerinput"):
+        seconds = Counter()
+        for test, duration in recorded_seconds():
+            seconds[unit_of(test)] += duration
+        items.sort(key=lambda item: -seconds[unit_of(item.nodeid)])
 
 
-def recorded_seconds() -> Counter:
-    """{test: seconds} as `make seconds` wrote them down; 0 for short and new ones."""
-    found = Counter()
+@functools.cache
+def unit_of(nodeid: str) -> str:
+    """What one worker runs: a test, or a file whose tests share a fixture, so that it is made once."""
+    file = nodeid.split("::")[0]
+    return file if 'scope="module"' in (ROOT / file).read_text() else nodeid
+
+
+def recorded_seconds() -> Iterator[tuple[str, float]]:
+    """(test, seconds) as `make seconds` wrote them down; short tests are not there."""
     for line in Path(__file__).with_name("seconds.txt").read_text().splitlines():
-        duration, test = re.fullmatch(r"\s*([\d.]+)s \w+ +(.*?)(?:@[^@\]]*)?", line).groups()
-        found[test] += float(duration)
-    return found
+        duration, _, test = line.split(maxsplit=2)
+        yield test, float(duration.removesuffix("s"))

@@ -6,7 +6,6 @@ from typing import Any
 
 from parallel.graph import backend
 from parallel.graph.guard import Guard
-from parallel.graph.replay import Before, NotReplayable, Recorder, flatten, trace_of
 from parallel.runtime import devices
 from parallel.runtime.devices import extracts_graphs
 
@@ -91,6 +90,8 @@ class Runtime:
         self._tell("started", name)
 
     def _replay_or_trace(self, name, function, inputs):
+        from parallel.graph.replay import Before, NotReplayable, Recorder, flatten, trace_of
+
         recorder, arguments = self._recorders.setdefault(name, Recorder()), []
         key = flatten(inputs, arguments)
         if self._all_ranks(recorder.can_replay(function, key, arguments)):

@@ -1,5 +1,6 @@
 """Blockwise attention against torch's in float64, and what its graph holds."""
 
+import itertools
 import math
 import re
 
@@ -11,6 +12,7 @@ from tests.support.on_ranks import on_ranks
 pytestmark = pytest.mark.process
 
 SEQUENCE, BATCH, HEADS, KV_HEADS, HEAD_DIM = 24, 2, 4, 2, 8
+BLOCKS = (24, 8, 7)
 SEGMENTS = torch.tensor([[1] * 5 + [2] * 12 + [0] * 7, [1] * 24])
 
 
@@ -22,13 +24,13 @@ def inputs():
     ]
 
 
-def blockwise(runtime, block):
+def blockwise(runtime, blocks):
     """{recompute: output and gradients} in blocks of so many queries."""
     import model.attention.blockwise
 
-    model.attention.blockwise.BLOCKS = block, block
-    found = {}
-    for recompute in (False, True):
+    found = {block: {} for block in blocks}
+    for block, recompute in itertools.product(blocks, (False, True)):
+        model.attention.blockwise.BLOCKS = block, block
         *three, weight = (tensor.float().to(runtime.device) for tensor in inputs())
         for tensor in three:
             tensor.requires_grad_()
@@ -37,12 +39,18 @@ def blockwise(runtime, block):
         )
         (output * weight.flatten(0, 1).flatten(1)).sum().backward()
         runtime.mark_step()
-        found[recompute] = [output.detach().cpu(), *(tensor.grad.cpu() for tensor in three)]
+        found[block][recompute] = [output.detach().cpu(), *(tensor.grad.cpu() for tensor in three)]
     return found
 
 
-@pytest.mark.parametrize("block", [24, 8, 7])
-def test_blocks_change_nothing(block):
+@pytest.fixture(scope="module")
+def in_blocks():
+    [found] = on_ranks(blockwise, 1, blocks=BLOCKS)
+    return found
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_change_nothing(in_blocks, block):
     query, key, value, weight = inputs()
     for tensor in (query, key, value):
         tensor.requires_grad_()
@@ -55,8 +63,7 @@ def test_blocks_change_nothing(block):
     )
     expected = expected.permute(2, 0, 1, 3).flatten(0, 1).flatten(1)
     (expected * weight.flatten(0, 1).flatten(1)).sum().backward()
-    (found,) = on_ranks(blockwise, 1, block=block)
-    for tensors in found.values():
+    for tensors in in_blocks[block].values():
         for ours, theirs in zip(tensors, (expected.detach(), query.grad, key.grad, value.grad), strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
@@ -66,12 +73,11 @@ def largest_tensors(runtime, base, sequence):
     not executed}."""
     from pathlib import Path
 
-    import torch_xla
-
     from model.config import ModelConfig
     from model.llama import Llama
     from model.weights.loading import fill
     from model.weights.sources import RandomWeights
+    from parallel.graph.backend import hlo_text
 
     config, found = ModelConfig.from_pretrained(Path(base)), {}
     for checkpointing in ("none", "selective", "full"):
@@ -79,7 +85,7 @@ def largest_tensors(runtime, base, sequence):
         fill(model, RandomWeights(config, 0), runtime.device, 0)
         ids = torch.zeros(1, sequence, dtype=torch.int64).to(runtime.device)
         model(ids, ids, ids).square().sum().backward()
-        text = torch_xla._XLAC._get_xla_tensors_hlo([parameter.grad for parameter in model.parameters()])
+        text = hlo_text([parameter.grad for parameter in model.parameters()])
         shapes = [
             [int(size) for size in shape.split(",")]
             for shape in re.findall(r"(?:f32|pred|bf16)\[([\d,]+)\]", text)

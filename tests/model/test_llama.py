@@ -9,9 +9,11 @@ from tests.support.on_ranks import on_ranks
 pytestmark = pytest.mark.process
 
 
-def forward(runtime, directory, tensor_parallel_sizes, rows):
-    """{tp: logits of the whole vocabulary} for rows {input_ids, position_ids, segment_ids}, through
-    model/weights/sources.py."""
+def forward(runtime, directories, tensor_parallel_sizes, rows):
+    """[({tp: logits of the whole vocabulary}, compilations)] of the model in each directory.
+
+    The rows {input_ids, position_ids, segment_ids} go through a model that model/weights/sources.py has read.
+    """
     from pathlib import Path
 
     from model.config import ModelConfig
@@ -21,23 +23,25 @@ def forward(runtime, directory, tensor_parallel_sizes, rows):
     from parallel.collectives import all_gather
     from parallel.mesh import Mesh
 
-    config = ModelConfig.from_pretrained(Path(directory))
-    files = SafetensorsFiles(Path(directory))
-    check_weights(config, files)
-    found = {}
-    for tp in tensor_parallel_sizes:
-        mesh = Mesh.create(runtime.rank, runtime.world_size, tp)
-        model = Llama(config, mesh.tp)
-        fill(model, files, runtime.device, seed=0)
-        with torch.no_grad():
-            batch = [
-                torch.tensor(rows[name]).to(runtime.device)
-                for name in ("input_ids", "position_ids", "segment_ids")
-            ]
-            logits = all_gather(model(*batch), mesh.tp, -1)
-        runtime.mark_step()
-        found[tp] = logits.cpu()
-    return found, runtime.compilations()
+    found, before = [], 0
+    for directory in map(Path, directories):
+        config, files, logits_of = ModelConfig.from_pretrained(directory), SafetensorsFiles(directory), {}
+        check_weights(config, files)
+        for tp in tensor_parallel_sizes:
+            mesh = Mesh.create(runtime.rank, runtime.world_size, tp)
+            model = Llama(config, mesh.tp)
+            fill(model, files, runtime.device, seed=0)
+            with torch.no_grad():
+                batch = [
+                    torch.tensor(rows[name]).to(runtime.device)
+                    for name in ("input_ids", "position_ids", "segment_ids")
+                ]
+                logits = all_gather(model(*batch), mesh.tp, -1)
+            runtime.mark_step()
+            logits_of[tp] = logits.cpu()
+        found.append((logits_of, runtime.compilations() - before))
+        before += found[-1][1]
+    return found
 
 
 def packed(*rows, length):
@@ -61,18 +65,31 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-def test_logits_are_those_of_transformers_for_each_example_alone(tmp_path, changes):
-    """Three examples packed into one row, and each alone in a row: both as transformers has it, at tp 1, 2
-    and 4."""
-    reference = save_llama(tmp_path, **changes)
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """{model: (transformers' model, the examples, ({tp: logits}, compilations) of each rank)}."""
+    directories = {name: tmp_path_factory.mktemp("model") for name in MODELS}
+    references = [save_llama(directories[name], **changes) for name, changes in MODELS.items()]
+    assert all(len(list(each.glob("model-*.safetensors"))) > 1 for each in directories.values())
     generator = torch.Generator().manual_seed(1)
     examples = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in (90, 7, 31)]
-    rows = packed(examples, *([example] for example in examples), length=144)
-    for logits_of, compilations in on_ranks(
-        forward, 4, directory=str(tmp_path), tensor_parallel_sizes=[1, 2, 4], rows=rows
-    ):
+    ranks = on_ranks(
+        forward,
+        4,
+        directories=[str(each) for each in directories.values()],
+        tensor_parallel_sizes=[1, 2, 4],
+        rows=packed(examples, *([example] for example in examples), length=144),
+    )
+    found = zip(references, [examples] * len(MODELS), zip(*ranks, strict=True), strict=True)
+    return dict(zip(MODELS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers_for_each_example_alone(models, name):
+    """Three examples packed into one row, and each alone in a row: both as transformers has it, at tp 1, 2
+    and 4."""
+    reference, examples, ranks = models[name]
+    for logits_of, compilations in ranks:
         assert compilations == 3
         for tp, logits in logits_of.items():
             start = 0

@@ -5,14 +5,12 @@ import contextlib
 import io
 import os
 import re
-import subprocess
-import sys
 import types
 
 import pytest
 
 from parallel.runtime import ProcessRuntime
-from tests.support.on_ranks import ROOT, on_ranks
+from tests.support.on_ranks import ROOT, on_ranks, run_program
 from tests.support.runs import SHORT, column, read, several_runs, start
 
 pytestmark = pytest.mark.process
@@ -199,23 +197,8 @@ def test_a_new_graph_ends_the_run(tmp_path):
         "exec(compile(test.planted('number')[0], loop.__file__, 'exec'), loop.__dict__)\n"
         "sys.exit(main.main())"
     )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            program,
-            *FLAGS,
-            "--world_size",
-            "2",
-            "--on_recompile",
-            "error",
-            "--output_dir",
-            tmp_path,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    flags = [*FLAGS, "--world_size", "2", "--on_recompile", "error", "--output_dir", tmp_path]
+    done = run_program(["-c", program, *flags])
     assert done.returncode == 1, done.stderr
     [said] = re.findall(r"error: (.*)", done.stderr)
     assert said.startswith(new_graph(2, "a Python number is 1.00015 where it was 1.0002 ("))

@@ -122,8 +122,7 @@ def test_llama_equals_that_of_our_layers(tmp_path, tp, world_size, groups):
 def defects(runtime):
     """What its layers do with their default arguments, and what ours do with those of parallel/nxd.py, at TP
     2."""
-    from torch_xla import _XLAC
-
+    from parallel.graph.backend import graph_hash, hlo_text, reset_collective_order
     from parallel.layers import column_parallel
     from tests.support.nxd_on_threads import LOCK, join
 
@@ -171,8 +170,8 @@ def defects(runtime):
 
     # Graphs that are looked at and not run.
     def graph(tensors):
-        seen = _XLAC._get_graph_hash(tensors), _XLAC._get_xla_tensors_hlo(tensors)
-        _XLAC._set_all_reduce_token(str(runtime.device), None)
+        seen = graph_hash(tensors), hlo_text(tensors)
+        reset_collective_order(runtime.device)
         return seen
 
     ids = torch.zeros(2, 2, dtype=torch.int64).to(runtime.device)

@@ -41,10 +41,12 @@ def on_ranks(function, world_size: int, **arguments) -> list:
         return torch.load(out, weights_only=False)
 
 
-def run_program(command: list[str], cwd: Path, environment: dict) -> subprocess.CompletedProcess:
-    """What `python *command` does, which is a file or "-m" and a module, and arguments. The status is not
-    checked."""
-    return _forked(environment, _run, command, cwd)
+def run_program(command: list, cwd: Path = ROOT, environment=os.environ) -> subprocess.CompletedProcess:
+    """What `python *command` does. The status is not checked.
+
+    command: a file, "-m" and a module, or "-c" and a text; then arguments.
+    """
+    return _forked(environment, _run, [str(each) for each in command], cwd)
 
 
 def _forked(environment, function, *arguments) -> subprocess.CompletedProcess:
@@ -113,6 +115,9 @@ def _run(command, cwd):
     if command[0] == "-m":
         sys.argv, sys.path = command[1:], [str(cwd), *sys.path]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv, sys.path = ["-c", *command[2:]], [str(cwd), *sys.path]
+        exec(command[1], vars(sys.modules["__main__"]))
     else:
         sys.argv, sys.path = command, [str(Path(command[0]).parent), *sys.path]
         runpy.run_path(command[0], run_name="__main__")

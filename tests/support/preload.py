@@ -1,10 +1,14 @@
-"""What a process of a test has imported when it is forked: everything slow that is not ours. Nothing is
-computed here, because a thread does not survive a fork."""
+"""Imports what is slow to import, for the server from which tests fork their processes.
+
+Nothing is computed here: a fork keeps no thread but its own.
+"""
 
 import gc
 
-import torch  # noqa: F401
 import torch_xla  # noqa: F401
-import transformers  # noqa: F401
+from transformers import PreTrainedTokenizerFast  # noqa: F401
+
+import trainer.job  # noqa: F401
+import trainer.loop  # noqa: F401
 
 gc.freeze()

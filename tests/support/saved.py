@@ -31,7 +31,7 @@ def whole(kind, name, step=1, shapes=SHAPES):
 
 
 def shards_of(mesh, shapes=SHAPES):
-    """{name: shard} of a rank. Each stage has the parameters of all; those of other stages are padding."""
+    """{name: shard} of a rank. A stage has the parameters of all stages: those of others are padding."""
     size, rank, stages = mesh.tp.size(), mesh.tp.rank(), mesh.pp.size()
     shards = {
         name: Shard(shape) if dim is None else Shard(shape, dim, size, rank)

@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from parallel.graph.hlo import Graph
-from tests.support.on_ranks import ROOT
+from tests.support.on_ranks import run_program
 from trainer.config import SAMPLE
 
 TOKENS = 128
@@ -58,14 +56,7 @@ for path in Path(sys.argv[2]).glob("*.hlo.pb"):
 def run(command, dump=None):
     """The finished process; with `dump`, XLA writes into that directory what it compiles."""
     flags = os.environ["XLA_FLAGS"] + (f" --xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else "")
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"XLA_FLAGS": flags},
-    )
+    return run_program(command, environment=os.environ | {"XLA_FLAGS": flags})
 
 
 def compiled(dump, ending="before_optimizations.txt"):

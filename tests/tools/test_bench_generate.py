@@ -22,6 +22,7 @@ def test_both_sides_answer_alike(tmp_path):
         "--rounds",
         1,
         program=("-m", "tools.bench_generate"),
+        forked=False,
     ).stdout
     assert "20 of 20 answers equal" in said
     tokens, theirs = (

@@ -27,7 +27,7 @@ FLAGS = [
 
 @pytest.mark.process
 def test_figures_of_a_run(tmp_path):
-    start(*FLAGS, "--json", tmp_path / "old.json", program=("-m", "tools.bench_step"))
+    start(*FLAGS, "--json", tmp_path / "old.json", program=("-m", "tools.bench_step"), forked=False)
     said = start(
         *FLAGS,
         "--gradient_checkpointing",

@@ -90,6 +90,7 @@ def test_base_checkpoint_and_merged_model(tmp_path):
         "--output",
         tmp_path / "page",
         program=("-m", "tools.evaluate"),
+        forked=False,
     )
     lines = [json.loads(line) for line in (tmp_path / "page" / "answers.jsonl").read_text().splitlines()]
     assert [line["where"] for line in lines] == [f"{data}:{number}" for number in (1, 2, 3)]

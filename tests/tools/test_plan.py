@@ -1,10 +1,13 @@
 """tools/plan: the formula by hand, extrapolated traces compared with whole ones, and AWS's published rows."""
 
 import json
+import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from tests.support.on_ranks import run_program
 from tools.graphs.flops import micro_batch_flops
 from tools.graphs.memory import state_of
 from tools.graphs.models import rank_model, read_model
@@ -108,8 +111,21 @@ def test_stages_by_hand():
     assert each.most_bytes == max(4 * 10**8 + 4 * 10**7 + 10**8, 8 * 10**8)
 
 
+@pytest.fixture
+def forked_traces(monkeypatch):
+    """Traces run in forked processes, which start at once."""
+
+    def run(command, input, stderr, **_):
+        program = f"import io, sys; sys.stdin = io.StringIO(sys.argv.pop())\n{command[2]}"
+        done = run_program(["-c", program, input])
+        stderr.write(done.stderr)
+        return done
+
+    monkeypatch.setattr(extrapolate, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
+
+
 @pytest.mark.process
-def test_traces_of_stages_are_extrapolated(monkeypatch):
+def test_traces_of_stages_are_extrapolated(monkeypatch, forked_traces):
     """From 2 and 4 layers a stage and three micro-batches; compared with a trace of all 6 and five."""
     model = replace(read_model("tiny"), num_hidden_layers=11)
     config = Config(
@@ -140,7 +156,7 @@ def test_fits(memory, fits):
 
 
 @pytest.mark.process
-def test_traces_are_extrapolated(monkeypatch):
+def test_traces_are_extrapolated(monkeypatch, forked_traces):
     """From 2 and 4 layers at DP2 with two micro-batches; compared with a trace of all 6 at DP4 with three."""
     model = replace(read_model("tiny"), num_hidden_layers=6)
     config = Config(

@@ -3,15 +3,13 @@ replaced by NaN."""
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from parallel.graph.live import live_tensors
 from parallel.runtime import ThreadRuntime
-from tests.support.on_ranks import ROOT, on_ranks
+from tests.support.on_ranks import on_ranks, run_program
 from tests.support.runs import SHORT
 
 pytestmark = pytest.mark.process
@@ -131,13 +129,8 @@ def test_a_process_as_on_neuron_collects_and_trains(tmp_path):
     ]
     for extracts in ("1", "0"):
         assert not (tmp_path / "out").exists()
-        done = subprocess.run(
-            [sys.executable, "-c", program, *flags],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            env=os.environ | PROCESS | {"NEURON_EXTRACT_GRAPHS_ONLY": extracts},
-        )
+        environment = os.environ | PROCESS | {"NEURON_EXTRACT_GRAPHS_ONLY": extracts}
+        done = run_program(["-c", program, *flags], environment=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("graphs are collected, nothing is computed" in done.stdout) == (extracts == "1")
     losses = [
