@@ -16,6 +16,8 @@ pytestmark = pytest.mark.process
 
 FLAGS = [
     *SHORT,
+    "--replay",
+    "false",
     "--max_steps",
     "10",
     "--gradient_accumulation_steps",
