@@ -11,7 +11,7 @@ import pytest
 
 from parallel.runtime import ProcessRuntime
 from tests.support.on_ranks import ROOT, on_ranks, run_program
-from tests.support.runs import SHORT, column, read, several_runs, start
+from tests.support.runs import SHORT, column, prepare_on_a_rank, read, several_runs, start
 
 pytestmark = pytest.mark.process
 
@@ -71,15 +71,12 @@ def line_of(path, text):
 
 def warnings(runtime, runs, output):
     """What rank 0 said of each run: [its cause, whether lines are recorded in steps that are known too]."""
-    from trainer.config import parse
-    from trainer.job import prepare
-
     said = []
     for cause, always in runs:
         os.environ["XLA_IR_DEBUG"] = str(int(always))
         loop = types.ModuleType("planted")
         exec(compile(planted(cause)[0], str(LOOP), "exec"), loop.__dict__)
-        job = prepare(parse([*FLAGS, "--output_dir", f"{output}/{cause}-{always}"]), runtime.world_size)
+        job = prepare_on_a_rank(runtime, [*FLAGS, "--output_dir", f"{output}/{cause}-{always}"])
         runtime.barrier()
         with (
             contextlib.redirect_stderr(io.StringIO())

@@ -19,7 +19,7 @@ import torch
 from tests.support.models import save_adapter, save_llama
 from tests.support.nxd_on_threads import needs_source
 from tests.support.on_ranks import ROOT, on_ranks
-from tests.support.runs import SHORT, column
+from tests.support.runs import SHORT, column, prepare_on_a_rank
 from tests.trainer.test_extract_graphs import PROCESS
 from tests.trainer.test_topologies import LINEAR, micro_batch
 from trainer.checkpoint.reader import Checkpoint
@@ -261,14 +261,12 @@ def whole_runs(runtime, commands):
     import trainer.loop
     from parallel import layers as native
     from tests.support.nxd_on_threads import join
-    from trainer.config import parse
-    from trainer.job import prepare
 
     nxd = join(runtime)
     trainer.build.parallel_layers = lambda *_: MINE.layers
     for flags in commands:
         MINE.layers = nxd if Path(flags[-1]).name == "nxd" else native
-        job = prepare(parse(flags), runtime.world_size)
+        job = prepare_on_a_rank(runtime, flags)
         runtime.barrier()
         trainer.loop.run(runtime, job)
 

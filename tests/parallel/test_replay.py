@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.on_ranks import ROOT, on_ranks
+from tests.support.runs import prepare_on_a_rank
 
 LOOP = ROOT / "trainer" / "loop.py"
 FLAGS = ["--max_seq_length", "64", "--max_steps", "12", "--learning_rate", "5e-3", "--logging_steps", "1"]
@@ -87,16 +88,13 @@ def planted(cause):
 def runs(runtime, causes, output):
     """{cause: what rank 0 warned of when graphs were replayed}; each cause is trained with and without
     replay."""
-    from trainer.config import parse
-    from trainer.job import prepare
-
     said = {}
     for cause in causes:
         for replay in ("false", "true"):
             loop = types.ModuleType("planted")
             exec(compile(planted(cause), str(LOOP), "exec"), loop.__dict__)
             flags = [*FLAGS, "--replay", replay, "--output_dir", f"{output}/{cause}/{replay}"]
-            job = prepare(parse(flags), runtime.world_size)
+            job = prepare_on_a_rank(runtime, flags)
             runtime.barrier()
             errors = io.StringIO()
             with contextlib.redirect_stderr(errors) if runtime.rank == 0 else contextlib.nullcontext():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 from tests.support.on_ranks import ROOT, run_program
 
@@ -51,13 +52,24 @@ def column(output, name="loss"):
     return [line[name] for line in read(output)]
 
 
-def run_one(runtime, flags):
-    """What trainer/main.py does for a command line; the state after the last step."""
+PARSES = threading.Lock()  # HfArgumentParser changes the class of the flags while it reads them
+
+
+def prepare_on_a_rank(runtime, flags):
+    """The job of a command line, where every rank is a thread that prepares one for itself."""
     from trainer.config import parse
     from trainer.job import prepare
+
+    with PARSES:
+        config = parse(flags)
+    return prepare(config, runtime.world_size)
+
+
+def run_one(runtime, flags):
+    """What trainer/main.py does for a command line; the state after the last step."""
     from trainer.loop import run
 
-    job = prepare(parse(flags), runtime.world_size)
+    job = prepare_on_a_rank(runtime, flags)
     runtime.barrier()
     return run(runtime, job)
 

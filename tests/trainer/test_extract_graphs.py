@@ -10,7 +10,7 @@ import torch
 from parallel.graph.live import live_tensors
 from parallel.runtime import ThreadRuntime
 from tests.support.on_ranks import on_ranks, run_program
-from tests.support.runs import SHORT
+from tests.support.runs import SHORT, prepare_on_a_rank
 
 pytestmark = pytest.mark.process
 
@@ -72,8 +72,7 @@ class Collecting(ThreadRuntime):
 
 def collect(runtime, output):
     """The graphs of a run, and of one that only collects them and whose time is over at its start."""
-    from trainer.config import parse
-    from trainer.job import lock, prepare
+    from trainer.job import lock
     from trainer.loop import run
 
     graphs = []
@@ -82,7 +81,7 @@ def collect(runtime, output):
         os.environ["NEURON_EXTRACT_GRAPHS_ONLY"] = str(int(extracts))
         runtime.barrier()
         late = ["--max_minutes", "0.001"] if extracts else []
-        job = prepare(parse([*FLAGS, *late, "--output_dir", f"{output}/{name}"]), runtime.world_size)
+        job = prepare_on_a_rank(runtime, [*FLAGS, *late, "--output_dir", f"{output}/{name}"])
         if runtime.rank == 0:
             lock(f"{output}/{name}")
         collecting = Collecting(runtime)
