@@ -163,10 +163,10 @@ class Runtime:
         torch_xla compiles and starts a graph in one go where it is never replayed.
         """
         with self.guard.compiling(name, graph, pending) if self.guard else nullcontext():
-            if self._may_replay(name):
-                backend.compile_graph(pending)
-            else:
+            if not self._may_replay(name):
                 backend.sync()
+            elif pending:
+                backend.compile_graph(pending)
 
     def _may_replay(self, name: str | None) -> bool:
         """Whether the graph is run as a replay is, for which torch_xla would compile it again."""

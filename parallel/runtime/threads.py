@@ -85,8 +85,7 @@ class ThreadRuntime(Runtime):
         hashes = self._exchange(graph)
         if self.rank == 0:
             self._check(hashes)
-            if pending:
-                self._compile(name, graph, pending)
+            self._compile(name, graph, pending)
         self._lockstep.wait(self.rank, "a compiled mark_step")
         if pending and self._may_replay(name):
             if record:
