@@ -230,11 +230,6 @@ class Config:
         return {"forward": accumulation * self.ticks, "backward": accumulation * self.ticks, "update": 1}
 
     @property
-    def mark_steps(self) -> int:
-        """How many graphs a training step executes."""
-        return sum(self.graphs.values())
-
-    @property
     def divides_sequence(self) -> bool:
         """The value of --sequence_parallel; by default, whether the ranks divide a row evenly."""
         if self.sequence_parallel is None:

@@ -28,7 +28,7 @@ class Watched:
         modules = [vars(module) for name, module in list(sys.modules.items()) if name.split(".")[0] in OURS]
         own = [root.__globals__ for root in map(_inner, roots) if hasattr(root, "__globals__")]
         self._dictionaries: list[dict] = [*modules, *own]
-        self._sequences: list[list | tuple] = []
+        self._sequences: list[list | tuple] = [tuple(roots)]  # which keeps them: an id is of a living object
         seen, waiting = set(), roots
         while waiting:
             thing = waiting.pop()

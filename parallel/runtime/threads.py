@@ -30,9 +30,8 @@ class LockstepBarrier:
 
     def exchange(self, rank: int, call: str, value) -> list:
         """The values that all ranks gave to this call, by rank."""
-        values = self._values[
-            self._turns[rank] % 2
-        ]  # a rank can be one exchange ahead of another, and no more
+        # A rank can be one exchange ahead of another, and no more.
+        values = self._values[self._turns[rank] % 2]
         self._turns[rank] += 1
         values[rank] = value
         self.wait(rank, call)
