@@ -2,87 +2,81 @@
 (parallel/pipeline.py).
 
 What differs from rank to rank or from tick to tick is data, so one graph serves all forward ticks and another
-one all backward ticks. Autograd keeps what it saved in a forward tick until the backward tick: those tensors
-are outputs of the one graph and inputs of the other. So as little as possible is saved: masks and rotary
-angles are computed again, and a matrix product saves its operands and no transposed copies of them.
+one all backward ticks. What autograd saves in a forward tick is the result of the one graph and an input of
+the other. So as little as possible is saved: masks and rotary angles are computed again, and a matrix product
+saves its operands and no transposed copies of them (model/saved_tensors.py).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 from model.decoder_layer import LayerInputs
 from model.llama import Llama
+from model.saved_tensors import BackwardRecord, SavesOperands
 from parallel.collectives import permute
-from parallel.graph import backend
-from parallel.graph.replay import traced_always
 
 
-@dataclass
-class StageActivations:
+class StageActivations(NamedTuple):
     """What a forward tick leaves for the backward tick of the same number.
 
-    `stage_input` and `stage_output` [tokens, features] are leaves: the gradient of the output is in
-    stage_output.grad (of the last stage, from the head), that of the input in stage_input.grad after
-    `backward`. `output_edge` and `embedding_edge` are where autograd continues: into the layers, and into the
-    embedding (None where it is frozen).
+    stage_output: [tokens, features]. saved: what autograd needs for the backward. record: how autograd goes
+    back from the output; it holds no tensor of the tick, so one record serves all ticks with the same graph.
     """
 
-    model: Llama
-    stage_input: torch.Tensor
     stage_output: torch.Tensor
-    output_edge: GradientEdge | None
-    embedding_edge: GradientEdge | None
-
-    def backward(self, output_grad: torch.Tensor) -> torch.Tensor:
-        """Add to the parameters' gradients; returns the gradient [tokens, features] for the stage before.
-
-        `output_grad` [tokens, features] is what this method returned in the tick before this one; the stage
-        that it is for receives it here. The first stage's gradient goes into the embedding, and it returns
-        zeros.
-        """
-        received = permute(output_grad, self.model.pipeline.group, -1)
-        torch.autograd.backward([self.output_edge], [self.stage_output.grad + received])
-        first, zeros = self.model.stage_index == 0, torch.zeros_like(self.stage_input)
-        if self.embedding_edge:
-            embedding_grad = torch.where(first, self.stage_input.grad, zeros)
-            torch.autograd.backward([self.embedding_edge], [embedding_grad])
-        input_grad = torch.where(first, zeros, self.stage_input.grad)
-        # The object outlives this tick's graph; what is alive at a mark_step is an output of its graph and
-        # takes memory.
-        self.stage_input.grad = self.stage_output.grad = self.output_edge = self.embedding_edge = None
-        return input_grad
+    saved: list[torch.Tensor]
+    record: BackwardRecord
 
 
-@traced_always  # autograd's record of it, which the backward tick needs, is no tensor
 def forward_tick(
     model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor, previous_output: torch.Tensor
 ) -> StageActivations:
     """The forward of this rank's stage in tick number `tick`, integer [1].
 
     `previous_output` [tokens, features] is this stage's output of the tick before, or zeros. Without autograd
-    (torch.no_grad) nothing is kept for a backward.
+    (torch.no_grad) nothing is saved for a backward.
     """
-    pipeline, trains = model.pipeline, torch.is_grad_enabled()
-
-    def layer_inputs():
-        rows = pipeline.microbatch(batch, tick - model.stage_index)
-        return model.layer_inputs(rows["position_ids"], rows["segment_ids"], rows.get("row_seeds"))
-
-    with _ComputedAgain(layer_inputs) as inputs, _SavesOperands():
+    pipeline, record, saved = model.pipeline, BackwardRecord(), []
+    with record.saving(_stage_layer_inputs(model, batch, tick), saved) as inputs, SavesOperands():
         embedded = model.embed(pipeline.microbatch(batch, tick)["input_ids"])
         stage_input = pipeline.stage_input(embedded.detach(), previous_output.detach(), model.stage_index)
-        stage_input.requires_grad_(trains)
-        output = model.stage(stage_input, inputs)
-    output_edge, embedding_edge = (
-        get_gradient_edge(each) if each.requires_grad else None for each in (output, embedded)
-    )
-    stage_output = output.detach().requires_grad_(trains)
-    return StageActivations(model, stage_input, stage_output, output_edge, embedding_edge)
+        output = model.stage(record.stage_input(stage_input), inputs)
+    record.ends(output, embedded)
+    return StageActivations(output.detach(), saved, record)
+
+
+def backward_through_stage(
+    model: Llama,
+    batch: dict[str, torch.Tensor],
+    tick: torch.Tensor,
+    activations: StageActivations,
+    head_grad: torch.Tensor,
+    next_grad: torch.Tensor,
+) -> torch.Tensor:
+    """Add to the parameters' gradients; returns the gradient for the stage before.
+
+    All gradients are [tokens, features]. `head_grad` is that of stage_output from the head. `next_grad` is
+    what this function returned in the tick before this one; the stage that it is for receives it here. The
+    first stage's gradient goes into the embedding, and it returns zeros.
+    """
+    output_grad = head_grad + permute(next_grad, model.pipeline.group, -1)
+    inputs = _stage_layer_inputs(model, batch, tick)
+    return activations.record.backward(activations.saved, inputs, output_grad, model.stage_index == 0)
+
+
+def _stage_layer_inputs(
+    model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor
+) -> Callable[[], LayerInputs]:
+    """A function that computes the LayerInputs of the micro-batch that this stage has in this tick."""
+
+    def compute():
+        rows = model.pipeline.microbatch(batch, tick - model.stage_index)
+        return model.layer_inputs(rows["position_ids"], rows["segment_ids"], rows.get("row_seeds"))
+
+    return compute
 
 
 def finished_logits(
@@ -118,80 +112,3 @@ def schedule(model: Llama, rows: int, length: int, device: torch.device) -> Sche
     tokens = rows // pipeline.microbatches(rows) * length // ranks
     zeros = torch.zeros(tokens, model.config.hidden_size, dtype=model.dtype)
     return Schedule([torch.tensor([tick]).to(device) for tick in range(count)], zeros.to(device))
-
-
-class _ComputedAgain(saved_tensors_hooks):
-    """Within this context autograd saves no LayerInputs (`compute`): the backward computes them again.
-
-    Of a view it saves a copy, which costs no operation: torch_xla lets a view hold everything that it is a
-    view of, and a mark_step would return all of that. Saved tensors stay where Python sees them, for
-    parallel/graph/live.py.
-    """
-
-    def __init__(self, compute: Callable[[], LayerInputs]):
-        super().__init__(self._pack, self._unpack)
-        self._compute, self._inputs, self._numbers = compute, None, {}
-
-    def __enter__(self) -> LayerInputs:
-        super().__enter__()
-        self._inputs = self._compute()
-        self._numbers = {backend.tensor_id(each): number for number, each in enumerate(self._tensors())}
-        return self._inputs
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self._fill(
-            LayerInputs(None, None, None)
-        )  # a checkpoint of a layer holds the object, so it is emptied
-        self._numbers = {}
-
-    def _fill(self, values: LayerInputs) -> None:
-        vars(self._inputs).update(vars(values))
-
-    def _tensors(self):
-        inputs = self._inputs
-        return [
-            each
-            for each in (inputs.cos, inputs.sin, *(inputs.masks or ()), inputs.token_seeds)
-            if each is not None
-        ]
-
-    def _pack(self, tensor):
-        identity = backend.tensor_id(tensor)
-        if tensor._is_view() and backend.are_pending([tensor])[0]:
-            self._numbers.setdefault(identity, tensor.clone())
-        return self._numbers.get(identity, tensor)
-
-    def _unpack(self, saved):
-        if isinstance(saved, torch.Tensor):
-            return saved
-        if self._inputs.cos is None:
-            self._fill(self._compute())
-        return self._tensors()[saved]
-
-
-class _SavesOperands(TorchFunctionMode):
-    """Within this context F.linear saves its operands as they are."""
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        return (_Linear.apply if function is F.linear else function)(*arguments, **(keywords or {}))
-
-
-class _Linear(torch.autograd.Function):
-    """x W^T + b of x [tokens, features], whose backward keeps x and W. torch_xla's own keeps a transposed
-    copy of W, and of x one more for each layer with that input."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias=None):
-        trains_x, trains_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if trains_weight else None, weight if trains_x else None)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return (
-            None if weight is None else grad @ weight,
-            None if x is None else grad.t() @ x,
-            grad.sum(0) if any(ctx.needs_input_grad[2:]) else None,
-        )

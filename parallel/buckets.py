@@ -94,12 +94,16 @@ class Buckets:
         return torch.cat(pieces)[:length], first
 
     def take_gradients(self, sums: list[torch.Tensor] | None) -> list[torch.Tensor]:
-        """The parameters' gradients, fp32 [parts, columns], or `sums` with them added in place; .grad is None
-        afterwards."""
+        """The parameters' gradients, fp32 [parts, columns], or `sums` itself with them added in place; .grad
+        is None afterwards."""
         found = self._flatten({name: parameter.grad for name, parameter in self.parameters.items()})
         for parameter in self.parameters.values():
             parameter.grad = None
-        return found if sums is None else [total.add_(one) for total, one in zip(sums, found, strict=True)]
+        if sums is None:
+            return found
+        for total, one in zip(sums, found, strict=True):
+            total.add_(one)
+        return sums
 
     def reduce(self, sums: list[torch.Tensor]) -> list[torch.Tensor]:
         """[parts, columns] of each rank -> this rank's part [1, columns] of the sum over all ranks.

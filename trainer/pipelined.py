@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.stage import StageActivations, finished_logits, forward_tick
-from parallel.graph.replay import traced_always
+from model.stage import StageActivations, backward_through_stage, finished_logits, forward_tick
 from trainer.objective import loss_and_counts
 
 if TYPE_CHECKING:
@@ -36,24 +35,24 @@ def forward_backward_in_ticks(
         input_grad = mark_step("backward", backward_tick, state, batch, tick, activations.pop(), input_grad)
 
 
-@traced_always
 def backward_tick(
     state: TrainState,
     batch: dict[str, torch.Tensor],
     tick: torch.Tensor,
     activations: StageActivations,
-    output_grad: torch.Tensor,
+    next_grad: torch.Tensor,
 ) -> torch.Tensor:
     """The loss of the micro-batch that the last stage has finished, and this stage's backward; adds to the
     accumulator.
 
-    `activations` are those of the forward tick of the same number. `output_grad` [tokens, features] is what
+    `activations` are those of the forward tick of the same number. `next_grad` [tokens, features] is what
     the backward tick before this one returned. Returns the gradient for the stage before.
     """
-    logits, rows = finished_logits(state.model, batch, tick, activations.stage_output)
+    stage_output = activations.stage_output.detach().requires_grad_()
+    logits, rows = finished_logits(state.model, batch, tick, stage_output)
     loss_sum, counts = loss_and_counts(state.model, logits, rows)
     loss_sum.backward()
-    input_grad = activations.backward(output_grad)
+    input_grad = backward_through_stage(state.model, batch, tick, activations, stage_output.grad, next_grad)
     state.accumulator.add(counts)
     return input_grad
 

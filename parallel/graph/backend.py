@@ -30,9 +30,19 @@ def are_pending(tensors: Sequence[torch.Tensor]) -> list[bool]:
     return _xlac()._check_tensor_need_materialization(tensors)
 
 
+def pending_outputs(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The tensors that wait for a mark_step, by output of its graph: those that share their data (as
+    x.detach() does with x) are one output."""
+    outputs: dict[int, list[torch.Tensor]] = {}
+    for tensor, pending in zip(tensors, are_pending(tensors), strict=True):
+        if pending:
+            outputs.setdefault(tensor_id(tensor), []).append(tensor)
+    return list(outputs.values())
+
+
 def pending_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors that wait for a mark_step: the outputs of its graph."""
-    return [tensor for tensor, pending in zip(tensors, are_pending(tensors), strict=True) if pending]
+    """One tensor of each of pending_outputs."""
+    return [same[0] for same in pending_outputs(tensors)]
 
 
 def graph_hash(tensors: Sequence[torch.Tensor]) -> bytes:

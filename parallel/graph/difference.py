@@ -65,6 +65,11 @@ def difference(before: str, after: str) -> str:
         return ", ".join(
             f"{_named(side)} is {word}" for side, word in ((extra, "new"), (gone, "gone")) if side
         )
+    known_uses = {(each.type, users) for each, users in _users(old)}
+    for given, users in _users(new):
+        if (given.type, users) not in known_uses:
+            used_at = _use(given, new) or HINT
+            return f"a Python number, or another input, is used in other places (first at {used_at})"
     return (
         f"it has {len(new_outputs)} outputs where it had {len(old_outputs)}, or another order of operations"
     )
@@ -105,6 +110,16 @@ def _inputs(operations):
     return sorted(used.values(), key=lambda each: int(each.value))
 
 
+def _users(operations):
+    """[(an input, what directly uses it)], those with the fewest users first."""
+    users: dict[int, list[int]] = {}
+    for each in operations:
+        for operand in each.operands:
+            users.setdefault(id(operand), []).append(each.made)
+    pairs = [(each, tuple(sorted(users[id(each)]))) for each in _inputs(operations)]
+    return sorted(pairs, key=lambda pair: len(pair[1]))
+
+
 def _use(given, operations):
     """The first line that uses what was given, directly or not."""
     reached = {id(given)}
@@ -143,14 +158,15 @@ def _operations(text, lines):
         )
         source = METADATA.search(metadata)
         traced, file, number = source.groups() if source else (opcode, None, None)
-        line = _line(file, number) or lines.get(made, "")
+        line = line_of(file, number) or lines.get(made, "")
         known[name] = Operation(
             traced.replace("__", "::"), kind, opcode, value, attributes, made, line, operands
         )
     return [], []
 
 
-def _line(file, number):
+def line_of(file: str | None, number: int | str | None) -> str:
+    """A line of the user's code as `file:number`; empty for one of an installed package."""
     if file is None or "site-packages" in file:
         return ""
     path = Path(file)

@@ -5,8 +5,8 @@ Python. The guard compares hashes. Only a new graph is written as HLO text and c
 it.
 
 The text names the line of each operation if Python's frames were recorded, which doubles the time of tracing.
-So lines are recorded from the start and after a new graph, until one step had known graphs only.
-XLA_IR_DEBUG=1 records them always.
+So lines are recorded from the start and after a new graph, until one step had known graphs only. Where
+graphs are replayed, what is traced has its lines. XLA_IR_DEBUG=1 records them always.
 """
 
 import os
@@ -28,7 +28,11 @@ class Guard:
     """Rank 0's memory of the graphs of one run. `texts` has the newest HLO text of each graph name."""
 
     def __init__(self, action: str, compilations: Callable[[], int]):
-        """action: warn or error. compilations(): how many graphs this process has compiled."""
+        """action: warn or error. compilations(): how many graphs this process has compiled.
+
+        Set `traces_rarely` where graphs are replayed.
+        """
+        self.traces_rarely = False
         self.texts: dict[str, str] = {}
         self._action, self._compilations = action, compilations
         self._hashes: dict[str, set[bytes]] = {}
@@ -38,7 +42,7 @@ class Guard:
 
     def begin_step(self, step: int) -> None:
         """The 1-based `step` begins."""
-        if self._step and not self._new_in_step:
+        if self._step and not self._new_in_step and not self.traces_rarely:
             self._recording_lines = False
         self._step, self._new_in_step = step, False
 
@@ -76,7 +80,12 @@ class Guard:
 
     def traced_always(self, name: str, reason: str) -> None:
         """Report that the graph `name` cannot be replayed."""
+        self.traces_rarely = False
         self._report(f"{self._where(name)} is traced every time from now on: {reason}")
+
+    def noticed(self, name: str, what: str) -> None:
+        """Report what keeps the graph `name` from being replayed for now."""
+        self._report(f"{self._where(name)}: {what}")
 
     def _where(self, name):
         return f'{f"step {self._step}" if self._step else "before step 1"}: mark_step("{name}")'

@@ -25,8 +25,10 @@ def live_tensors(devices: int) -> list[list]:
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type == "xla" and not hasattr(thing, RECORDED):
             for tensor in (thing, thing.grad) if thing.is_leaf and thing.grad is not None else (thing,):
-                live[thing.device.index][backend.tensor_id(tensor)] = tensor
-    return [[tensors[key] for key in sorted(tensors)] for tensors in live]
+                # The object of a tensor that only C++ holds, such as the base of a view, dies with it. An
+                # operation that returns its argument makes it Python's.
+                live[thing.device.index][id(tensor)] = tensor.requires_grad_(tensor.requires_grad)
+    return [sorted(tensors.values(), key=backend.tensor_id) for tensors in live]
 
 
 @contextmanager

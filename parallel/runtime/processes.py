@@ -43,15 +43,16 @@ class ProcessRuntime(Runtime):
         return live_tensors(1)[0]
 
     def _end_graph(self, name, record=None):
-        pending = backend.pending_tensors(self._live())
+        outputs = backend.pending_outputs(self._live())
+        pending = [same[0] for same in outputs]
         if not pending:
             return
         graph = backend.graph_hash(pending) if self.guard or self._may_replay(name) else b""
         self._compile(name, graph, pending)
         if self._may_replay(name):
             if record:
-                record(graph, pending)
-            self._start(graph, pending)
+                record(graph, outputs)
+            self._start(graph, outputs)
 
 
 def launch_process(function: Callable[[Runtime], object]) -> None:

@@ -42,7 +42,7 @@ class Runtime:
         self.executes = not extracts_graphs()
         self.listeners: list[GraphListener] = []
         self.guard: Guard | None = None
-        self.replay_graphs(False)
+        self.replay_graphs(None)
 
     def watch_graphs(self, on_recompile: str) -> None:
         """From here on, a named mark_step whose graph changes is a warning (`warn`), an error (`error`) or
@@ -74,7 +74,7 @@ class Runtime:
         time.
         """
         self._tell("tracing", name)
-        if self._replays and name and function and not hasattr(function, "is_traced_always"):
+        if self._replays and name and function:
             return self._replay_or_trace(name, function, inputs)
         outputs = function(*inputs) if function else None
         self._trace_ends(name)
@@ -90,11 +90,13 @@ class Runtime:
         self._tell("started", name)
 
     def _replay_or_trace(self, name, function, inputs):
-        from parallel.graph.replay import Before, NotReplayable, Recorder, flatten, trace_of
+        from parallel.graph.reads import Reads
+        from parallel.graph.replay import Recorder
+        from parallel.graph.trace import Before, Call, NotReplayable, without_views
 
         recorder, arguments = self._recorders.setdefault(name, Recorder()), []
-        key = flatten(inputs, arguments)
-        if self._all_ranks(recorder.can_replay(function, key, arguments)):
+        call = Call(function, inputs, arguments)
+        if self._all_ranks(recorder.can_replay(call, arguments)):
             self._tell("traced", name)
             outputs = recorder.replay(arguments)
             self._tell("started", name)
@@ -105,24 +107,32 @@ class Runtime:
             return outputs
         live = self._live()
         backend.wait()
-        before, reads = Before(live, arguments), backend.reads()
-        outputs = function(*inputs)
+        before = Before(live, arguments)
+        with Reads(recorder.reads_values) as reads:
+            result = without_views(function(*inputs))
 
         def record(graph, pending):
-            if backend.reads() > reads:
-                recorder.ban("a value is read in it (.item(), .cpu(), print)")
-                return
             try:
-                recorder.add(function, key, inputs, trace_of(graph, before, pending, outputs), pending)
+                if reads.any:
+                    recorder.read(reads.where)
+                else:
+                    recorder.add(call, before.trace(graph, pending, result), pending)
             except NotReplayable as problem:
                 recorder.ban(str(problem))
 
         self._trace_ends(name, record)
-        if any(bans := self._exchange(recorder.banned)):
-            recorder.ban(next(filter(None, bans)))
+        self._report(name, recorder)
+        return recorder.result(result)
+
+    def _report(self, name, recorder):
+        """After a traced call: agree on whether the graph may be replayed, and warn of what was noticed."""
+        banned, changed = zip(*self._exchange((recorder.banned, recorder.changed)), strict=True)
+        if any(banned):
+            recorder.ban(next(filter(None, banned)))
             if self.guard:
                 self.guard.traced_always(name, recorder.banned)
-        return outputs
+        elif any(changed) and self.guard:
+            self.guard.noticed(name, next(filter(None, changed)))
 
     def replay_graphs(self, on: bool | None) -> None:
         """From here on, whether a named mark_step may start its compiled graph without calling the function
@@ -133,6 +143,8 @@ class Runtime:
         """
         on = not devices.on_neuron() if on is None else on
         self._replays, self._recorders = on and self.executes, {}
+        if self.guard:
+            self.guard.traces_rarely = self._replays
 
     def _live(self) -> list:
         """The tensors that are alive on this rank's device."""
@@ -148,7 +160,7 @@ class Runtime:
     def _end_graph(self, name: str | None, record: Callable | None = None) -> None:
         """Start to execute everything that is pending on this rank's device.
 
-        Where the graph may be replayed, `record(hash of the graph, pending tensors)` is called before.
+        Where the graph may be replayed, `record(its hash, backend.pending_outputs)` is called before.
         """
         raise NotImplementedError
 
@@ -172,13 +184,15 @@ class Runtime:
         """Whether the graph is run as a replay is, for which torch_xla would compile it again."""
         return name in self._recorders
 
-    def _start(self, graph: bytes, pending: list) -> None:
-        """Start the compiled graph, and give the pending tensors its outputs."""
-        outputs = backend.run_compiled(graph, [data for _, data in backend.graph_inputs(pending)])
-        for tensor, output in zip(pending, outputs, strict=True):
-            # Not by torch_xla's _replace_xla_tensor, after which views of the tensor are made of its old
-            # data.
-            tensor.data = output
+    def _start(self, graph: bytes, pending: list[list]) -> None:
+        """Start the compiled graph, and give the pending tensors (backend.pending_outputs) its outputs."""
+        inputs = backend.graph_inputs([same[0] for same in pending])
+        outputs = backend.run_compiled(graph, [data for _, data in inputs])
+        for same, output in zip(pending, outputs, strict=True):
+            for tensor in same:
+                # Not by torch_xla's _replace_xla_tensor, after which views of the tensor are made of its old
+                # data.
+                tensor.data = output
         backend.reset_collective_order(self.device)
 
     def compilations(self) -> int:

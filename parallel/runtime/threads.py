@@ -79,7 +79,8 @@ class ThreadRuntime(Runtime):
         return self._lockstep.shared.pop(self.rank)
 
     def _end_graph(self, name, record=None):
-        pending = backend.pending_tensors(self._live())
+        outputs = backend.pending_outputs(self._live())
+        pending = [same[0] for same in outputs]
         graph = backend.graph_hash(pending)
         hashes = self._exchange(graph)
         if self.rank == 0:
@@ -88,8 +89,8 @@ class ThreadRuntime(Runtime):
         self._lockstep.wait(self.rank, "a compiled mark_step")
         if pending and self._may_replay(name):
             if record:
-                record(graph, pending)
-            self._start(graph, pending)
+                record(graph, outputs)
+            self._start(graph, outputs)
         elif pending and self.rank != 0:
             backend.sync()
 

@@ -46,7 +46,7 @@ CAUSES = {
     ],
     "a parameter that is another one": [(STEP, "swap(state, runtime) if step == 6 else None")],
     "state that was changed outside": [(STEP, "state.optimizer.exp_avg[0].mul_(0.5) if step == 6 else None")],
-    "a setting of the model": [(STEP, "state.model.token_seeds.dropout = 0.5 if step == 6 else 0.0")],
+    "a setting of the model": [(STEP, "state.model.model.norm.eps = 0.25 if step == 6 else 1e-5")],
     "another shape": [
         (BACKWARD, "pass"),
         ("report, stop_requests = train_step(", "batches = Cropped(batches, step) if step == 6 else batches"),

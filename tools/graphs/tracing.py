@@ -9,6 +9,7 @@ are on the meta device, and become placeholders when they are moved to the devic
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -50,18 +51,20 @@ class _Tracer(Runtime):
 
     def __init__(self, runtime: Runtime, world_size: int, keep_proto: bool, compiles: bool):
         super().__init__(runtime.rank, world_size, runtime.device)
+        self.replay_graphs(False)
         self.traced: dict[bytes, Traced] = {}
         self._keep_proto, self._compiles = keep_proto, compiles
         self._begun = time.perf_counter()
 
     def _end_graph(self, name, record=None):
         traced = time.perf_counter()
-        pending = backend.pending_tensors(live_tensors(self.world_size)[self.rank])
+        outputs = backend.pending_outputs(live_tensors(self.world_size)[self.rank])
+        pending = [same[0] for same in outputs]
         if pending:
             key = backend.graph_hash(pending)
             if key not in self.traced:
                 self.traced[key] = self._take(pending, traced - self._begun)
-            for tensor in pending:
+            for tensor in chain.from_iterable(outputs):
                 tensor.data = placeholder(tensor)  # its views are views of the placeholder from now on
             backend.reset_collective_order(self.device)
         self._begun = time.perf_counter()
