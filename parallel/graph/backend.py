@@ -77,8 +77,15 @@ def record_lines(on: bool) -> None:
     _xlac()._set_ir_debug(on)
 
 
-def reset_collective_order(device: torch.device) -> None:
-    """Forget the token that keeps the order of collectives within a graph, as a sync does at its end."""
+def random_seed(device: torch.device) -> int:
+    """The seed of the random numbers that the next graph draws on the device, before its first draw."""
+    return _xlac()._xla_get_rng_seed(str(device))
+
+
+def end_graph(device: torch.device, seed: int) -> None:
+    """What a sync does at its end: draw the next graph's seed from that of this one (torch_xla's
+    LazyGraphExecutor::MarkStep), and forget the token that keeps the order of collectives within a graph."""
+    _xlac()._xla_set_rng_seed((1012031 + 7012063 * seed) % 2**64, str(device))
     _xlac()._set_all_reduce_token(str(device), None)
 
 

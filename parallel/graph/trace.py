@@ -31,7 +31,8 @@ class NotReplayable(Exception):
 class Call:
     """A function and what it is called with, but for its tensors.
 
-    key: what two calls with one recording have in common: shapes, dtypes, numbers, texts, and which objects.
+    key: what two calls with one recording have in common: shapes, dtypes, numbers, texts, which objects, and
+    torch's modes.
     objects: those objects.
     """
 
@@ -41,7 +42,8 @@ class Call:
         arguments += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.function = function
         self.objects = [leaf for leaf in leaves if not isinstance(leaf, (torch.Tensor, *PLAIN))]
-        self.key = structure, [_key(leaf) for leaf in leaves]
+        modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled("xla")
+        self.key = structure, [_key(leaf) for leaf in leaves], modes
 
     def same_as(self, other: "Call") -> bool:
         """Whether a recording of the other call may serve for this one."""

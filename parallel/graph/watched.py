@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Iterable
-from itertools import chain, islice, repeat
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 
 OURS = ("data", "model", "parallel", "trainer")  # packages whose module variables are watched
 PLAIN = (int, float, complex, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, torch.dtype)
-HOOKS = "_hooks"  # ends the names of nn.Module's dictionaries of hooks
+HOOKS = "_hooks"  # in the names of nn.Module's dictionaries of hooks, whose contents are watched
 END = object()
+KIND = attrgetter("requires_grad", "dtype", "shape")  # of a tensor
 
 
 def is_opaque(thing: Any) -> bool:
@@ -21,16 +22,20 @@ def is_opaque(thing: Any) -> bool:
 
 
 class Watched:
-    """The containers that are reachable from some roots, and the identity of everything that they held.
+    """The containers that are reachable from some roots, and the identity of everything that they held. Of
+    tensors also what may be set in place: requires_grad, dtype, shape, and whether there is a gradient.
 
     Containers are dictionaries, lists, tuples, the attributes of objects, closures, and the variables of this
     project's modules and of the module of a root function. An object that is opaque to replay is not entered.
+    It is compared before each replay, so the comparison runs in C: dictionaries with equal names, as the
+    modules of a model have, are read by one itemgetter.
     """
 
     def __init__(self, roots: Iterable[Any]):
         roots = list(roots)
-        self._dictionaries: list[dict] = []
-        self._owners: list[str] = []  # of the dictionaries
+        self._empty: list[Any] = []
+        self._groups: dict[tuple, list[dict]] = {}  # by the names that are watched
+        self._owners: dict[int, str] = {}  # by the id of a dictionary
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in OURS:
                 self._note(vars(module), name)
@@ -44,52 +49,107 @@ class Watched:
             if not isinstance(thing, PLAIN) and not is_opaque(thing) and id(thing) not in seen:
                 seen.add(id(thing))
                 waiting += self._enter(thing)
-        self._names = [list(each) for each in self._dictionaries]
-        self._lengths = [len(each) for each in chain(self._dictionaries, self._sequences)]
+        self._getters = [(_getter(names), each) for names, each in self._groups.items()]
+        self._lengths = list(self._sizes())
         self._identities = list(self._contents())
+        self._tensors = list({id(each): each for each in self._identities if _is_leaf(each)}.values())
+        self._kinds, self._gradients = list(map(KIND, self._tensors)), self._have_gradients()
 
     def _note(self, dictionary, owner):
-        self._dictionaries.append(dictionary)
-        self._owners.append(owner)
+        names = tuple(name for name in dictionary if not (isinstance(name, str) and HOOKS in name))
+        self._groups.setdefault(names, []).append(dictionary)
+        self._owners.setdefault(id(dictionary), owner)
 
     def _enter(self, thing) -> Iterable[Any]:
         """Note a container; returns what is in it."""
-        if isinstance(thing, dict):
+        if isinstance(thing, (dict, list, tuple)) and not thing:
+            self._empty.append(thing)
+        elif isinstance(thing, dict):
             self._note(thing, "a dictionary")
             return thing.values()
-        if isinstance(thing, (list, tuple)):
+        elif isinstance(thing, (list, tuple)):
             self._sequences.append(thing)
             return thing
-        if callable(thing) and not isinstance(thing, torch.nn.Module):
+        elif callable(thing) and not isinstance(thing, torch.nn.Module):
             return _carried(thing)
-        if hasattr(thing, "__dict__"):
-            self._note(vars(thing), type(thing).__name__)
-            return [value for name, value in vars(thing).items() if not name.endswith(HOOKS)]
+        elif hasattr(thing, "__dict__"):
+            if not _is_frozen(thing):
+                self._note(vars(thing), type(thing).__name__)
+            return vars(thing).values()
         return ()
 
+    def _containers(self):
+        return chain(*self._groups.values(), self._sequences)
+
+    def _sizes(self):
+        return map(len, self._containers())
+
     def _contents(self):
-        dictionaries = chain.from_iterable(map(dict.values, self._dictionaries))
-        return chain(dictionaries, chain.from_iterable(self._sequences), (END,))
+        of_dictionaries = (map(getter, each) for getter, each in self._getters)
+        return chain(chain.from_iterable(chain.from_iterable(of_dictionaries)), *self._sequences, (END,))
+
+    def _have_gradients(self):
+        return [each.grad is not None for each in self._tensors]
+
+    def _unchanged(self):
+        try:
+            return (
+                not any(self._empty)
+                and list(self._sizes()) == self._lengths
+                and list(map(KIND, self._tensors)) == self._kinds
+                and self._have_gradients() == self._gradients
+                and all(map(is_, self._contents(), self._identities))
+            )
+        except KeyError:
+            return False
 
     def change(self) -> str:
         """What changed first, in words; empty if nothing. A list that was replaced by one of the same objects
         has not changed."""
-        if all(map(is_, self._contents(), self._identities)):
+        if self._unchanged():
             return ""
+        if any(self._empty):
+            return f"something that was empty ({next(filter(None, self._empty))})"
+        for tensor, kind, has_gradient in zip(self._tensors, self._kinds, self._gradients, strict=True):
+            if KIND(tensor) != kind or (tensor.grad is not None) != has_gradient:
+                return f"{self._holder(tensor)}'s requires_grad, dtype, shape or gradient"
         before = iter(self._identities)
-        names = chain(self._names, repeat(None))
-        owners = chain(self._owners, repeat("a list"))
-        containers = chain(self._dictionaries, self._sequences)
-        for container, length, name, owner in zip(containers, self._lengths, names, owners, strict=False):
-            held = list(islice(before, length))
-            found = list(container.values() if isinstance(container, dict) else container)
-            if name is not None and name != list(container) or len(found) != length:
-                extra = set(container) ^ set(name) if name is not None else ()
-                return f"what {owner} holds{''.join(f' ({each})' for each in extra)}"
-            for place, (old, new) in enumerate(zip(held, found, strict=True)):
+        watched = ((names, each) for names, group in self._groups.items() for each in group)
+        sequences = ((range(len(each)), each) for each in self._sequences)
+        for (names, container), length in zip(chain(watched, sequences), self._lengths, strict=True):
+            owner = self._owners.get(id(container), "a list")
+            if len(container) != length:
+                return f"what {owner} holds"
+            for name, old in zip(names, before, strict=False):
+                new = container.get(name, END) if isinstance(container, dict) else container[name]
                 if old is not new and not _same_objects(old, new):
-                    return f"{owner}.{name[place]}" if name is not None else f"an element of {owner}"
+                    return f"{owner}.{name}"
         return ""
+
+    def _holder(self, thing):
+        """The first name that a thing has."""
+        for names, group in self._groups.items():
+            for name, each in ((name, each) for each in group for name in names):
+                if each.get(name) is thing:
+                    return f"{self._owners[id(each)]}.{name}"
+        return "a tensor in a list"
+
+
+def _is_leaf(thing) -> bool:
+    return isinstance(thing, torch.Tensor) and thing.is_leaf
+
+
+def _getter(names):
+    """A function of a dictionary: the values of these names, as a tuple."""
+    if len(names) == 1:
+        return lambda dictionary: (dictionary[names[0]],)
+    return itemgetter(*names) if names else lambda dictionary: ()
+
+
+def _is_frozen(thing) -> bool:
+    """Whether it is a dataclass whose fields cannot be set."""
+    parameters = getattr(type(thing), "__dataclass_params__", None)
+    return parameters is not None and parameters.frozen
 
 
 def _same_objects(one, other) -> bool:

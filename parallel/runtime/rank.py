@@ -75,7 +75,10 @@ class Runtime:
         """
         self._tell("tracing", name)
         if self._replays and name and function:
-            return self._replay_or_trace(name, function, inputs)
+            seed = backend.random_seed(self.device)
+            outputs = self._replay_or_trace(name, function, inputs)
+            backend.end_graph(self.device, seed)
+            return outputs
         outputs = function(*inputs) if function else None
         self._trace_ends(name)
         return outputs
@@ -193,7 +196,6 @@ class Runtime:
                 # Not by torch_xla's _replace_xla_tensor, after which views of the tensor are made of its old
                 # data.
                 tensor.data = output
-        backend.reset_collective_order(self.device)
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""

@@ -66,7 +66,7 @@ class _Tracer(Runtime):
                 self.traced[key] = self._take(pending, traced - self._begun)
             for tensor in chain.from_iterable(outputs):
                 tensor.data = placeholder(tensor)  # its views are views of the placeholder from now on
-            backend.reset_collective_order(self.device)
+            backend.end_graph(self.device, backend.random_seed(self.device))
         self._begun = time.perf_counter()
 
     def _take(self, pending, trace_seconds):
