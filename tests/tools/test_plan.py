@@ -136,7 +136,7 @@ def test_the_host_by_hand():
     )
 
 
-# The device needs 5.9 to 8.4 s; 2 million operations need 20 to 30.
+# The device needs about 7 to 10 s, 8 million operations 80 to 144.
 @pytest.mark.parametrize(
     "operations, binds, words", [(10**4, "compute", "does not wait"), (2 * 10**6, "host", "waits")]
 )

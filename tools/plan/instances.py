@@ -118,7 +118,7 @@ class Assumptions:
 #                  is the least, 18 us the largest median; others used the cores too. A server with an H200,
 #                  Llama 3 8B: 10 to 14 us.
 # replay_graph     The same steps replayed, with 106 to 1,216 inputs and outputs. Fast: a line through the
-# replay_tensor    processor times. Slow: one near the medians on the clock, which wait for the cores.
+# replay_tensor    least processor times. Slow: one through the medians on the clock, with waits for a core.
 FAST = Assumptions(
     products=0.65,
     memory=0.9,
@@ -127,7 +127,7 @@ FAST = Assumptions(
     link_latency=6e-6,
     network_latency=120e-6,
     trace_operation=10e-6,
-    replay_graph=0.4e-3,
+    replay_graph=0.5e-3,
     replay_tensor=5e-6,
 )
 SLOW = Assumptions(
@@ -138,8 +138,8 @@ SLOW = Assumptions(
     link_latency=150e-6,
     network_latency=1300e-6,
     trace_operation=18e-6,
-    replay_graph=1e-3,
-    replay_tensor=15e-6,
+    replay_graph=1.7e-3,
+    replay_tensor=18e-6,
 )
 IDEAL = Assumptions(
     products=1,
