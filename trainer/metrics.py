@@ -9,11 +9,35 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Loader
-from parallel.runtime import Runtime
+from parallel.runtime import GraphListener, Runtime
 from trainer.job import Job
 from trainer.objective import FIGURES
 
 MOST_NATS = 700.0  # exp() of a larger loss overflows a float
+
+
+class HostTime(GraphListener):
+    """The seconds that a rank's host spends in mark_step.
+
+    In them it traces or replays the graph, compiles it if it is new, and starts it. They include what
+    mark_step waits for: where ranks are threads of one process, the other ranks; the device, where torch_xla
+    waits for the graph before, and while a trace is recorded for replay. On XLA:CPU the host and the device
+    also share the cores.
+    """
+
+    def __init__(self):
+        self._seconds = self._begun = 0.0
+
+    def tracing(self, name):
+        self._begun = time.perf_counter()
+
+    def started(self, name):
+        self._seconds += time.perf_counter() - self._begun
+
+    def take(self) -> float:
+        """The seconds since the last call of this method, or since the beginning."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 class Metrics:
@@ -23,14 +47,16 @@ class Metrics:
     `OUT/samples.jsonl` one for each answer that was sampled at an evaluation. A step's values are read after
     the next mark_step, so the host never waits for the step that it has just started. The seconds of a step
     are those between the previous mark_step and its own: tracing, compilation of a new graph, and the wait
-    for the previous step.
+    for the previous step. Its host seconds, a part of them, are those inside of mark_step (HostTime). Both
+    leave out evaluations, samples and checkpoints. The first step's include the graph "build", unless an
+    evaluation comes before.
     """
 
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
         self._runtime, self._output = runtime, Path(job.config.output_dir)
         self._active = runtime.rank == 0 and runtime.executes
         self._epochs, self._logging_steps = loader.epochs, job.config.logging_steps
-        self._held: tuple[int, float, float, float, float, torch.Tensor] | None = None
+        self._held: tuple[int, float, float, float, float, float, torch.Tensor] | None = None
         if runtime.rank == 0:
             print(job.summary, flush=True)
         if self._active:
@@ -40,6 +66,8 @@ class Metrics:
             self._bar = tqdm(
                 total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True
             )
+            self._host = HostTime()
+            runtime.listeners.append(self._host)
             self._last = time.perf_counter()
 
     def hold(
@@ -53,17 +81,20 @@ class Metrics:
         if self._active:
             self.flush()
             now = time.perf_counter()
-            self._held, self._last = (step, now - self._last, learning_rate, waited, stalled, report), now
+            seconds, self._last = now - self._last, now
+            self._held = (step, seconds, self._host.take(), learning_rate, waited, stalled, report)
 
     def flush(self) -> None:
         """Write the values that are held; the host waits here until the device has computed them."""
         if not self._active or self._held is None:
             return
-        (step, seconds, learning_rate, waited, stalled, report), self._held = self._held, None
+        (step, seconds, host, learning_rate, waited, stalled, report), self._held = self._held, None
         grad_norm, target_tokens, tokens, *means = self._runtime.read(report)
         figures = dict(zip(FIGURES, means, strict=True))
         self._bar.update()
-        self._bar.set_postfix(loss=f"{figures['loss']:.4f}", tokens_s=f"{tokens / seconds:.0f}")
+        self._bar.set_postfix(
+            loss=f"{figures['loss']:.4f}", tokens_s=f"{tokens / seconds:.0f}", host_s=f"{host:.3f}"
+        )
         if step % self._logging_steps == 0:
             self._append(
                 "metrics.jsonl",
@@ -76,6 +107,7 @@ class Metrics:
                     "target_tokens": int(target_tokens),
                     "tokens_per_second": tokens / seconds,
                     "step_seconds": seconds,
+                    "host_seconds": host,
                     "data_wait_seconds": waited,
                     "save_stall_seconds": stalled,
                     "compilations": self._runtime.compilations(),
@@ -113,6 +145,7 @@ class Metrics:
     def restart_clock(self) -> None:
         """Exclude the time since the last step (an evaluation, a checkpoint) from the next step's seconds."""
         if self._active:
+            self._host.take()
             self._last = time.perf_counter()
 
     def stopped(self, step: int) -> None:

@@ -162,6 +162,13 @@ def test_collectives_of_a_layer_by_hand(reports):
 
 
 @pytest.mark.process
+def test_inputs_and_outputs_of_a_layer_by_hand(reports):
+    """Two norms, seven weights and fourteen LoRA factors, which alone are updated."""
+    two, three = (reports[case]["graphs"]["step"] for case in ("lora tp2", "three layers"))
+    assert (three["inputs"] - two["inputs"], three["outputs"] - two["outputs"]) == (2 + 7 + 14, 14)
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("case", ["lora tp2", "full tp4", "divided optimizer"])
 def test_what_a_core_holds_is_input_of_the_graph(reports, case):
     held = reports[case]["state_bytes"]

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.runs import start
 from tools.bench_step.__main__ import main
+from tools.bench_step.measure import Parts
 
 FLAGS = [
     "--world_size",
@@ -27,7 +28,15 @@ FLAGS = [
 
 @pytest.mark.process
 def test_figures_of_a_run(tmp_path):
-    start(*FLAGS, "--json", tmp_path / "old.json", program=("-m", "tools.bench_step"), forked=False)
+    start(
+        *FLAGS,
+        "--replay",
+        "false",
+        "--json",
+        tmp_path / "old.json",
+        program=("-m", "tools.bench_step"),
+        forked=False,
+    )
     said = start(
         *FLAGS,
         "--gradient_checkpointing",
@@ -48,6 +57,9 @@ def test_figures_of_a_run(tmp_path):
         assert found["step_seconds_least"] <= found["step_seconds"] <= found["step_seconds_most"]
         assert abs(found["hfu"] * found["gemm_flops_per_second"] / found["flops_per_second"] - 1) < 1e-9
         assert found["host_trace_seconds"] > 0 and found["device_seconds"] > 0
+    assert set(new) - set(old) == {"host_replay_seconds", "step_replay_seconds"} and set(old) <= set(new)
+    assert 0 < new["host_replay_seconds"] < new["host_trace_seconds"] / 2
+    assert new["step_seconds_least"] <= new["step_replay_seconds"] <= new["step_seconds_most"]
     assert old["mfu"] == old["hfu"] and 1.2 < new["hfu"] / new["mfu"] < 1.6  # the layers' forward once more
     flops = [found["mfu"] * found["gemm_flops_per_second"] * found["step_seconds"] for found in (old, new)]
     assert abs(flops[0] / flops[1] - 1) < 1e-9
@@ -84,3 +96,10 @@ def test_bad_input_is_refused(tmp_path, capsys):
         assert problem in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--no_such_flag"])
+
+
+def test_the_steps_of_a_run():
+    parts = Parts.create(warmup=3, steps=4, recorded=2, replays=True)
+    assert parts == Parts(range(3, 7), range(7, 11), range(11, 13), range(14, 18)) and parts.total == 18
+    parts = Parts.create(warmup=3, steps=4, recorded=2, replays=False)
+    assert parts.traced == parts.waited and parts.total == 13

@@ -15,6 +15,7 @@ from tools.graphs.report import rank_0_mesh
 from tools.plan import extrapolate, sweep
 from tools.plan.__main__ import main
 from tools.plan.instances import FAST, INSTANCES, SLOW, Instance
+from tools.plan.output import describe
 from tools.plan.roofline import estimate
 from tools.plan.step_report import estimate_step
 from trainer.config import Config
@@ -39,6 +40,9 @@ REPORT = {
     "graphs": {
         "micro_batch": {
             "runs_per_step": 3,
+            "instructions": 10**5,
+            "inputs": 300,
+            "outputs": 100,
             "dot_flops": 10**12,
             "input_bytes": 2 * 10**8,
             "output_bytes": 10**8,
@@ -47,6 +51,9 @@ REPORT = {
         },
         "update": {
             "runs_per_step": 1,
+            "instructions": 10**4,
+            "inputs": 500,
+            "outputs": 300,
             "dot_flops": 0,
             "input_bytes": 3 * 10**8,
             "output_bytes": 3 * 10**8,
@@ -58,7 +65,7 @@ REPORT = {
 
 
 def test_a_step_by_hand():
-    each = estimate(REPORT, ROUND, rows=24, length=100, bf16=True)
+    each = estimate(REPORT, ROUND, rows=24, length=100, bf16=True, replays=True)
     for end, assumed in enumerate((FAST, SLOW)):
         inside = 3 * (0.05 / assumed.link + 10 * assumed.link_latency)  # half of 0.1 GB at 1 GB/s
         # 2 x 3/4 of 0.1 GB; on a node the ranks of two groups share its network.
@@ -76,7 +83,7 @@ def test_a_step_by_hand():
     assert each.tokens_per_second_per_node == (2400 / 2 / fast, 2400 / 2 / slow)
     assert each.cost(36.0)[0] == pytest.approx(1e6 * 36 / 3600 / (1200 / fast))
     assert each.peak_share[0] == pytest.approx(3 / fast)
-    assert estimate(REPORT, ROUND, 24, 100, bf16=False).parts["compute"][1] == pytest.approx(
+    assert estimate(REPORT, ROUND, 24, 100, bf16=False, replays=True).parts["compute"][1] == pytest.approx(
         30 / SLOW.products
     )
     # Gradients are held between the graphs of a step.
@@ -87,6 +94,9 @@ def test_stages_by_hand():
     """TP2 x PP2 x DP2 on two nodes of four cores, a stage on each: messages between them use the network."""
     tick = {
         "runs_per_step": 4,
+        "instructions": 10**3,
+        "inputs": 10,
+        "outputs": 10,
         "dot_flops": 10**12,
         "input_bytes": 10**8,
         "output_bytes": 10**7,
@@ -99,7 +109,7 @@ def test_stages_by_hand():
     }
     graphs = {"forward": tick, "backward": tick, "update": REPORT["graphs"]["update"] | {"collectives": sums}}
     report = REPORT | {"data_parallel_size": 2, "pipeline_parallel_size": 2, "ticks": 4, "graphs": graphs}
-    each = estimate(report, ROUND, 12, 100, True)
+    each = estimate(report, ROUND, 12, 100, True, False)
     for end, assumed in enumerate((FAST, SLOW)):
         sent = 4 * 0.1 / assumed.network + assumed.network_latency  # by all four ranks of a node
         among = max(0.15 / assumed.link, 2 * 0.15 / assumed.network) + 2 * assumed.network_latency
@@ -109,6 +119,39 @@ def test_stages_by_hand():
     assert each.bubble == 1 / 4 and each.flops == 3 / 4 * 8e12
     # Four ticks keep 10 MB each.
     assert each.most_bytes == max(4 * 10**8 + 4 * 10**7 + 10**8, 8 * 10**8)
+
+
+def test_the_host_by_hand():
+    """Three micro-batches of 100,000 operations and 400 tensors, and an update of 10,000 and 800."""
+    traced, replayed = (estimate(REPORT, ROUND, 24, 100, True, replays) for replays in (False, True))
+    assert traced.operations == 310_000
+    for end, assumed in enumerate((FAST, SLOW)):
+        host = 310_000 * assumed.trace_operation
+        assert traced.host_trace_seconds[end] == replayed.host_trace_seconds[end] == pytest.approx(host)
+        host = 4 * assumed.replay_graph + 2000 * assumed.replay_tensor
+        assert traced.host_replay_seconds[end] == replayed.host_replay_seconds[end] == pytest.approx(host)
+    assert FAST.trace_operation < SLOW.trace_operation and FAST.replay_tensor < SLOW.replay_tensor
+    assert (
+        (traced.seconds, traced.binds) == (traced.device_seconds, "compute") == (replayed.seconds, "compute")
+    )
+
+
+# The device needs about 7 to 10 s, 8 million operations 80 to 144.
+@pytest.mark.parametrize(
+    "operations, binds, words", [(10**4, "compute", "does not wait"), (2 * 10**6, "host", "waits")]
+)
+def test_a_step_that_waits_for_its_host(operations, binds, words):
+    graphs = {name: graph | {"instructions": operations} for name, graph in REPORT["graphs"].items()}
+    report = REPORT | {"graphs": graphs}
+    traced, replayed = (estimate(report, ROUND, 24, 100, True, replays) for replays in (False, True))
+    assert traced.device_seconds == replayed.device_seconds == replayed.seconds
+    assert traced.seconds == tuple(map(max, traced.device_seconds, traced.host_trace_seconds))
+    assert (traced.binds, replayed.binds) == (binds, "compute")
+    lines = [line for line in describe(traced, None).splitlines() if line.startswith("host, ")]
+    assert f"the step {words} for its host" in lines[0]
+    assert "does not wait for its host; without --replay every step is traced" in lines[1]
+    assert f"({4 * operations:,} operations of 10 to " in lines[0]
+    assert "; --replay is on" in describe(replayed, None)
 
 
 @pytest.fixture
@@ -144,15 +187,16 @@ def test_traces_of_stages_are_extrapolated(monkeypatch, forked_traces):
     assert [graph["runs_per_step"] for graph in extrapolated["graphs"].values()] == [12, 12, 1]
     for name, graph in whole["graphs"].items():
         other = extrapolated["graphs"][name]
-        for key in ("runs_per_step", "dot_flops", "output_bytes", "collectives"):
+        for key in ("runs_per_step", "dot_flops", "outputs", "output_bytes", "collectives"):
             assert other[key] == graph[key], (name, key)
-        for key in ("input_bytes", "peak_bytes"):  # the batch; and x passes by the padding layer
+        # the batch; and x passes by the padding layer
+        for key in ("instructions", "inputs", "input_bytes", "peak_bytes"):
             assert other[key] == pytest.approx(graph[key], rel=0.05), (name, key)
 
 
 @pytest.mark.parametrize("memory, fits", [(8 * 10**8, "yes"), (7 * 10**8, "perhaps"), (4 * 10**8, "no")])
 def test_fits(memory, fits):
-    assert estimate(REPORT, replace(ROUND, memory_bytes=memory), 1, 1, True).fits == fits
+    assert estimate(REPORT, replace(ROUND, memory_bytes=memory), 1, 1, True, False).fits == fits
 
 
 @pytest.mark.process
@@ -178,7 +222,16 @@ def test_traces_are_extrapolated(monkeypatch, forked_traces):
         # Partial gradients are reduced over tp in this rank's part, which was larger.
         ours, theirs = (each["collectives"].pop("all-reduce over tp") for each in (other, graph))
         assert theirs["count"] == ours["count"] and theirs["bytes"] <= ours["bytes"] <= 2 * theirs["bytes"]
-        for key in ("runs_per_step", "dot_flops", "input_bytes", "output_bytes", "collectives"):
+        assert other["instructions"] == pytest.approx(graph["instructions"], rel=0.01)
+        for key in (
+            "runs_per_step",
+            "inputs",
+            "outputs",
+            "dot_flops",
+            "input_bytes",
+            "output_bytes",
+            "collectives",
+        ):
             assert other[key] == graph[key], (name, key)
         assert (
             graph["peak_bytes"] <= other["peak_bytes"] <= 1.5 * graph["peak_bytes"]
@@ -227,6 +280,9 @@ def counted(configs, model):
         mesh = rank_0_mesh(config)
         rank = rank_model(config, model, mesh)
         graph = {
+            "instructions": 1000,
+            "inputs": 10,
+            "outputs": 10,
             "dot_flops": micro_batch_flops(rank, config),
             "input_bytes": 10**9,
             "output_bytes": 10**9,
@@ -301,6 +357,10 @@ def test_a_report_of_other_flags_is_refused(monkeypatch, tmp_path, capsys):
     assert "at 10.00 USD an hour and node" in capsys.readouterr().out
     assert main([*flags, "--max_seq_length", "2048"]) == 1
     assert capsys.readouterr().err.startswith("error: the report is of another step: FLOPs ")
+    del report["graphs"]["micro_batch"]["outputs"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert main(flags) == 1
+    assert "the report is an old one, without inputs, instructions, outputs" in capsys.readouterr().err
     (tmp_path / "report.json").write_text("[]")
     assert main(flags) == 1
     assert capsys.readouterr().err == "error: the report is none of tools.bench_compile\n"

@@ -343,12 +343,14 @@ def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
             "target_tokens",
             "tokens_per_second",
             "step_seconds",
+            "host_seconds",
             "data_wait_seconds",
             "save_stall_seconds",
             "compilations",
         }
         for line in lines
     )
+    assert all(0 < line["host_seconds"] < line["step_seconds"] for line in lines)
 
 
 def test_thirty_two_ranks_compile_the_step_once(tmp_path):

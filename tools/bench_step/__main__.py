@@ -3,10 +3,17 @@
     python -m tools.bench_step [--steps 20] [--warmup 3] [--json NEW] [--compare OLD] [--profile DIR] FLAGS
 
 FLAGS are those of trainer/main.py, whose loop runs; on a CPU, --world_size ranks run in this process. After
-the warmup, `steps` steps run as in training. Then as many run that wait for the device in each mark_step,
-which separates the host's tracing from the device's work: their sum exceeds a step of the first part where
-the two overlap there. --profile records two more steps, which are in no figure, in DIR/step.trace.json.gz
-(tools/bench_step/trace.py), for https://ui.perfetto.dev or chrome://tracing.
+the warmup, `steps` steps run as in training. Then as many run that wait for the device after each mark_step,
+which separates the host's seconds from the device's: their sum exceeds a step of the first part where the two
+overlap there. Where graphs are replayed (--replay), a third part of as many steps traces each one, and waits,
+too; torch_xla compiles once more before it. --profile records two more steps after the second part, which are
+in no figure, in DIR/step.trace.json.gz (tools/bench_step/trace.py), for https://ui.perfetto.dev or
+chrome://tracing.
+
+host_trace_seconds are those that rank 0's host spends in mark_step in a step whose graphs are all traced;
+host_replay_seconds and step_replay_seconds are the host's and all of a step whose graphs are all replayed.
+Where nothing was replayed, the last two are missing. On XLA:CPU ranks are threads, and their turns are in the
+host's seconds. device_seconds are those that the device still needs when mark_step has returned.
 
 FLOPs are those of the matrix products of forward and backward (tools/graphs/flops.py) of all micro-batches
 and ranks. MFU (model FLOPs utilisation, https://arxiv.org/abs/2204.02311) leaves out recomputation for
@@ -62,7 +69,7 @@ def print_figures(figures: dict, old: dict | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("bench_step", __doc__, trainer_flags=True)
-    parser.add_argument("--steps", type=int, default=20, help="steps of each of the two parts; default 20")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each part; default 20")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them; default 3")
     parser.add_argument("--json", type=Path, help="where the figures go, for a later --compare")
     parser.add_argument("--compare", type=Path, help="figures of another run, of the same flags and machine")

@@ -3,59 +3,121 @@
 import json
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from parallel.mesh import ALONE
-from parallel.runtime import GraphListener
+from parallel.runtime import GraphListener, on_neuron
 
 GEMM = 2048  # rows and columns of the matrices whose product is the peak
 ROUNDS = 6
 RECORDED = 2  # steps in a Chrome trace
+COMPILING = 1  # steps in which torch_xla compiles again what is not replayed from then on
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The numbers of the steps of a run, from 0. Before `free` it warms up.
+
+    Steps `free` run as in training. In the steps `waited`, which run so too, and in `traced`, in which no
+    graph is replayed, each mark_step waits for the device. A Chrome trace shows `recorded`.
+    """
+
+    free: range
+    waited: range
+    recorded: range
+    traced: range
+
+    @staticmethod
+    def create(warmup: int, steps: int, recorded: int, replays: bool) -> "Parts":
+        """Parts of `steps` steps each. Where nothing is replayed, the steps `traced` are those `waited`."""
+        ends = np.cumsum([warmup, steps, steps, recorded]).tolist()
+        free, waited, shown = (range(*pair) for pair in pairwise(ends))
+        first = ends[-1] + COMPILING
+        return Parts(free, waited, shown, range(first, first + steps) if replays else waited)
+
+    @property
+    def total(self) -> int:
+        """The number of steps of the run."""
+        return max(self.traced.stop, self.recorded.stop)
 
 
 class Clock(GraphListener):
     """Rank 0's times of each optimizer step, taken at every mark_step.
 
-    In the steps `waits`, each mark_step waits for the device. `trace`, if any, records steps from waits.stop
-    on. The lists have a value for each step: the seconds of tracing in `trace_seconds`, those of mark_step in
-    `device_seconds`, and the moments at which steps ended in `ended`.
+    `trace`, if any, records the steps `parts.recorded`. The lists have a value for each step: the seconds
+    until mark_step returned in `host_seconds`, those for which it then waited for the device in
+    `device_seconds`, the moments at which steps ended in `ended`, and whether no graph was traced in
+    `replayed`.
     """
 
-    def __init__(self, step_ends: str, waits: range, trace=None):
+    def __init__(self, step_ends: str, parts: Parts, trace=None):
         """step_ends: the name of a step's last graph."""
-        self.trace_seconds, self.device_seconds, self.ended = [], [], []
-        self._step_ends, self._waits, self._recorder = step_ends, waits, trace
-        self._since = self._begun = self._trace = self._work = 0.0
+        self.host_seconds, self.device_seconds, self.ended, self.replayed = [], [], [], []
+        self._step_ends, self._parts, self._recorder = step_ends, parts, trace
+        self._begun = self._host = self._device = 0.0
+        self._traces = 0
+
+    def tracing(self, name):
+        self._begun = time.perf_counter()
 
     def traced(self, name):
-        self._begun = time.perf_counter()
-        self._trace += self._begun - self._since
         if self._recorder:
             self._recorder.phase("mark_step")
 
     def started(self, name):
         import torch_xla.core.xla_model as xla_model
 
-        if len(self.ended) in self._waits:
+        started, step = time.perf_counter(), len(self.ended)
+        if step in self._parts.waited or step in self._parts.traced:
             xla_model.wait_device_ops()
-        self._since = time.perf_counter()
-        self._work += self._since - self._begun
+        ended = time.perf_counter()
+        self._host += started - self._begun
+        self._device += ended - started
         if name == self._step_ends:
-            self.trace_seconds.append(self._trace)
-            self.device_seconds.append(self._work)
-            self.ended.append(self._since)
-            if self._recorder and len(self.ended) == self._waits.stop:
-                self._recorder.start()
-            elif self._recorder and len(self.ended) == self._waits.stop + RECORDED:
-                xla_model.wait_device_ops()
-                self._recorder.stop()
+            self.host_seconds.append(self._host)
+            self.device_seconds.append(self._device)
+            self.ended.append(ended)
+            self.replayed.append(traces() == self._traces)
+            self._record(step + 1)
         if name in (self._step_ends, "build"):
-            self._trace = self._work = 0.0
+            self._host = self._device = 0.0
+            self._traces = traces()
         if self._recorder:
             self._recorder.phase("host tracing")
+
+    def _record(self, step: int) -> None:
+        """Begin or end the Chrome trace, where `step` is the next one."""
+        import torch_xla.core.xla_model as xla_model
+
+        if self._recorder and step == self._parts.recorded.start:
+            self._recorder.start()
+        elif self._recorder and step == self._parts.recorded.stop:
+            xla_model.wait_device_ops()
+            self._recorder.stop()
+
+
+class _EndsReplay(GraphListener):
+    """Traces every graph of a rank from the step `COMPILING` before the steps `parts.traced` on."""
+
+    def __init__(self, runtime, step_ends: str, parts: Parts):
+        self._runtime, self._step_ends, self._left = runtime, step_ends, parts.traced.start - COMPILING
+
+    def started(self, name):
+        self._left -= name == self._step_ends
+        if self._left == 0:
+            self._runtime.replay_graphs(False)
+
+
+def traces() -> int:
+    """How many graphs this process has traced so far: torch_xla does not count what it starts by its hash."""
+    from torch_xla.debug.metrics import metric_data
+
+    data = metric_data("TensorsGraphSize")
+    return data[0] if data else 0
 
 
 def gemm_peak(dtype: str) -> float:
@@ -82,56 +144,67 @@ def gemm_peak(dtype: str) -> float:
 def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dict:
     """Run the loop, and return the figures of a step: times in seconds, medians over `steps` steps.
 
-    After `warmup` steps, `steps` steps run as in training, and as many wait for the device. A StepTrace
-    `trace` then records RECORDED more. Raises ValueError for a job that cannot start.
+    Parts says which steps run; a StepTrace `trace` records RECORDED of them. Raises ValueError for a job that
+    cannot start.
     """
     from parallel.mesh import Mesh
     from trainer.job import prepare
 
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
+    replays = not on_neuron() if config.replay is None else config.replay
+    parts = Parts.create(warmup, steps, RECORDED if trace else 0, replays)
     with tempfile.TemporaryDirectory() as output:
-        total = warmup + 2 * steps + (RECORDED if trace else 0)
         config = replace(
             config.for_ranks(mesh.dp.size()),
             output_dir=output,
-            max_steps=total,
-            save_steps=total + 1,
+            max_steps=parts.total,
+            save_steps=parts.total + 1,
             do_eval=False,
             logging_steps=1,
         )
         job = prepare(config, world_size)
-        free = slice(warmup, warmup + steps)
-        waited = slice(warmup + steps, warmup + 2 * steps)
-        clock, peak, compiled = _run(job, world_size, range(waited.start, waited.stop), trace)
+        clock, peak, compiled = _run(job, world_size, parts, replays, trace)
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    seconds = np.diff(clock.ended)[warmup - 1 : warmup + steps - 1]
+    seconds = np.diff(clock.ended, prepend=np.nan)
+    in_free = seconds[parts.free]
+    free_lines = lines[parts.free.start : parts.free.stop]
     return {
-        "step_seconds": float(np.median(seconds)),
-        "step_seconds_least": float(seconds.min()),
-        "step_seconds_most": float(seconds.max()),
-        **_rates(job, mesh, float(np.median(seconds)), lines[free], peak),
-        "data_wait_seconds": float(np.median([line["data_wait_seconds"] for line in lines[free]])),
-        "host_trace_seconds": float(np.median(clock.trace_seconds[waited])),
-        "device_seconds": float(np.median(clock.device_seconds[waited])),
-        "compilations": lines[-1]["compilations"] - compiled,
+        "step_seconds": float(np.median(in_free)),
+        "step_seconds_least": float(in_free.min()),
+        "step_seconds_most": float(in_free.max()),
+        **_replayed("step_replay_seconds", seconds, clock, parts.free),
+        **_rates(job, mesh, float(np.median(in_free)), free_lines, peak),
+        "data_wait_seconds": float(np.median([line["data_wait_seconds"] for line in free_lines])),
+        "host_trace_seconds": float(np.median(np.array(clock.host_seconds)[parts.traced])),
+        **_replayed("host_replay_seconds", clock.host_seconds, clock, parts.waited),
+        "device_seconds": float(np.median(np.array(clock.device_seconds)[parts.waited])),
+        "compilations": lines[parts.waited[-1] - 1]["compilations"] - compiled,
         "peak_memory_bytes": peak_memory(),
     }
 
 
-def _run(job, world_size: int, waits: range, trace) -> tuple[Clock, float, int]:
+def _replayed(name: str, seconds, clock: Clock, steps: range) -> dict[str, float]:
+    """{name: the median of the seconds of those of the steps that were replayed}; empty where none was."""
+    found = [seconds[step] for step in steps if clock.replayed[step]]
+    return {name: float(np.median(found))} if found else {}
+
+
+def _run(job, world_size: int, parts: Parts, replays: bool, trace) -> tuple[Clock, float, int]:
     """Run the loop; returns (rank 0's Clock, FLOP/s of gemm_peak, graphs compiled before the loop)."""
     from parallel.runtime import launch
     from trainer.loop import run
 
-    found = []
+    found, step_ends = [], list(job.config.graphs)[-1]
 
     def program(runtime):
         if runtime.rank == 0:
             peak = gemm_peak("bfloat16" if job.config.bf16 else "float32")
             compiled = runtime.compilations()
-            clock = Clock(list(job.config.graphs)[-1], waits, trace)
+            clock = Clock(step_ends, parts, trace)
             runtime.listeners.append(clock)
             found.extend((clock, peak, compiled))
+        if replays:
+            runtime.listeners.append(_EndsReplay(runtime, step_ends, parts))
         runtime.barrier()
         run(runtime, job)
 

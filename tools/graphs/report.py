@@ -77,6 +77,8 @@ def _graph_report(traced, runs_per_step: int, mesh: Mesh) -> dict:
         "operations": dict(graph.operations.most_common()),
         "dot_flops": graph.dot_flops,
         "collectives": _collectives(graph, mesh),
+        "inputs": graph.operations["parameter"],
+        "outputs": sum(len(each.shapes) for each in graph.instructions if each.is_root),
         "input_bytes": graph.input_bytes,
         "output_bytes": graph.output_bytes,
         "peak_bytes": graph.peak_bytes(),

@@ -25,6 +25,7 @@ from pathlib import Path
 from tools.graphs.memory import state_of
 from tools.graphs.models import rank_model
 from tools.graphs.report import rank_0_mesh
+from tools.plan.step_report import COUNTS
 
 DEPTHS = (2, 4)
 TRACED_RANKS = 64  # more ranks take time and memory, and change nothing
@@ -169,7 +170,7 @@ def _add_layers(shallow: list[dict], config, model_config) -> dict:
 
     graphs = {}
     for name, graph in shallow[0]["graphs"].items():
-        counted = ("dot_flops", "collectives", "input_bytes", "output_bytes", "peak_bytes")
+        counted = ("dot_flops", "collectives", "input_bytes", "output_bytes", "peak_bytes", *COUNTS)
         one, two = ({key: each[key] for key in counted} for each in (graph, shallow[1]["graphs"][name]))
         graphs[name] = {"runs_per_step": graph["runs_per_step"], **on_the_line(one, two)}
     return {"graphs": graphs}

@@ -80,7 +80,12 @@ INSTANCES = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """One end of the range: shares of an instance's figures, and seconds to a message's first byte."""
+    """One end of the range: shares of an instance's figures, and seconds.
+
+    `link_latency` and `network_latency`: to a message's first byte. `trace_operation`: in which the host
+    traces an operation of a graph. `replay_graph` and `replay_tensor`: in which it replays a graph, beside
+    what it needs for each of its inputs and outputs.
+    """
 
     products: float
     memory: float
@@ -88,6 +93,9 @@ class Assumptions:
     network: float
     link_latency: float
     network_latency: float
+    trace_operation: float
+    replay_graph: float
+    replay_tensor: float
 
 
 # One set for all instances, models and topologies. The ends of the range come from:
@@ -104,10 +112,43 @@ class Assumptions:
 # link_latency     [nccom] 6 us (a newer example) to 150 us (an older one) for 1 kB among 32 ranks.
 # network_latency  [inter] 15 us a hop, 2 log2(16) hops; [nccom] 1.3 ms for up to 1 MB among 64 ranks of two
 #                  instances.
+# trace_operation  Measured, on other processors than a Trainium's host has. Two cores of an Intel Xeon
+#                  (family 6, model 207), 2026-11-26, torch_xla 2.9.0: processor time of mark_step in a step
+#                  of the tiny model with 2 to 32 layers, divided by its instructions in bench_compile. 10 us
+#                  is the least, 18 us the largest median; others used the cores too. A server with an H200,
+#                  Llama 3 8B: 10 to 14 us.
+# replay_graph     The same steps replayed, with 106 to 1,216 inputs and outputs. Fast: a line through the
+# replay_tensor    least processor times. Slow: one through the medians on the clock, with waits for a core.
 FAST = Assumptions(
-    products=0.65, memory=0.9, link=0.275, network=0.9, link_latency=6e-6, network_latency=120e-6
+    products=0.65,
+    memory=0.9,
+    link=0.275,
+    network=0.9,
+    link_latency=6e-6,
+    network_latency=120e-6,
+    trace_operation=10e-6,
+    replay_graph=0.5e-3,
+    replay_tensor=5e-6,
 )
 SLOW = Assumptions(
-    products=0.45, memory=0.6, link=0.21, network=0.4, link_latency=150e-6, network_latency=1300e-6
+    products=0.45,
+    memory=0.6,
+    link=0.21,
+    network=0.4,
+    link_latency=150e-6,
+    network_latency=1300e-6,
+    trace_operation=18e-6,
+    replay_graph=1.7e-3,
+    replay_tensor=18e-6,
 )
-IDEAL = Assumptions(products=1, memory=1, link=1, network=1, link_latency=0, network_latency=0)
+IDEAL = Assumptions(
+    products=1,
+    memory=1,
+    link=1,
+    network=1,
+    link_latency=0,
+    network_latency=0,
+    trace_operation=0,
+    replay_graph=0,
+    replay_tensor=0,
+)

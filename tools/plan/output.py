@@ -16,6 +16,7 @@ _RECORDED_FLAGS = (
 _RECORDED_PROPERTIES = (
     "fits",
     "seconds",
+    "device_seconds",
     "binds",
     "peak_share",
     "tokens_per_second_per_node",
@@ -27,7 +28,8 @@ def preface() -> str:
     """What estimates are made of: the formula, and what is assumed."""
     lines = [
         "This is a model: nothing ran on a Trainium. The range is that of what is assumed "
-        "(tools/plan/instances.py).",
+        "(tools/plan/instances.py). "
+        "The host's seconds are those of other processors than a Trainium's host has.",
         FORMULA,
     ]
     for name, assumed in (("fast", FAST), ("slow", SLOW)):
@@ -43,7 +45,7 @@ def price_source(price: float | None) -> str:
 
 def describe(estimate: Estimate, price: float | None) -> str:
     """An estimate as text. `price`: USD an hour and node."""
-    waits = ", ".join(f"{part} {_range(estimate.parts[part])}" for part in PARTS)
+    parts = ", ".join(f"{part} {_range(estimate.parts[part])}" for part in PARTS)
     fits = {"yes": "fits", "no": "does not fit", "perhaps": "may fit: the compiler will tell"}
     held, most, memory = (
         size / 1e9 for size in (estimate.held_bytes, estimate.most_bytes, estimate.memory_bytes)
@@ -51,7 +53,9 @@ def describe(estimate: Estimate, price: float | None) -> str:
     lines = [
         f"memory of a core: {fits[estimate.fits]}. {held:.2f} GB are held, at most {most:.2f} GB live at "
         f"once, of {memory:.2f} GB",
-        f"step: {_range(estimate.seconds)} s ({waits}); {estimate.binds} binds",
+        f"step: {_range(estimate.seconds)} s; {estimate.binds} binds",
+        f"device: {_range(estimate.device_seconds)} s a step ({parts})",
+        *_host_lines(estimate),
         f"roofline: {estimate.roofline_seconds:.3g} s; the step takes "
         f"{_range(one / estimate.roofline_seconds for one in estimate.seconds)} times that, and its products "
         f"{_range(100 * one for one in estimate.peak_share)} % of the peak",
@@ -67,6 +71,25 @@ def describe(estimate: Estimate, price: float | None) -> str:
             f"{_range(estimate.cost(price))} USD for a million tokens, at {price:.2f} USD an hour and node"
         )
     return "\n".join(lines)
+
+
+def _host_lines(estimate: Estimate) -> list[str]:
+    """What the host needs for a step, traced and replayed, and whether the device would wait for it."""
+    traced, replayed = estimate.host_trace_seconds, estimate.host_replay_seconds
+    each = (1e6 * seconds / estimate.operations for seconds in traced)
+    taken = "--replay is on" if estimate.replays else "without --replay every step is traced"
+    return [
+        f"host, traced: {_range(traced)} s a step ({estimate.operations:,} operations of {_range(each)} us): "
+        f"{_wait(estimate.device_seconds, traced)}",
+        f"host, replayed: {_range(replayed)} s a step: {_wait(estimate.device_seconds, replayed)}; {taken}",
+    ]
+
+
+def _wait(device: tuple[float, float], host: tuple[float, float]) -> str:
+    """Whether a step waits for its host, in words."""
+    if max(host) <= min(device):
+        return "the step does not wait for its host"
+    return f"the step {'waits' if min(host) > max(device) else 'may wait'} for its host"
 
 
 def table(pairs: list[tuple], price: float | None) -> str:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tools.plan.roofline import PARTS, Estimate
+from tools.plan.roofline import HOST, PARTS, Estimate
 
-COLOURS = dict(zip(PARTS, ("tab:blue", "tab:green", "tab:orange"), strict=True))
+COLOURS = dict(zip((*PARTS, HOST), ("tab:blue", "tab:green", "tab:orange", "tab:purple"), strict=True))
 FADED = {"yes": 1.0, "perhaps": 0.5, "no": 0.2}
 
 
@@ -54,7 +54,7 @@ def draw(topologies: list[tuple[str, Estimate]], title: str, path: Path) -> None
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.4)
         axes.set_axisbelow(True)
-    shown = [part for part in PARTS if any(each.binds == part for _, each in topologies)]
+    shown = [part for part in COLOURS if any(each.binds == part for _, each in topologies)]
     handles = [
         *(Patch(color=COLOURS[part], label=f"{part} binds") for part in shown),
         Patch(color="tab:gray", label="held"),

@@ -12,9 +12,10 @@ This is a model, not a measurement. The terms of FORMULA are those of one graph 
   their time is the bubble. The stages wait for each other in every tick.
 
 The fast end of the range has the better of each assumed share (tools/plan/instances.py), the slow end the
-worse. At both ends messages and products take turns. Not counted are the host, which traces the next step
-meanwhile, whatever waits for it, loading of data, and saving. The other operations of the graph are taken to
-run at the same time as the products; the assumed share of the products makes up for it.
+worse. At both ends messages and products take turns. The host traces, or replays, the next step while the
+device runs this one, so a step takes as long as the slower of both. Not counted are loading of data and
+saving. The other operations of the graph are taken to run at the same time as the products; the assumed share
+of the products makes up for it.
 """
 
 from dataclasses import dataclass
@@ -24,23 +25,29 @@ from tools.graphs.report import step_flops
 from tools.plan.instances import FAST, IDEAL, SLOW, Assumptions, Instance
 
 FORMULA = (
-    "step    = sum over graphs of runs x (busy + network); "
+    "step    = max(device, host)\n"
+    "device  = sum over graphs of runs x (busy + network); "
     "of M micro-batches through P stages, both ticks run M + P - 1 times\n"
     "busy    = max(F / (peak FLOP/s x products), B / (memory bandwidth x memory))\n"
     "network = sum over messages of wire / (link bandwidth x link) + link latency; over several nodes of\n"
     "          max(wire / (link bandwidth x link), groups x wire / (network bandwidth x network)) "
-    "+ network latency"
+    "+ network latency\n"
+    "host    = sum over graphs of runs x operations x trace operation; with --replay, of\n"
+    "          runs x (replay graph + (inputs + outputs) x replay tensor)"
 )
 # What a core sends, in units of b (n - 1) / n. A collective-permute sends b.
 WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
 PARTS = ("compute", "memory", "network")
+HOST = "host"
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a step takes. Pairs are (at the fast end, at the slow end) of the range.
 
-    `parts`: for each of PARTS, the seconds in which a core waits for it; they add up to `seconds`.
+    `parts`: for each of PARTS, the seconds in which a core waits for it. `operations`: those that the host
+    traces in a step, in `host_trace_seconds`; without a trace it needs `host_replay_seconds`. `replays`:
+    whether the step is replayed.
     `held_bytes`: what stays in a core's memory between graphs. `most_bytes`: the most that may live at once,
     by bench_compile. `roofline_seconds`: the time with shares of 1, no latency, and messages at the same time
     as products. `peak_flops`: FLOP/s of a core. `flops`: those of the ticks that are not idle; `bubble`: the
@@ -57,12 +64,26 @@ class Estimate:
     roofline_seconds: float
     peak_flops: float
     flops: float
+    operations: int
+    host_trace_seconds: tuple[float, float]
+    host_replay_seconds: tuple[float, float]
+    replays: bool
     bubble: float = 0.0
+
+    @property
+    def device_seconds(self) -> tuple[float, float]:
+        """The seconds in which the device is busy in a step: the sum of its parts."""
+        return tuple(sum(self.parts[part][end] for part in PARTS) for end in (0, 1))
+
+    @property
+    def host_seconds(self) -> tuple[float, float]:
+        """The seconds in which the host is busy in a step."""
+        return self.host_replay_seconds if self.replays else self.host_trace_seconds
 
     @property
     def seconds(self) -> tuple[float, float]:
         """The seconds of a step."""
-        return tuple(sum(self.parts[part][end] for part in PARTS) for end in (0, 1))
+        return tuple(map(max, self.device_seconds, self.host_seconds))
 
     @property
     def fits(self) -> str:
@@ -73,7 +94,9 @@ class Estimate:
 
     @property
     def binds(self) -> str:
-        """The part that takes most time in the middle of the range."""
+        """HOST, or the part of the device's time that takes most, in the middle of the range."""
+        if sum(self.host_seconds) > sum(self.device_seconds):
+            return HOST
         return max(PARTS, key=lambda part: sum(self.parts[part]))
 
     @property
@@ -96,10 +119,11 @@ class Estimate:
         return tuple(1e6 * price / 3600 / rate for rate in self.tokens_per_second_per_node)
 
 
-def estimate(report: dict, instance: Instance, rows: int, length: int, bf16: bool) -> Estimate:
+def estimate(report: dict, instance: Instance, rows: int, length: int, bf16: bool, replays: bool) -> Estimate:
     """The estimate of a step with `rows` rows of `length` tokens over all ranks, from its report.
 
-    Raises ValueError where the ranks do not fill nodes.
+    `replays`: whether its graphs are replayed, which takes the host less time than to trace them. Raises
+    ValueError where the ranks do not fill nodes.
     """
     stages = report["pipeline_parallel_size"]
     world = report["tensor_parallel_size"] * report["data_parallel_size"] * stages
@@ -111,6 +135,7 @@ def estimate(report: dict, instance: Instance, rows: int, length: int, bf16: boo
     for graph in report["graphs"].values():
         roofline += graph["runs_per_step"] * max(_graph_seconds(graph, report, instance, peak, IDEAL))
     bubble = (stages - 1) / report["ticks"]
+    traced, replayed = zip(*(_host_seconds(report, assumed) for assumed in (FAST, SLOW)), strict=True)
     return Estimate(
         rows=rows,
         tokens=rows * length,
@@ -122,6 +147,10 @@ def estimate(report: dict, instance: Instance, rows: int, length: int, bf16: boo
         roofline_seconds=roofline,
         peak_flops=peak,
         flops=(1 - bubble) * step_flops(report),
+        operations=sum(each["runs_per_step"] * each["instructions"] for each in report["graphs"].values()),
+        host_trace_seconds=traced,
+        host_replay_seconds=replayed,
+        replays=replays,
         bubble=bubble,
     )
 
@@ -134,6 +163,16 @@ def _part_seconds(report: dict, instance: Instance, peak: float, assumed: Assump
         total["compute" if compute >= memory else "memory"] += graph["runs_per_step"] * max(compute, memory)
         total["network"] += graph["runs_per_step"] * network
     return total
+
+
+def _host_seconds(report: dict, assumed: Assumptions) -> tuple[float, float]:
+    """The seconds in which the host (traces, replays) the graphs of a step."""
+    trace = replay = 0.0
+    for graph in report["graphs"].values():
+        runs, tensors = graph["runs_per_step"], graph["inputs"] + graph["outputs"]
+        trace += runs * graph["instructions"] * assumed.trace_operation
+        replay += runs * (assumed.replay_graph + tensors * assumed.replay_tensor)
+    return trace, replay
 
 
 def _graph_seconds(

@@ -10,6 +10,8 @@ from tools.plan.instances import Instance
 from tools.plan.roofline import Estimate, estimate
 from tools.plan.topology import rows_per_step
 
+COUNTS = {"instructions", "inputs", "outputs"}  # of a graph, which the host's seconds depend on
+
 
 def read_report(path: str) -> dict:
     """The report in a file; raises ValueError where the file cannot be read or is no JSON."""
@@ -36,8 +38,11 @@ def check_report(report: dict, config, model_config) -> None:
         found = {name: report[name] for name in sizes}
         found["FLOPs"] = step_flops(report)
         found["parameter bytes"] = report["state_bytes"]["parameters"]
+        complete = all(set(graph) >= COUNTS for graph in report["graphs"].values())
     except (KeyError, TypeError, AttributeError):
         raise ValueError("the report is none of tools.bench_compile") from None
+    if not complete:
+        raise ValueError(f"the report is an old one, without {', '.join(sorted(COUNTS))}: write it anew")
     model = rank_model(config, model_config, mesh)
     expected = sizes | {
         "FLOPs": config.gradient_accumulation_steps * micro_batch_flops(model, config),
@@ -53,4 +58,6 @@ def check_report(report: dict, config, model_config) -> None:
 def estimate_step(report: dict, config, model_config, instance: Instance) -> Estimate:
     """The estimate of a Config's step; raises ValueError where the report is of another step."""
     check_report(report, config, model_config)
-    return estimate(report, instance, rows_per_step(config), config.max_seq_length, config.bf16)
+    # On NeuronCores graphs are traced unless --replay says otherwise.
+    replays = bool(config.replay)
+    return estimate(report, instance, rows_per_step(config), config.max_seq_length, config.bf16, replays)
