@@ -6,6 +6,7 @@ before.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -63,6 +64,22 @@ def hlo_proto(tensors: Sequence[torch.Tensor]) -> bytes:
 def compile_graph(tensors: Sequence[torch.Tensor]) -> None:
     """Compile the graph that computes the tensors, without executing it."""
     _xlac()._xla_warm_up_cache(tensors, [])
+
+
+def donates() -> bool:
+    """Whether a graph may put its outputs into the memory of inputs: torch_xla reads the same variable."""
+    return os.environ.get("XLA_ENABLE_PARAM_ALIASING", "1") not in ("0", "false")
+
+
+def donate(inputs: Sequence[torch.Tensor]) -> None:
+    """Let the next graph that is compiled of these inputs (data of graph_inputs) overwrite them.
+
+    It is part of the graph's hash, and of the compiled graph: whenever that runs, it deletes these inputs.
+    Data whose graph is not run must not stay marked: the next sync that reads it would delete it.
+    """
+    _xlac()._xla_set_enable_alias_with_buffer_donor_config(True)
+    for data in inputs:
+        _xlac()._set_buffer_donation(data, True)
 
 
 def sync() -> None:

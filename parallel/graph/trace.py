@@ -194,6 +194,29 @@ class Before:
             return ("constant", data)
         return found
 
+    def donate(self, live: list[torch.Tensor], pending: list[list[torch.Tensor]]) -> None:
+        """Let the graph of the pending tensors overwrite the data of what it updates, so that the device does
+        not hold both; `live` are the tensors after the call.
+
+        Not data that the call made, which a recording may keep as a constant; and not data that a tensor
+        without pending operations has, too: torch_xla makes no copy for a clone.
+        """
+        updated = {id(tensor) for same in pending for tensor in same}
+        kept = backend.graph_inputs([tensor for tensor in live if id(tensor) not in updated])
+        handles = {backend.data_handle(data) for _, data in kept}
+        backend.donate(
+            [
+                data
+                for identity, data in backend.graph_inputs([same[0] for same in pending])
+                if id(self._owner(identity)) in updated and backend.data_handle(data) not in handles
+            ]
+        )
+
+    def _owner(self, identity):
+        """The tensor that had this id before the call."""
+        kind, value = self._sources.get(identity, ("state", None))
+        return self.arguments[value] if kind == "argument" else value
+
     def trace(self, graph: bytes, pending: list[list[torch.Tensor]], result: Any) -> Trace:
         """What the call showed, which left these tensors pending (backend.pending_outputs).
 

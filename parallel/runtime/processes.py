@@ -42,11 +42,14 @@ class ProcessRuntime(Runtime):
     def _live(self):
         return live_tensors(1)[0]
 
-    def _end_graph(self, name, record=None):
-        outputs = backend.pending_outputs(self._live())
+    def _end_graph(self, name, before=None, record=None):
+        live = self._live()
+        outputs = backend.pending_outputs(live)
         pending = [same[0] for same in outputs]
         if not pending:
             return
+        if before and backend.donates():
+            before.donate(live, outputs)
         graph = backend.graph_hash(pending) if self.guard or self._may_replay(name) else b""
         self._compile(name, graph, pending)
         if self._may_replay(name):

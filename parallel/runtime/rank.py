@@ -75,6 +75,10 @@ class Runtime:
         """
         self._tell("tracing", name)
         if self._replays and name and function:
+            if backend.donates():
+                # What was recorded outside still reads the data that this graph may overwrite, and so does a
+                # clone.
+                backend.sync()
             seed = backend.random_seed(self.device)
             outputs = self._replay_or_trace(name, function, inputs)
             backend.end_graph(self.device, seed)
@@ -87,9 +91,9 @@ class Runtime:
         for listener in self.listeners:
             getattr(listener, what)(name)
 
-    def _trace_ends(self, name: str | None, record: Callable | None = None) -> None:
+    def _trace_ends(self, name, before=None, record=None):
         self._tell("traced", name)
-        self._end_graph(name, record)
+        self._end_graph(name, before, record)
         self._tell("started", name)
 
     def _replay_or_trace(self, name, function, inputs):
@@ -105,8 +109,9 @@ class Runtime:
             self._tell("started", name)
             return outputs
         if recorder.banned:
+            before = Before(self._live(), arguments) if backend.donates() else None
             outputs = function(*inputs)
-            self._trace_ends(name)
+            self._trace_ends(name, before)
             return outputs
         live = self._live()
         backend.wait()
@@ -123,7 +128,7 @@ class Runtime:
             except NotReplayable as problem:
                 recorder.ban(str(problem))
 
-        self._trace_ends(name, record)
+        self._trace_ends(name, before, record)
         self._report(name, recorder)
         return recorder.result(result)
 
@@ -160,10 +165,11 @@ class Runtime:
     def _all_ranks(self, value: bool) -> bool:
         return all(self._exchange(value))
 
-    def _end_graph(self, name: str | None, record: Callable | None = None) -> None:
+    def _end_graph(self, name: str | None, before: Any = None, record: Callable | None = None) -> None:
         """Start to execute everything that is pending on this rank's device.
 
-        Where the graph may be replayed, `record(its hash, backend.pending_outputs)` is called before.
+        Where the graph may be replayed, `before` (a parallel.graph.trace.Before) chooses which memory it
+        overwrites, and `record(its hash, backend.pending_outputs)` is called before it starts.
         """
         raise NotImplementedError
 

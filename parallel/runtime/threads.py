@@ -78,9 +78,12 @@ class ThreadRuntime(Runtime):
         self._lockstep.wait(self.rank, "a mark_step's tensors")
         return self._lockstep.shared.pop(self.rank)
 
-    def _end_graph(self, name, record=None):
-        outputs = backend.pending_outputs(self._live())
+    def _end_graph(self, name, before=None, record=None):
+        live = self._live()
+        outputs = backend.pending_outputs(live)
         pending = [same[0] for same in outputs]
+        if before and backend.donates():
+            before.donate(live, outputs)
         graph = backend.graph_hash(pending)
         hashes = self._exchange(graph)
         if self.rank == 0:

@@ -60,8 +60,8 @@ class Collecting(ThreadRuntime):
         self.graphs.append((name, graph))
         super()._compile(name, graph, pending)
 
-    def _end_graph(self, name, record=None):
-        super()._end_graph(name, record)
+    def _end_graph(self, name, before=None, record=None):
+        super()._end_graph(name, before, record)
         self.barrier()
         if self.rank == 0 and not self.executes:
             for tensor in (each for tensors in live_tensors(self.world_size) for each in tensors):

@@ -56,7 +56,7 @@ class _Tracer(Runtime):
         self._keep_proto, self._compiles = keep_proto, compiles
         self._begun = time.perf_counter()
 
-    def _end_graph(self, name, record=None):
+    def _end_graph(self, name, before=None, record=None):
         traced = time.perf_counter()
         outputs = backend.pending_outputs(live_tensors(self.world_size)[self.rank])
         pending = [same[0] for same in outputs]
