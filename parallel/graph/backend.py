@@ -128,6 +128,26 @@ def run_compiled(graph: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
     return _xlac()._run_cached_graph(graph, inputs)
 
 
+def set_data(tensor: torch.Tensor, output: torch.Tensor) -> None:
+    """Give a tensor the data of an output of run_compiled, as an operation in place would: its views, and
+    tensors that share its data (x.detach()), have it, too."""
+    import torch
+
+    if tensor._is_view():
+        tensor.data = output
+        return
+    torch._functionalize_replace(tensor, torch._from_functional_tensor(output))
+    torch._functionalize_commit_update(tensor)
+    torch._functionalize_sync(tensor)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether this is a tensor of a program, and not what torch_xla wraps in one."""
+    import torch
+
+    return torch._is_functional_tensor(tensor)
+
+
 def reads() -> int:
     """How often values have been copied from devices to the host in this process."""
     from torch_xla.debug.metrics import metric_data

@@ -23,7 +23,9 @@ def live_tensors(devices: int) -> list[list]:
     gc.collect()
     live = [{} for _ in range(devices)]
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and thing.device.type == "xla" and not hasattr(thing, RECORDED):
+        if not isinstance(thing, torch.Tensor) or thing.device.type != "xla" or hasattr(thing, RECORDED):
+            continue
+        if backend.is_wrapper(thing):
             for tensor in (thing, thing.grad) if thing.is_leaf and thing.grad is not None else (thing,):
                 # The object of a tensor that only C++ holds, such as the base of a view, dies with it. An
                 # operation that returns its argument makes it Python's.

@@ -62,7 +62,7 @@ class Recorder:
         self._since += 1
         outputs = backend.run_compiled(self._trace.graph, self._inputs(arguments))
         for target, number in self._trace.updates:
-            (arguments[target] if isinstance(target, int) else target).data = outputs[number]
+            backend.set_data(arguments[target] if isinstance(target, int) else target, outputs[number])
         return self._trace.result.fill(outputs, arguments)
 
     def add(self, call: Call, trace: Trace, pending: list[list[torch.Tensor]]) -> None:

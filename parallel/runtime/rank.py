@@ -199,9 +199,7 @@ class Runtime:
         outputs = backend.run_compiled(graph, [data for _, data in inputs])
         for same, output in zip(pending, outputs, strict=True):
             for tensor in same:
-                # Not by torch_xla's _replace_xla_tensor, after which views of the tensor are made of its old
-                # data.
-                tensor.data = output
+                backend.set_data(tensor, output)
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""

@@ -102,6 +102,13 @@ CAUSES = {
         [(STEP, "restore(state, runtime) if step == 6 else None")],
         r"step 7.* was changed: a tensor that it uses is another one \(used at trainer/optimizer.py:\d+",
     ),
+    "a tensor that shares its data with state": (
+        [
+            (STEP, "state.shared = vars(state).get('shared') or [state.optimizer.exp_avg[0].detach()]"),
+            (BACKWARD, "loss_sum = loss_sum * (1 + state.shared[0].sum())"),
+        ],
+        r"step 2.*compiles a new graph",
+    ),
     "a setting of the model": (
         [(STEP, "state.model.model.norm.eps = 0.25 if step == 6 else 1e-5")],
         r"step 7.*compiles a new graph: a Python number.*\(first at model/norm.py:\d+",
