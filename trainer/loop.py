@@ -37,7 +37,7 @@ def run(runtime: Runtime, job: Job) -> TrainState:
     start = job.resume.position if job.resume else BEGINNING
     first_step = start.step
     loader, eval_loader = make_loaders(state, job, start)
-    batches = Prefetcher(loader, lambda tensor: tensor.to(runtime.device))
+    batches = Prefetcher(loader, runtime.upload)
     samples = Samples(runtime, state.model, job, state.mesh.tp)
     metrics = Metrics(runtime, job, first_step, loader)
     saver = Saver(runtime, state.mesh, job, state.optimizer)

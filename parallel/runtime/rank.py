@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from threading import Lock
 from typing import Any
 
 from parallel.graph import backend
@@ -42,6 +43,7 @@ class Runtime:
         self.executes = not extracts_graphs()
         self.listeners: list[GraphListener] = []
         self.guard: Guard | None = None
+        self._uploads = Lock()
         self.replay_graphs(None)
 
     def watch_graphs(self, on_recompile: str) -> None:
@@ -78,7 +80,7 @@ class Runtime:
             if backend.donates():
                 # What was recorded outside still reads the data that this graph may overwrite, and so does a
                 # clone.
-                backend.sync()
+                self._sync()
             seed = backend.random_seed(self.device)
             outputs = self._replay_or_trace(name, function, inputs)
             backend.end_graph(self.device, seed)
@@ -173,6 +175,16 @@ class Runtime:
         """
         raise NotImplementedError
 
+    def upload(self, tensor):
+        """The tensor on this rank's device. Unlike tensor.to(device), other threads may call it."""
+        with self._uploads:
+            return tensor.to(self.device)
+
+    def _sync(self):
+        # torch_xla confuses a tensor that another thread uploads meanwhile: some had the wrong data.
+        with self._uploads:
+            backend.sync()
+
     def read(self, tensor) -> list[float]:
         """The values of a tensor [n] of the last mark_step, for which the host waits; zeros where nothing is
         executed."""
@@ -185,7 +197,7 @@ class Runtime:
         """
         with self.guard.compiling(name, graph, pending) if self.guard else nullcontext():
             if not self._may_replay(name):
-                backend.sync()
+                self._sync()
             elif pending:
                 backend.compile_graph(pending)
 

@@ -95,7 +95,7 @@ class ThreadRuntime(Runtime):
                 record(graph, outputs)
             self._start(graph, outputs)
         elif pending and self.rank != 0:
-            backend.sync()
+            self._sync()
 
     def _check(self, hashes):
         odd = [str(rank) for rank, graph in enumerate(hashes) if graph != hashes[0]]

@@ -150,3 +150,28 @@ def test_threads_share_what_rank_0_has():
             )
         )
     assert found == [[(0, number) for number in range(50)]] * 3
+
+
+def uploads_while_graphs_end(runtime):
+    """(uploads of another thread, how many of them had other values than they should)."""
+    import torch
+
+    runtime.replay_graphs(False)
+    uploaded, wrong, thread = 0, 0, ThreadPoolExecutor(1)
+
+    def upload():
+        tensors = [torch.randint(1, 9, (64,)) for _ in range(200)]
+        return [(tensor, runtime.upload(tensor)) for tensor in tensors]
+
+    for _ in range(100):
+        future = thread.submit(upload)
+        while not future.done():
+            runtime.mark_step()
+        for tensor, on_device in future.result():
+            uploaded, wrong = uploaded + 1, wrong + (not torch.equal(on_device.cpu(), tensor))
+    return uploaded, wrong
+
+
+@pytest.mark.process
+def test_a_thread_may_upload_while_a_graph_ends():
+    assert on_ranks(uploads_while_graphs_end, 1) == [(20_000, 0)]
