@@ -152,12 +152,7 @@ class Config:
         "Where graphs end: a micro-batch (of stages, a tick) has one, the update another; or a step is "
         "one graph.",
     )
-    replay: bool | None = _flag(
-        None,
-        "Start a known graph without tracing it again, which is faster; default: on a CPU.",
-        nargs="?",
-        const=True,
-    )
+    replay: bool = _flag(True, "Start a known graph without tracing it again: equal to the bit, and faster.")
     on_recompile: Literal["warn", "error", "ignore"] = _flag(
         "warn",
         "When a step, micro-batch or evaluation has another graph than before: say what changed, or end "

@@ -7,7 +7,6 @@ from typing import Any
 
 from parallel.graph import backend
 from parallel.graph.guard import Guard
-from parallel.runtime import devices
 from parallel.runtime.devices import extracts_graphs
 
 
@@ -44,7 +43,7 @@ class Runtime:
         self.listeners: list[GraphListener] = []
         self.guard: Guard | None = None
         self._uploads = Lock()
-        self.replay_graphs(None)
+        self.replay_graphs(True)
 
     def watch_graphs(self, on_recompile: str) -> None:
         """From here on, a named mark_step whose graph changes is a warning (`warn`), an error (`error`) or
@@ -144,14 +143,9 @@ class Runtime:
         elif any(changed) and self.guard:
             self.guard.noticed(name, next(filter(None, changed)))
 
-    def replay_graphs(self, on: bool | None) -> None:
+    def replay_graphs(self, on: bool) -> None:
         """From here on, whether a named mark_step may start its compiled graph without calling the function
-        again.
-
-        None: on a CPU. NeuronCores reuse the memory of inputs that are updated where torch_xla runs a graph;
-        whether they do so for a replayed one is not known.
-        """
-        on = not devices.on_neuron() if on is None else on
+        again."""
         self._replays, self._recorders = on and self.executes, {}
         if self.guard:
             self.guard.traces_rarely = self._replays

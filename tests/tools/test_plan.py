@@ -149,9 +149,9 @@ def test_a_step_that_waits_for_its_host(operations, binds, words):
     assert (traced.binds, replayed.binds) == (binds, "compute")
     lines = [line for line in describe(traced, None).splitlines() if line.startswith("host, ")]
     assert f"the step {words} for its host" in lines[0]
-    assert "does not wait for its host; without --replay every step is traced" in lines[1]
+    assert "does not wait for its host; --replay false traces every step" in lines[1]
     assert f"({4 * operations:,} operations of 10 to " in lines[0]
-    assert "; --replay is on" in describe(replayed, None)
+    assert "; so it is run" in describe(replayed, None)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from parallel.mesh import ALONE
-from parallel.runtime import GraphListener, on_neuron
+from parallel.runtime import GraphListener
 
 GEMM = 2048  # rows and columns of the matrices whose product is the peak
 ROUNDS = 6
@@ -151,8 +151,7 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
     from trainer.job import prepare
 
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
-    replays = not on_neuron() if config.replay is None else config.replay
-    parts = Parts.create(warmup, steps, RECORDED if trace else 0, replays)
+    parts = Parts.create(warmup, steps, RECORDED if trace else 0, config.replay)
     with tempfile.TemporaryDirectory() as output:
         config = replace(
             config.for_ranks(mesh.dp.size()),
@@ -163,7 +162,7 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
             logging_steps=1,
         )
         job = prepare(config, world_size)
-        clock, peak, compiled = _run(job, world_size, parts, replays, trace)
+        clock, peak, compiled = _run(job, world_size, parts, trace)
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     seconds = np.diff(clock.ended, prepend=np.nan)
     in_free = seconds[parts.free]
@@ -189,7 +188,7 @@ def _replayed(name: str, seconds, clock: Clock, steps: range) -> dict[str, float
     return {name: float(np.median(found))} if found else {}
 
 
-def _run(job, world_size: int, parts: Parts, replays: bool, trace) -> tuple[Clock, float, int]:
+def _run(job, world_size: int, parts: Parts, trace) -> tuple[Clock, float, int]:
     """Run the loop; returns (rank 0's Clock, FLOP/s of gemm_peak, graphs compiled before the loop)."""
     from parallel.runtime import launch
     from trainer.loop import run
@@ -203,7 +202,7 @@ def _run(job, world_size: int, parts: Parts, replays: bool, trace) -> tuple[Cloc
             clock = Clock(step_ends, parts, trace)
             runtime.listeners.append(clock)
             found.extend((clock, peak, compiled))
-        if replays:
+        if job.config.replay:
             runtime.listeners.append(_EndsReplay(runtime, step_ends, parts))
         runtime.barrier()
         run(runtime, job)

@@ -8,8 +8,8 @@ binds. A model.
 The step is that of trainer/loop.py, traced without a machine (tools/plan/extrapolate.py), or read from
 --report, the --json of tools.bench_compile. The formula is in tools/plan/roofline.py. Figures of the
 instances and the shares of them that a step is assumed to get are in tools/plan/instances.py, with their
-sources. A step takes as long as the device or the host needs for it, whichever is more: without --replay the
-host traces every step. `--sweep` compares topologies with as many rows a step (tools/plan/sweep.py).
+sources. A step takes as long as the device or the host needs for it, whichever is more: with --replay false
+the host traces every step. `--sweep` compares topologies with as many rows a step (tools/plan/sweep.py).
 """
 
 import argparse

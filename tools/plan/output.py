@@ -77,7 +77,7 @@ def _host_lines(estimate: Estimate) -> list[str]:
     """What the host needs for a step, traced and replayed, and whether the device would wait for it."""
     traced, replayed = estimate.host_trace_seconds, estimate.host_replay_seconds
     each = (1e6 * seconds / estimate.operations for seconds in traced)
-    taken = "--replay is on" if estimate.replays else "without --replay every step is traced"
+    taken = "so it is run" if estimate.replays else "--replay false traces every step"
     return [
         f"host, traced: {_range(traced)} s a step ({estimate.operations:,} operations of {_range(each)} us): "
         f"{_wait(estimate.device_seconds, traced)}",

@@ -32,8 +32,8 @@ FORMULA = (
     "network = sum over messages of wire / (link bandwidth x link) + link latency; over several nodes of\n"
     "          max(wire / (link bandwidth x link), groups x wire / (network bandwidth x network)) "
     "+ network latency\n"
-    "host    = sum over graphs of runs x operations x trace operation; with --replay, of\n"
-    "          runs x (replay graph + (inputs + outputs) x replay tensor)"
+    "host    = sum over graphs of runs x (replay graph + (inputs + outputs) x replay tensor);\n"
+    "          with --replay false, of runs x operations x trace operation"
 )
 # What a core sends, in units of b (n - 1) / n. A collective-permute sends b.
 WIRE = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}

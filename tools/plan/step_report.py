@@ -58,6 +58,5 @@ def check_report(report: dict, config, model_config) -> None:
 def estimate_step(report: dict, config, model_config, instance: Instance) -> Estimate:
     """The estimate of a Config's step; raises ValueError where the report is of another step."""
     check_report(report, config, model_config)
-    # On NeuronCores graphs are traced unless --replay says otherwise.
-    replays = bool(config.replay)
-    return estimate(report, instance, rows_per_step(config), config.max_seq_length, config.bf16, replays)
+    rows, replays = rows_per_step(config), config.replay
+    return estimate(report, instance, rows, config.max_seq_length, config.bf16, replays)
