@@ -8,10 +8,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 OURS = ("data", "model", "parallel", "trainer")  # packages whose module variables are watched
 PLAIN = (int, float, complex, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, torch.dtype)
-HOOKS = "_hooks"  # in the names of nn.Module's dictionaries of hooks, whose contents are watched
+# nn.Module's own attributes that are dictionaries, whose contents are watched, or are never set: their names.
+HOOKS = "_hooks"
+OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"}
 END = object()
 KIND = attrgetter("requires_grad", "dtype", "shape")  # of a tensor
 
@@ -34,6 +37,8 @@ class Watched:
     def __init__(self, roots: Iterable[Any]):
         roots = list(roots)
         self._empty: list[Any] = []
+        self._hooks: list[dict] = []  # those dictionaries of modules that are empty
+        self._hook_id = RemovableHandle.next_id
         self._groups: dict[tuple, list[dict]] = {}  # by the names that are watched
         self._owners: dict[int, str] = {}  # by the id of a dictionary
         for name, module in list(sys.modules.items()):
@@ -42,51 +47,66 @@ class Watched:
         for root in map(_inner, roots):
             if hasattr(root, "__globals__"):
                 self._note(root.__globals__, root.__module__)
-        self._sequences: list[list | tuple] = [tuple(roots)]  # which keeps them: an id is of a living object
+        self._lists: list[list] = []
+        self._roots = tuple(roots)  # an id is of a living object
         seen, waiting = set(), roots
         while waiting:
             thing = waiting.pop()
             if not isinstance(thing, PLAIN) and not is_opaque(thing) and id(thing) not in seen:
                 seen.add(id(thing))
                 waiting += self._enter(thing)
-        self._getters = [(_getter(names), each) for names, each in self._groups.items()]
         self._lengths = list(self._sizes())
         self._identities = list(self._contents())
         self._tensors = list({id(each): each for each in self._identities if _is_leaf(each)}.values())
         self._kinds, self._gradients = list(map(KIND, self._tensors)), self._have_gradients()
 
     def _note(self, dictionary, owner):
-        names = tuple(name for name in dictionary if not (isinstance(name, str) and HOOKS in name))
+        names = tuple(name for name in dictionary if name not in OF_MODULES and HOOKS not in str(name))
         self._groups.setdefault(names, []).append(dictionary)
         self._owners.setdefault(id(dictionary), owner)
 
     def _enter(self, thing) -> Iterable[Any]:
         """Note a container; returns what is in it."""
-        if isinstance(thing, (dict, list, tuple)) and not thing:
+        if isinstance(thing, tuple):
+            return thing
+        if isinstance(thing, (dict, list)) and not thing:
             self._empty.append(thing)
         elif isinstance(thing, dict):
             self._note(thing, "a dictionary")
             return thing.values()
-        elif isinstance(thing, (list, tuple)):
-            self._sequences.append(thing)
+        elif isinstance(thing, list):
+            self._lists.append(thing)
             return thing
         elif callable(thing) and not isinstance(thing, torch.nn.Module):
             return _carried(thing)
         elif hasattr(thing, "__dict__"):
             if not _is_frozen(thing):
                 self._note(vars(thing), type(thing).__name__)
-            return vars(thing).values()
+            if not isinstance(thing, torch.nn.Module):
+                return vars(thing).values()
+            hooks = [value for name, value in vars(thing).items() if HOOKS in name]
+            self._hooks += [each for each in hooks if not each]
+            return [value for name, value in vars(thing).items() if HOOKS not in name] + list(
+                filter(None, hooks)
+            )
         return ()
 
     def _containers(self):
-        return chain(*self._groups.values(), self._sequences)
+        return chain(*self._groups.values(), self._lists)
 
     def _sizes(self):
         return map(len, self._containers())
 
     def _contents(self):
-        of_dictionaries = (map(getter, each) for getter, each in self._getters)
-        return chain(chain.from_iterable(chain.from_iterable(of_dictionaries)), *self._sequences, (END,))
+        of_dictionaries = (_values(names, each) for names, each in self._groups.items() if names)
+        return chain(*of_dictionaries, *self._lists, (END,))
+
+    def _has_new_hook(self):
+        # Each module has ten dictionaries of hooks. Whoever registers one, anywhere, raises this number.
+        if self._hook_id == RemovableHandle.next_id:
+            return False
+        self._hook_id = RemovableHandle.next_id
+        return any(self._hooks)
 
     def _have_gradients(self):
         return [each.grad is not None for each in self._tensors]
@@ -95,6 +115,7 @@ class Watched:
         try:
             return (
                 not any(self._empty)
+                and not self._has_new_hook()
                 and list(self._sizes()) == self._lengths
                 and list(map(KIND, self._tensors)) == self._kinds
                 and self._have_gradients() == self._gradients
@@ -108,6 +129,8 @@ class Watched:
         has not changed."""
         if self._unchanged():
             return ""
+        if any(self._hooks):
+            return f"the hooks of a module ({next(filter(None, self._hooks))})"
         if any(self._empty):
             return f"something that was empty ({next(filter(None, self._empty))})"
         for tensor, kind, has_gradient in zip(self._tensors, self._kinds, self._gradients, strict=True):
@@ -115,8 +138,8 @@ class Watched:
                 return f"{self._holder(tensor)}'s requires_grad, dtype, shape or gradient"
         before = iter(self._identities)
         watched = ((names, each) for names, group in self._groups.items() for each in group)
-        sequences = ((range(len(each)), each) for each in self._sequences)
-        for (names, container), length in zip(chain(watched, sequences), self._lengths, strict=True):
+        lists = ((range(len(each)), each) for each in self._lists)
+        for (names, container), length in zip(chain(watched, lists), self._lengths, strict=True):
             owner = self._owners.get(id(container), "a list")
             if len(container) != length:
                 return f"what {owner} holds"
@@ -139,11 +162,10 @@ def _is_leaf(thing) -> bool:
     return isinstance(thing, torch.Tensor) and thing.is_leaf
 
 
-def _getter(names):
-    """A function of a dictionary: the values of these names, as a tuple."""
-    if len(names) == 1:
-        return lambda dictionary: (dictionary[names[0]],)
-    return itemgetter(*names) if names else lambda dictionary: ()
+def _values(names, dictionaries):
+    """The values of these names in each dictionary."""
+    found = map(itemgetter(*names), dictionaries)
+    return found if len(names) == 1 else chain.from_iterable(found)
 
 
 def _is_frozen(thing) -> bool:

@@ -79,7 +79,8 @@ class Runtime:
             if backend.donates():
                 # What was recorded outside still reads the data that this graph may overwrite, and so does a
                 # clone.
-                self._sync()
+                with self._uploads:
+                    backend.execute_pending(self.device)
             seed = backend.random_seed(self.device)
             outputs = self._replay_or_trace(name, function, inputs)
             backend.end_graph(self.device, seed)
