@@ -9,6 +9,7 @@ So lines are recorded from the start and after a new graph, until one step had k
 graphs are replayed, what is traced has its lines. XLA_IR_DEBUG=1 records them always.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -36,7 +37,9 @@ class Guard:
         self.texts: dict[str, str] = {}
         self._action, self._compilations = action, compilations
         self._hashes: dict[str, set[bytes]] = {}
-        self._step, self._compiled = 0, compilations()
+        self._step = 0
+        # What is compiled before the first mark_step, for a mesh, say, is not looked at.
+        self._compiled = math.inf
         self._recording_lines, self._new_in_step = True, False
         backend.record_lines(True)
 
@@ -77,6 +80,10 @@ class Guard:
             )
         elif new and before:
             self._report(f"{where} compiles a new graph: {difference(before, self.texts[name])}")
+
+    def compiled_outside(self, count: int) -> None:
+        """So many graphs have been compiled of what was recorded outside of functions."""
+        self._compiled += count
 
     def traced_always(self, name: str, reason: str) -> None:
         """Report that the graph `name` cannot be replayed."""

@@ -23,7 +23,7 @@ def live_tensors(devices: int) -> list[list]:
     gc.collect()
     live = [{} for _ in range(devices)]
     for thing in gc.get_objects():
-        if not isinstance(thing, torch.Tensor) or thing.device.type != "xla" or hasattr(thing, RECORDED):
+        if not isinstance(thing, torch.Tensor) or not thing.is_xla or hasattr(thing, RECORDED):
             continue
         if backend.is_wrapper(thing):
             for tensor in (thing, thing.grad) if thing.is_leaf and thing.grad is not None else (thing,):

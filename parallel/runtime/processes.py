@@ -46,13 +46,11 @@ class ProcessRuntime(Runtime):
         live = self._live()
         outputs = backend.pending_outputs(live)
         pending = [same[0] for same in outputs]
-        if not pending:
-            return
         if before and backend.donates():
             before.donate(live, outputs)
         graph = backend.graph_hash(pending) if self.guard or self._may_replay(name) else b""
         self._compile(name, graph, pending)
-        if self._may_replay(name):
+        if pending and self._may_replay(name):
             if record:
                 record(graph, outputs)
             self._start(graph, outputs)

@@ -77,10 +77,7 @@ class Runtime:
         self._tell("tracing", name)
         if self._replays and name and function:
             if backend.donates():
-                # What was recorded outside still reads the data that this graph may overwrite, and so does a
-                # clone.
-                with self._uploads:
-                    backend.execute_pending(self.device)
+                self._execute_outside()
             seed = backend.random_seed(self.device)
             outputs = self._replay_or_trace(name, function, inputs)
             backend.end_graph(self.device, seed)
@@ -174,6 +171,15 @@ class Runtime:
         """The tensor on this rank's device. Unlike tensor.to(device), other threads may call it."""
         with self._uploads:
             return tensor.to(self.device)
+
+    def _execute_outside(self):
+        """Execute what was recorded outside of a function: it still reads the data that the function's graph
+        may overwrite, and a clone has it, too."""
+        before = self.compilations()
+        with self._uploads:
+            backend.execute_pending(self.device)
+        if self.guard:
+            self.guard.compiled_outside(self.compilations() - before)
 
     def _sync(self):
         # torch_xla confuses a tensor that another thread uploads meanwhile: some had the wrong data.

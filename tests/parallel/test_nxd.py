@@ -122,7 +122,7 @@ def test_llama_equals_that_of_our_layers(tmp_path, tp, world_size, groups):
 def defects(runtime):
     """What its layers do with their default arguments, and what ours do with those of parallel/nxd.py, at TP
     2."""
-    from parallel.graph.backend import graph_hash, hlo_text, reset_collective_order
+    from parallel.graph.backend import end_graph, graph_hash, hlo_text, random_seed
     from parallel.layers import column_parallel
     from tests.support.nxd_on_threads import LOCK, join
 
@@ -171,7 +171,7 @@ def defects(runtime):
     # Graphs that are looked at and not run.
     def graph(tensors):
         seen = graph_hash(tensors), hlo_text(tensors)
-        reset_collective_order(runtime.device)
+        end_graph(runtime.device, random_seed(runtime.device))
         return seen
 
     ids = torch.zeros(2, 2, dtype=torch.int64).to(runtime.device)
