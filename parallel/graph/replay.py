@@ -32,7 +32,7 @@ class Recorder:
     def __init__(self):
         self.banned = self.changed = ""
         self.reads_values = False
-        self._outside: list[str] = []  # what was changed outside before each of the last calls
+        self._outside, self._changes = "", 0  # what was changed outside last, before how many calls in a row
         self._call: Call | None = None
         self._trace: Trace | None = None
         self._watched: Watched | None = None
@@ -47,8 +47,7 @@ class Recorder:
         """
         self._noticed = self._trace is None or not call.same_as(self._call)
         if not self._noticed and (change := self._watched.change()):
-            self._noticed = True
-            self._outside.append(change)
+            self._noticed, self._outside, self._changes = True, change, self._changes + 1
         if self._noticed or not self._ready:
             return False
         self._noticed = any(backend.are_pending(self._inputs(arguments)))
@@ -72,10 +71,10 @@ class Recorder:
         """
         self.changed, same = "", self._trace is not None and call.same_as(self._call)
         if not self._noticed:
-            self._outside = []
+            self._outside, self._changes = "", 0
             if change := self._watched.change():
                 raise NotReplayable(f"the function changes {change}, which a replay would not do")
-        problem = self._trace.difference(trace, pending) if same else "it is another call"
+        problem = self._trace.difference(trace, pending) if same else "it has other arguments"
         if problem is None:
             self._distance = min(2 * self._distance, LARGEST_DISTANCE) if self._ready else 2
         else:
@@ -83,19 +82,20 @@ class Recorder:
                 since = "the calls since its last trace were replayed with what was traced then"
                 raise NotReplayable(f"{problem}: {since}")
             if self._outside:
-                problem = f"{self._outside[-1]} was changed: {problem}"
+                problem = f"{self._outside} was changed: {problem}"
             self._disagreed += self._trace is not None
             if self._disagreed >= TRIES:
                 raise NotReplayable(problem)
             if self._ready and same and trace.graph == self._trace.graph:  # the guard tells of another one
                 self.changed = f"it is traced again: {problem}"
             self._distance, self._trace = 2, trace
-        if len(self._outside) == TRIES:
-            self.changed = f"it is traced every time while {self._outside[-1]} changes before every call"
+        if self._changes == TRIES:
+            raise NotReplayable(f"{self._outside} changes before every call")
         # A trace that came after a change from outside does not show that the function changes nothing.
         self._ready = problem is None and not (self._noticed and not self._ready)
+        if self._noticed:
+            self._watched = Watched([call.function, *call.objects])
         self._call, self._since = call, 0
-        self._watched = Watched([call.function, *call.objects])
 
     def read(self, where: str) -> None:
         """Tell that a value was read in a traced call, and where, if the lines were looked for.
