@@ -65,11 +65,9 @@ def difference(before: str, after: str) -> str:
         return ", ".join(
             f"{_named(side)} is {word}" for side, word in ((extra, "new"), (gone, "gone")) if side
         )
-    known_uses = {(each.type, users) for each, users in _users(old)}
-    for given, users in _users(new):
-        if (given.type, users) not in known_uses:
-            used_at = _use(given, new) or HINT
-            return f"a Python number, or another input, is used in other places (first at {used_at})"
+    moved = _moved(old, new)
+    if moved:
+        return f"a Python number, or another input, is used in other places (at {_use(moved, new) or HINT})"
     return (
         f"it has {len(new_outputs)} outputs where it had {len(old_outputs)}, or another order of operations"
     )
@@ -110,14 +108,26 @@ def _inputs(operations):
     return sorted(used.values(), key=lambda each: int(each.value))
 
 
-def _users(operations):
-    """[(an input, what directly uses it)], those with the fewest users first."""
-    users: dict[int, list[int]] = {}
+def _moved(old, new):
+    """The input whose uses differ most from those of every input before, preferably a number; None if all are
+    the same."""
+    before = [users for _, users in _uses(old)]
+
+    def likeness(users):
+        return max(((users & each).total() / (users | each).total() for each in before), default=0.0)
+
+    found = [(not given.type.endswith("[]"), likeness(users), given) for given, users in _uses(new)]
+    moved = [each for each in found if each[1] < 1]
+    return min(moved, key=lambda each: each[:2])[2] if moved else None
+
+
+def _uses(operations):
+    """[(an input, a Counter of what is made of it)]."""
+    users: dict[int, Counter] = {}
     for each in operations:
         for operand in each.operands:
-            users.setdefault(id(operand), []).append(each.made)
-    pairs = [(each, tuple(sorted(users[id(each)]))) for each in _inputs(operations)]
-    return sorted(pairs, key=lambda pair: len(pair[1]))
+            users.setdefault(id(operand), Counter())[each.made] += 1
+    return [(each, users[id(each)]) for each in _inputs(operations)]
 
 
 def _use(given, operations):

@@ -111,7 +111,7 @@ CAUSES = {
     ),
     "a setting of the model": (
         [(STEP, "state.model.model.norm.eps = 0.25 if step == 6 else 1e-5")],
-        r"step 7.*compiles a new graph: a Python number.*\(first at model/norm.py:\d+",
+        r"step 7.*compiles a new graph: a Python number.*\(at model/norm.py:\d+",
     ),
     "a hook": (
         [(STEP, "hook(state) if step == 6 else None")],
