@@ -17,7 +17,7 @@ from parallel.layers import column_parallel
 
 
 class LayerCache(Protocol):
-    """The keys and values of earlier tokens, of one layer (model/generation.py has one)."""
+    """The keys and values of earlier tokens, of one layer (model/cache.py has one)."""
 
     def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep new keys and values [sequence, batch, kv_heads, head_dim]; returns those to attend to."""
