@@ -232,7 +232,7 @@ class Generator:
         # One causal segment: padding stands at the end, where no token of the prompt sees it.
         masks = segment_masks(torch.ones_like(input_ids))
         with WeightFirst():
-            x = self._stages(input_ids, self._layer_inputs(positions, masks), None)
+            x = self._stages(input_ids, positions, None, masks)
             # Of a prompt only the last token's logits are needed.
             x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
             return self._logits(x, len(input_ids))
@@ -241,23 +241,22 @@ class Generator:
     def _decode_graph(self, input_ids, position_ids):
         """input_ids and position_ids [batch, 1]."""
         slots = torch.arange(self.capacity, device=input_ids.device).unsqueeze(0)
-        masks = [(slots <= position_ids).unsqueeze(1)]
-        write_slots = (slots == position_ids).unsqueeze(1).expand(-1, self._kv_heads, -1).flatten(0, 1)
+        position_of_head = position_ids.expand(-1, self._kv_heads).flatten().unsqueeze(1)
+        masks = [(slots <= position_of_head).unsqueeze(1)]
         with WeightFirst():
-            x = self._stages(input_ids, self._layer_inputs(position_ids, masks), write_slots)
+            x = self._stages(input_ids, position_ids, slots == position_of_head, masks)
             return self._logits(x, len(input_ids))
 
-    def _layer_inputs(self, positions, masks):
-        return LayerInputs(*rotary_cos_sin(positions.t(), self._model.rotary_frequencies), masks)
-
-    def _stages(self, input_ids, inputs, write_slots):
-        """The output of the last stage, x [tokens, features]."""
+    def _stages(self, input_ids, positions, write_slots, masks):
+        """The output of the last stage, x [tokens, features]; the last two are CacheUpdate's."""
         model, stages = self._model, self._model.pipeline.group
         x = model.embed(input_ids)
+        inputs = LayerInputs(*rotary_cos_sin(positions.t(), model.rotary_frequencies), None)
         for stage in range(stages.size()):
             x = permute(x, stages, 1) if stage else x
             is_turn = model.stage_index == stage if stages.size() > 1 else None
-            x = model.stage(x, inputs, [CacheUpdate(cache, write_slots, is_turn) for cache in self._caches])
+            updates = [CacheUpdate(cache, write_slots, masks, is_turn) for cache in self._caches]
+            x = model.stage(x, inputs, updates)
         return x
 
     def _logits(self, x, batch):
