@@ -17,19 +17,20 @@ from parallel.layers import column_parallel
 
 
 class LayerCache(Protocol):
-    """The keys and values of earlier tokens, of one layer (model/generation.py has one)."""
+    """The keys and values of earlier tokens, of one layer (model/cache.py has one)."""
 
-    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep new keys and values [sequence, batch, kv_heads, head_dim]; returns those to attend to."""
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Keep new keys and values [sequence, batch, kv_heads, head_dim], and attend to all that the query
+        [sequence, batch, heads, head_dim] sees of them; returns [sequence * batch, heads * head_dim]."""
 
 
 @dataclass
 class LayerInputs:
     """What every layer needs to know about the tokens of a batch.
 
-    cos, sin: fp32 [sequence, batch, 1, head_dim] of the rotary embedding. masks: those of segment_masks, or
-    None for flash attention. token_seeds: of LoRA's dropout, int32 [sequence, batch], or None where nothing
-    is dropped.
+    cos, sin: fp32 [sequence, batch, 1, head_dim] of the rotary embedding. masks: those of segment_masks;
+    None for flash attention, and with caches, which know what is seen. token_seeds: of LoRA's dropout, int32
+    [sequence, batch], or None where nothing is dropped.
     """
 
     cos: torch.Tensor
@@ -64,7 +65,7 @@ class LlamaAttention(nn.Module):
         )
         query, key = (apply_rotary(each, inputs.cos, inputs.sin) for each in (query, key))
         if cache is not None:
-            key, value = cache.update(key, value)
+            return self.o_proj(cache.attend(query, key, value))
         if inputs.masks is None:
             return self.o_proj(flash_attend(query, key, value))
         checkpointing = self.gradient_checkpointing == "selective" and torch.is_grad_enabled()

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from model.attention.blockwise import segment_masks
 from model.attention.rotary import rotary_cos_sin
+from model.cache import CacheUpdate
 from model.decoder_layer import LayerInputs
 from model.llama import Llama
 from parallel.collectives import all_gather, permute
@@ -27,6 +29,8 @@ from parallel.runtime import Runtime
 
 SMALLEST_BUCKET = 32
 ROUNDED_TO = 64  # capacities, so that runs whose lengths differ a little share their graphs
+
+MOST_ROWS = 128  # of a product that is faster with the weight first
 
 
 @dataclass(frozen=True)
@@ -111,35 +115,24 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, positions: int) -> in
     return -(-needed // ROUNDED_TO) * ROUNDED_TO
 
 
-class CacheUpdate:
-    """One forward pass's access to the cache of a layer: writes new keys and values, and returns those to
-    attend to.
+class WeightFirst(TorchFunctionMode):
+    """Within this context F.linear of x [rows, features] is computed as weight times x^T where x has up to
+    MOST_ROWS rows, in as little as half the time on a CPU.
 
-    cache: keys and values, [capacity, batch, kv_heads, head_dim] each. slots: bool [capacity, batch, 1, 1],
-    where the one new token of each row is written; None for a prompt, which fills the cache from its start.
-    is_turn: bool [1], whether this pipeline stage may write; None with one stage.
+    With x on the left, XLA:CPU's library copies the weight into another order first, number by number; and
+    of one row XLA makes a loop that is not vectorised.
     """
 
-    def __init__(
-        self,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        slots: torch.Tensor | None,
-        is_turn: torch.Tensor | None,
-    ):
-        self._cache, self._slots, self._is_turn = cache, slots, is_turn
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        return (_linear if function is F.linear else function)(*arguments, **(keywords or {}))
 
-    def update(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As model.llama.LayerCache.update; the cache changes in place."""
-        key_cache, value_cache = self._cache
-        return self._write(key_cache, key), self._write(value_cache, value)
 
-    def _write(self, cache, new):
-        if self._slots is None:
-            attended, written = new, F.pad(new, (0, 0, 0, 0, 0, 0, 0, len(cache) - len(new)))
-        else:
-            attended = written = torch.where(self._slots, new, cache)
-        cache.copy_(written if self._is_turn is None else torch.where(self._is_turn, written, cache))
-        return attended
+def _linear(x, weight, bias=None):
+    if len(x) > MOST_ROWS:
+        return F.linear(x, weight, bias)
+    # In halves, because of a plain transposed product XLA makes the product with x on the left again.
+    y = (weight @ x.t()).unflatten(0, (2, -1)).permute(2, 0, 1).flatten(1)
+    return y if bias is None else y + bias
 
 
 class Generator:
@@ -153,9 +146,11 @@ class Generator:
         self.batch_size, self.capacity = batch_size, capacity
         self._runtime, self._model = runtime, model
         config = model.config
-        shape = (capacity, batch_size, max(1, config.num_key_value_heads // group.size()), config.head_dim)
+        self._kv_heads = max(1, config.num_key_value_heads // group.size())
+        rows = batch_size * self._kv_heads
+        shapes = (rows, config.head_dim, capacity), (rows, capacity, config.head_dim)
         self._caches = [
-            tuple(torch.zeros(shape, dtype=model.dtype).to(runtime.device) for _ in range(2))
+            tuple(torch.zeros(shape, dtype=model.dtype).to(runtime.device) for shape in shapes)
             for _ in model.model.layers
         ]
 
@@ -236,31 +231,32 @@ class Generator:
         )
         # One causal segment: padding stands at the end, where no token of the prompt sees it.
         masks = segment_masks(torch.ones_like(input_ids))
-        x = self._stages(input_ids, self._layer_inputs(positions, masks), None)
-        # Of a prompt only the last token's logits are needed.
-        x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
-        return self._logits(x, len(input_ids))
+        with WeightFirst():
+            x = self._stages(input_ids, positions, None, masks)
+            # Of a prompt only the last token's logits are needed.
+            x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
+            return self._logits(x, len(input_ids))
 
     @torch.no_grad()
     def _decode_graph(self, input_ids, position_ids):
         """input_ids and position_ids [batch, 1]."""
         slots = torch.arange(self.capacity, device=input_ids.device).unsqueeze(0)
-        masks = [(slots <= position_ids).unsqueeze(1)]
-        write_slots = (slots == position_ids).t()[:, :, None, None]
-        x = self._stages(input_ids, self._layer_inputs(position_ids, masks), write_slots)
-        return self._logits(x, len(input_ids))
+        position_of_head = position_ids.expand(-1, self._kv_heads).flatten().unsqueeze(1)
+        masks = [(slots <= position_of_head).unsqueeze(1)]
+        with WeightFirst():
+            x = self._stages(input_ids, position_ids, slots == position_of_head, masks)
+            return self._logits(x, len(input_ids))
 
-    def _layer_inputs(self, positions, masks):
-        return LayerInputs(*rotary_cos_sin(positions.t(), self._model.rotary_frequencies), masks)
-
-    def _stages(self, input_ids, inputs, write_slots):
-        """The output of the last stage, x [tokens, features]."""
+    def _stages(self, input_ids, positions, write_slots, masks):
+        """The output of the last stage, x [tokens, features]; the last two are CacheUpdate's."""
         model, stages = self._model, self._model.pipeline.group
         x = model.embed(input_ids)
+        inputs = LayerInputs(*rotary_cos_sin(positions.t(), model.rotary_frequencies), None)
         for stage in range(stages.size()):
             x = permute(x, stages, 1) if stage else x
             is_turn = model.stage_index == stage if stages.size() > 1 else None
-            x = model.stage(x, inputs, [CacheUpdate(cache, write_slots, is_turn) for cache in self._caches])
+            updates = [CacheUpdate(cache, write_slots, masks, is_turn) for cache in self._caches]
+            x = model.stage(x, inputs, updates)
         return x
 
     def _logits(self, x, batch):
