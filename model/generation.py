@@ -128,7 +128,7 @@ class WeightFirst(TorchFunctionMode):
 
 
 def _linear(x, weight, bias=None):
-    if len(x) > MOST_ROWS:
+    if len(x) > MOST_ROWS or len(weight) % 2:
         return F.linear(x, weight, bias)
     # In halves, because of a plain transposed product XLA makes the product with x on the left again.
     y = (weight @ x.t()).unflatten(0, (2, -1)).permute(2, 0, 1).flatten(1)
