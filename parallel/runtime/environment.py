@@ -5,6 +5,8 @@ import sys
 
 from parallel.runtime import devices
 
+ALIASING = "XLA_ENABLE_PARAM_ALIASING"  # whether a graph may overwrite the state that it updates
+
 
 def leaves_at_once() -> bool:
     """Whether this process has nothing to do: under torchrun on a CPU, local rank 0 hosts the ranks of all
@@ -63,14 +65,15 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
             "weights.",
             file=sys.stderr,
         )
-    # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks, and
-    # with donated buffers the first of several ranks' sync waits for the others.
+    # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks. With
+    # donated buffers the first of several ranks' sync waits for the others; one rank only waits for its
+    # device, and needs less memory.
     os.environ |= {
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(world_size),
         "NPROC": str(4 * world_size),
         "XLA_THREAD_POOL_SIZE": str(4 * world_size),
-        "XLA_ENABLE_PARAM_ALIASING": "1" if world_size == 1 else "0",
+        ALIASING: os.environ.get(ALIASING, "0") if world_size == 1 else "0",
     }
     # Level 3, the default, unrolls every small loop: a LoRA step took nine times as long to compile, and ran
     # no faster.

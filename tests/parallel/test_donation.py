@@ -79,8 +79,10 @@ def all_ways(runtime, planted):
 
 @pytest.mark.process
 @pytest.mark.parametrize("planted", PLANTS)
-def test_updated_state_is_overwritten_and_nothing_else(planted):
+def test_updated_state_is_overwritten_and_nothing_else(planted, monkeypatch):
     import torch
+
+    monkeypatch.setenv("XLA_ENABLE_PARAM_ALIASING", "1")
 
     [(donated, apart)] = on_ranks(all_ways, 1, planted=planted)
     traced, others = PLANTS[planted]
