@@ -159,14 +159,3 @@ def test_graphs_draws_and_ends(tmp_path):
         expected = asked(reference, prompt, DRAWN, ends)
         assert answer == (expected[:-1] if expected[-1] in ends else expected)
     assert len(ended[0]) == 5 and len(ended[2]) <= 9
-
-
-@pytest.mark.parametrize(("rows", "features"), [(1, 6), (8, 6), (3, 1), (3, 5), (200, 6)])
-def test_a_product_with_the_weight_first_is_that_of_linear(rows, features):
-    from model.generation import WeightFirst
-
-    x, weight, bias = torch.randn(rows, 4), torch.randn(features, 4), torch.randn(features)
-    for each in (None, bias):
-        with WeightFirst():
-            found = torch.nn.functional.linear(x, weight, each)
-        torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, each))
