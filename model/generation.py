@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from model.attention.blockwise import segment_masks
 from model.attention.rotary import rotary_cos_sin
 from model.cache import CacheUpdate
 from model.decoder_layer import LayerInputs
+from model.linear import ReplacesLinear
 from model.llama import Llama
 from parallel.collectives import all_gather, permute
 from parallel.mesh import Group
@@ -29,7 +29,6 @@ from parallel.runtime import Runtime
 
 SMALLEST_BUCKET = 32
 ROUNDED_TO = 64  # capacities, so that runs whose lengths differ a little share their graphs
-
 MOST_ROWS = 128  # of a product that is faster with the weight first
 
 
@@ -115,7 +114,7 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, positions: int) -> in
     return -(-needed // ROUNDED_TO) * ROUNDED_TO
 
 
-class WeightFirst(TorchFunctionMode):
+class WeightFirst(ReplacesLinear):
     """Within this context F.linear of an x [rows, features] of up to MOST_ROWS rows is computed as weight
     times x^T. On a CPU it takes as little as a third of the time.
 
@@ -123,16 +122,13 @@ class WeightFirst(TorchFunctionMode):
     of one row XLA makes a loop that is not vectorised.
     """
 
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        return (_linear if function is F.linear else function)(*arguments, **(keywords or {}))
-
-
-def _linear(x, weight, bias=None):
-    if len(x) > MOST_ROWS or len(weight) % 2:
-        return F.linear(x, weight, bias)
-    # In halves: a plain product and its transpose XLA would turn into the product with x on the left.
-    y = (weight @ x.t()).unflatten(0, (2, -1)).permute(2, 0, 1).flatten(1)
-    return y if bias is None else y + bias
+    @staticmethod
+    def linear(x, weight, bias=None):
+        if len(x) > MOST_ROWS or len(weight) % 2:
+            return F.linear(x, weight, bias)
+        # In halves: a plain product and its transpose XLA would turn into the product with x on the left.
+        y = (weight @ x.t()).unflatten(0, (2, -1)).permute(2, 0, 1).flatten(1)
+        return y if bias is None else y + bias
 
 
 class Generator:

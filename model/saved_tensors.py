@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 from model.decoder_layer import LayerInputs
+from model.linear import ReplacesLinear
 from parallel.graph import backend
 
 
@@ -124,13 +124,6 @@ class _StageInput(torch.autograd.Function):
         return None, None, None
 
 
-class SavesOperands(TorchFunctionMode):
-    """Within this context F.linear saves its operands as they are, and no transposed copies of them."""
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        return (_Linear.apply if function is F.linear else function)(*arguments, **(keywords or {}))
-
-
 class _Linear(torch.autograd.Function):
     """x W^T + b of x [tokens, features], whose backward keeps x and W. torch_xla's own keeps a transposed
     copy of W, and of x one more for each layer with that input."""
@@ -149,3 +142,9 @@ class _Linear(torch.autograd.Function):
             None if x is None else grad.t() @ x,
             grad.sum(0) if any(ctx.needs_input_grad[2:]) else None,
         )
+
+
+class SavesOperands(ReplacesLinear):
+    """Within this context F.linear saves its operands as they are, and no transposed copies of them."""
+
+    linear = staticmethod(_Linear.apply)

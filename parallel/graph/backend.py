@@ -153,12 +153,17 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return torch._is_functional_tensor(tensor)
 
 
-def reads() -> int:
-    """How often values have been copied from devices to the host in this process."""
+def count(metric: str) -> int:
+    """How often something has happened in this process, by torch_xla's name of the metric."""
     from torch_xla.debug.metrics import metric_data
 
-    data = metric_data("TransferFromDeviceTime")
+    data = metric_data(metric)
     return data[0] if data else 0
+
+
+def reads() -> int:
+    """How often values have been copied from devices to the host in this process."""
+    return count("TransferFromDeviceTime")
 
 
 def wait() -> None:

@@ -65,6 +65,12 @@ class Output(NamedTuple):
     kind: str
     value: int | torch.Tensor
 
+    def tensor(self, outputs: list[torch.Tensor], arguments: list[torch.Tensor]) -> torch.Tensor:
+        """The tensor in a call with these arguments, whose graph has these outputs."""
+        if self.kind == "state":
+            return self.value
+        return (outputs if self.kind == "output" else arguments)[self.value]
+
 
 @dataclass
 class Result:
@@ -79,14 +85,8 @@ class Result:
 
     def fill(self, outputs: list[torch.Tensor], arguments: list[torch.Tensor]) -> Any:
         """The result of a call with these arguments, whose graph has these outputs."""
-        tensors = {"output": outputs, "argument": arguments}
         leaves = [
-            leaf
-            if not isinstance(leaf, Output)
-            else leaf.value
-            if leaf.kind == "state"
-            else tensors[leaf.kind][leaf.value]
-            for leaf in self.leaves
+            leaf.tensor(outputs, arguments) if isinstance(leaf, Output) else leaf for leaf in self.leaves
         ]
         return tree_unflatten(leaves, self.structure)
 
@@ -98,15 +98,13 @@ class Result:
 
     def comparable(self) -> Any:
         """What is equal for two results that one recording can give."""
-        leaves = [
-            (each.kind, id(each.value) if each.kind == "state" else each.value)
-            if isinstance(each, Output)
-            else type(each)
-            if is_opaque(each)
-            else each
-            for each in self.leaves
-        ]
-        return self.structure, leaves
+        return self.structure, [_comparable(leaf) for leaf in self.leaves]
+
+
+def _comparable(leaf):
+    if isinstance(leaf, Output):
+        return leaf.kind, id(leaf.value) if leaf.kind == "state" else leaf.value
+    return type(leaf) if is_opaque(leaf) else leaf
 
 
 @dataclass
@@ -177,10 +175,10 @@ class Before:
 
     def __init__(self, tensors: list[torch.Tensor], arguments: list[torch.Tensor]):
         self.tensors, self.arguments = tensors, arguments
-        numbers = {id(tensor): number for number, tensor in enumerate(arguments)}
+        self._numbers = {id(tensor): number for number, tensor in enumerate(arguments)}
         self._sources: dict[Any, tuple[str, Any]] = {}
         for tensor, pending in zip(tensors, backend.are_pending(tensors), strict=True):
-            number = numbers.get(id(tensor))
+            number = self._numbers.get(id(tensor))
             source = ("state", tensor) if number is None else ("argument", number)
             if not pending:
                 self._sources.setdefault(backend.data_handle(tensor), source)
@@ -227,10 +225,9 @@ class Before:
         leaves, structure = tree_flatten(result)
         outputs = {backend.tensor_id(tensor): number for number, tensor in enumerate(first)}
         leaves = [self._leaf(leaf, outputs) for leaf in leaves]
-        arguments = {id(tensor): number for number, tensor in enumerate(self.arguments)}
         known = {id(tensor) for tensor in self.tensors}
         updates = [
-            (arguments.get(id(tensor), tensor), number)
+            (self._numbers.get(id(tensor), tensor), number)
             for number, same in enumerate(pending)
             for tensor in same
             if id(tensor) in known

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 OURS = ("data", "model", "parallel", "trainer")  # packages whose module variables are watched
 PLAIN = (int, float, complex, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, torch.dtype)
 # nn.Module's own attributes that are dictionaries, whose contents are watched, or are never set: their names.
-HOOKS = "_hooks"
+HOOKS = "_hooks"  # a part of them
 OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"}
 END = object()
 KIND = attrgetter("requires_grad", "dtype", "shape")  # of a tensor
@@ -60,13 +60,15 @@ class Watched:
         self._tensors = list({id(each): each for each in self._identities if _is_leaf(each)}.values())
         self._kinds, self._gradients = list(map(KIND, self._tensors)), self._have_gradients()
 
-    def _note(self, dictionary, owner):
-        names = tuple(name for name in dictionary if name not in OF_MODULES and HOOKS not in str(name))
-        self._groups.setdefault(names, []).append(dictionary)
+    def _note(self, dictionary, owner, names=None):
+        """Watch these names of a dictionary; without names, all."""
+        self._groups.setdefault(tuple(dictionary if names is None else names), []).append(dictionary)
         self._owners.setdefault(id(dictionary), owner)
 
     def _enter(self, thing) -> Iterable[Any]:
         """Note a container; returns what is in it."""
+        if isinstance(thing, torch.nn.Module):
+            return self._enter_module(thing)
         if isinstance(thing, tuple):
             return thing
         if isinstance(thing, (dict, list)) and not thing:
@@ -77,19 +79,22 @@ class Watched:
         elif isinstance(thing, list):
             self._lists.append(thing)
             return thing
-        elif callable(thing) and not isinstance(thing, torch.nn.Module):
+        elif callable(thing):
             return _carried(thing)
         elif hasattr(thing, "__dict__"):
             if not _is_frozen(thing):
                 self._note(vars(thing), type(thing).__name__)
-            if not isinstance(thing, torch.nn.Module):
-                return vars(thing).values()
-            hooks = [value for name, value in vars(thing).items() if HOOKS in name]
-            self._hooks += [each for each in hooks if not each]
-            return [value for name, value in vars(thing).items() if HOOKS not in name] + list(
-                filter(None, hooks)
-            )
+            return vars(thing).values()
         return ()
+
+    def _enter_module(self, module):
+        attributes = vars(module)
+        hooks = [name for name in attributes if HOOKS in name]
+        empty = [name for name in hooks if not attributes[name]]
+        self._hooks += [attributes[name] for name in empty]
+        names = [name for name in attributes if name not in OF_MODULES and name not in hooks]
+        self._note(attributes, type(module).__name__, names)
+        return [value for name, value in attributes.items() if name not in empty]
 
     def _containers(self):
         return chain(*self._groups.values(), self._lists)

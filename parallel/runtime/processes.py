@@ -43,17 +43,11 @@ class ProcessRuntime(Runtime):
         return live_tensors(1)[0]
 
     def _end_graph(self, name, before=None, record=None):
-        live = self._live()
-        outputs = backend.pending_outputs(live)
-        pending = [same[0] for same in outputs]
-        if before and backend.donates():
-            before.donate(live, outputs)
+        outputs, pending = self._pending(before)
         graph = backend.graph_hash(pending) if self.guard or self._may_replay(name) else b""
         self._compile(name, graph, pending)
         if pending and self._may_replay(name):
-            if record:
-                record(graph, outputs)
-            self._start(graph, outputs)
+            self._start(graph, outputs, record)
 
 
 def launch_process(function: Callable[[Runtime], object]) -> None:

@@ -206,8 +206,19 @@ class Runtime:
         """Whether the graph is run as a replay is, for which torch_xla would compile it again."""
         return name in self._recorders
 
-    def _start(self, graph: bytes, pending: list[list]) -> None:
-        """Start the compiled graph, and give the pending tensors (backend.pending_outputs) its outputs."""
+    def _pending(self, before: Any) -> tuple[list[list], list]:
+        """(backend.pending_outputs, one tensor of each); `before` is as in _end_graph."""
+        live = self._live()
+        outputs = backend.pending_outputs(live)
+        if before and backend.donates():
+            before.donate(live, outputs)
+        return outputs, [same[0] for same in outputs]
+
+    def _start(self, graph: bytes, pending: list[list], record: Callable | None) -> None:
+        """Start the compiled graph, and give the pending tensors (backend.pending_outputs) its outputs;
+        `record` is as in _end_graph."""
+        if record:
+            record(graph, pending)
         inputs = backend.graph_inputs([same[0] for same in pending])
         outputs = backend.run_compiled(graph, [data for _, data in inputs])
         for same, output in zip(pending, outputs, strict=True):
@@ -216,7 +227,4 @@ class Runtime:
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""
-        from torch_xla.debug.metrics import metric_data
-
-        data = metric_data("CompileTime")
-        return data[0] if data else 0
+        return backend.count("CompileTime")

@@ -79,11 +79,7 @@ class ThreadRuntime(Runtime):
         return self._lockstep.shared.pop(self.rank)
 
     def _end_graph(self, name, before=None, record=None):
-        live = self._live()
-        outputs = backend.pending_outputs(live)
-        pending = [same[0] for same in outputs]
-        if before and backend.donates():
-            before.donate(live, outputs)
+        outputs, pending = self._pending(before)
         graph = backend.graph_hash(pending)
         hashes = self._exchange(graph)
         if self.rank == 0:
@@ -91,9 +87,7 @@ class ThreadRuntime(Runtime):
             self._compile(name, graph, pending)
         self._lockstep.wait(self.rank, "a compiled mark_step")
         if pending and self._may_replay(name):
-            if record:
-                record(graph, outputs)
-            self._start(graph, outputs)
+            self._start(graph, outputs, record)
         elif pending and self.rank != 0:
             self._sync()
 

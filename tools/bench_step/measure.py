@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parallel.graph import backend
 from parallel.mesh import ALONE
 from parallel.runtime import GraphListener
 
@@ -114,10 +115,7 @@ class _EndsReplay(GraphListener):
 
 def traces() -> int:
     """How many graphs this process has traced so far: torch_xla does not count what it starts by its hash."""
-    from torch_xla.debug.metrics import metric_data
-
-    data = metric_data("TensorsGraphSize")
-    return data[0] if data else 0
+    return backend.count("TensorsGraphSize")
 
 
 def gemm_peak(dtype: str) -> float:
