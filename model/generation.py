@@ -1,18 +1,18 @@
 """Text generation: forward passes with a cache of keys and values, and the choice of the next token.
 
 Shapes are static. A batch of prompts is padded to a bucket's length. Each bucket has one graph for its
-prefill, and one graph serves all decoding steps: the position of a row in its sequence is data, and what the
-host chooses from the logits is no part of a graph. Every rank gathers the logits of the whole vocabulary and
-chooses by the same rule and seeds, so all choose the same token.
+prefill, and one graph serves all decoding steps: the position of a row in its sequence is data. The graph
+chooses the most probable tokens, and the next step starts with them before the host has read them. What is
+drawn, or has a penalty, the host chooses from the logits. Every rank gathers the logits of the whole
+vocabulary and chooses by the same rule and seeds, so all choose the same token.
 
 A batch passes the stages of a pipeline as a whole, one stage after the other. Whose turn it is is data. The
 other stages compute, too, but do not write to their caches.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from model.cache import CacheUpdate
 from model.decoder_layer import LayerInputs
 from model.linear import ReplacesLinear
 from model.llama import Llama
+from model.sampling import GREEDY, Sampling
 from parallel.collectives import all_gather, permute
 from parallel.mesh import Group
 from parallel.runtime import Runtime
@@ -30,69 +31,6 @@ from parallel.runtime import Runtime
 SMALLEST_BUCKET = 32
 ROUNDED_TO = 64  # capacities, so that runs whose lengths differ a little share their graphs
 MOST_ROWS = 128  # of a product that is faster with the weight first
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen: transformers' settings of the same names, applied in its order by its own
-    processors.
-
-    `temperature` 0 takes the most probable token; `top_k` 0, `top_p` 1 and `repetition_penalty` 1 change
-    nothing.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        """Raise ValueError for values that cannot be."""
-        for name, good, expected in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not good:
-                raise ValueError(f"--{name} {getattr(self, name)}: {expected} was expected")
-
-    def chooser(self, number: int) -> Callable[[list[int], torch.Tensor], int]:
-        """(tokens so far, logits fp32 [vocabulary] on the CPU) -> the next token, of prompt `number`.
-
-        Of prompt i it draws as transformers does after torch.manual_seed(seed + i), whatever is in the batch
-        beside it.
-        """
-        from transformers import (
-            LogitsProcessorList,
-            RepetitionPenaltyLogitsProcessor,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
-
-        processors, generator = LogitsProcessorList(), torch.Generator().manual_seed(self.seed + number)
-        if self.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.temperature:
-            processors += [TemperatureLogitsWarper(self.temperature)] if self.temperature != 1 else []
-            processors += [TopKLogitsWarper(self.top_k)] if self.top_k else []
-            processors += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
-
-        def choose(tokens: list[int], logits: torch.Tensor) -> int:
-            scores = (
-                processors(torch.tensor([tokens]), logits.unsqueeze(0)) if processors else logits.unsqueeze(0)
-            )
-            if self.temperature:
-                return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-            return int(scores.argmax(-1))
-
-        return choose
-
-
-GREEDY = Sampling()
 
 
 def bucket_of(length: int, capacity: int) -> int:
@@ -129,6 +67,15 @@ class WeightFirst(ReplacesLinear):
         # In halves: a plain product and its transpose XLA would turn into the product with x on the left.
         y = (weight @ x.t()).unflatten(0, (2, -1)).permute(2, 0, 1).flatten(1)
         return y if bias is None else y + bias
+
+
+class Step(NamedTuple):
+    """What a graph returns, on the device: the `logits` of the next tokens, fp32 [batch, vocab_size], the
+    most probable `tokens` [batch, 1], and the `positions` [batch, 1] at which they stand."""
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
 
 
 class Generator:
@@ -171,57 +118,67 @@ class Generator:
         with _whole_sequences(self._model):
             for first in range(0, len(prompts), self.batch_size):
                 batch = prompts[first : first + self.batch_size]
-                choosers = [sampling.chooser(first + row) for row in range(len(batch))]
                 on_row = on_token and (lambda row, token, first=first: on_token(first + row, token))
+                choosers = [sampling.chooser(first + row) for row in range(len(batch))]
+                choosers = None if sampling.is_greedy else choosers
                 completions += self._generate(batch, max_new_tokens, ends, choosers, on_row)
         return completions
 
     def _generate(self, prompts, max_new_tokens, ends, choosers, on_token):
+        """As generate, for up to batch_size prompts; without `choosers` the device chooses."""
         completions: list[list[int]] = [[] for _ in prompts]
         unfinished = set(range(len(prompts)))
-        logits = self._prefill(prompts)
-        for step in range(max_new_tokens):
+        step = self._prefill(prompts)
+        for left in reversed(range(max_new_tokens)):
+            # Started before the tokens are read: the host works while the device does.
+            following = self._decode(step.tokens, step.positions) if left and not choosers else None
+            tokens = self._read(step.logits if choosers else step.tokens)
             for row in sorted(unfinished):
-                token = choosers[row](prompts[row] + completions[row], logits[row])
+                token = (
+                    choosers[row](prompts[row] + completions[row], tokens[row])
+                    if choosers
+                    else int(tokens[row])
+                )
                 if on_token:
                     on_token(row, token)
                 if token in ends:
                     unfinished.remove(row)
                 else:
                     completions[row].append(token)
-            if not unfinished or step + 1 == max_new_tokens:
+            if not unfinished or not left:
                 return completions
-            # A row that has ended computes its last token again: the graph is for all rows.
-            pairs = list(zip(prompts, completions, strict=True))
-            last_tokens = [(completion or prompt)[-1] for prompt, completion in pairs]
-            positions = [len(prompt) + max(0, len(completion) - 1) for prompt, completion in pairs]
-            logits = self._decode(last_tokens, positions)
+            step = following or self._decode_chosen(completions, step.positions)
         return completions
 
-    def _prefill(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Begin with up to batch_size prompts: the logits of the token after each, fp32 [batch_size,
-        vocab_size] on the CPU."""
+    def _prefill(self, prompts: list[list[int]]) -> Step:
+        """Begin with up to batch_size prompts."""
         bucket = bucket_of(max(map(len, prompts)), self.capacity)
         rows = prompts + [[0]] * (self.batch_size - len(prompts))
         input_ids = torch.tensor([row + [0] * (bucket - len(row)) for row in rows])
-        last = torch.tensor([len(row) - 1 for row in rows])
-        return self._run(f"prefill of {bucket}", self._prefill_graph, input_ids, last)
+        last = torch.tensor([[len(row) - 1] for row in rows])
+        on_device = [tensor.to(self._runtime.device) for tensor in (input_ids, last)]
+        return self._runtime.mark_step(f"prefill of {bucket}", self._prefill_graph, *on_device)
 
-    def _decode(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        """Continue with one token for each row, at its 0-based position: the logits of the next one, as
-        _prefill's."""
-        rest = [0] * (self.batch_size - len(tokens))
-        input_ids, position_ids = (torch.tensor(values + rest).unsqueeze(1) for values in (tokens, positions))
-        return self._run("decode", self._decode_graph, input_ids, position_ids)
+    def _decode(self, tokens: torch.Tensor, positions: torch.Tensor) -> Step:
+        """Continue with one token of each row, at its 0-based position; both [batch, 1] on the device.
 
-    def _run(self, name, graph, *inputs):
-        on_device = [tensor.to(self._runtime.device) for tensor in inputs]
-        logits = self._runtime.mark_step(name, graph, *on_device)
-        return logits.cpu() if self._runtime.executes else torch.zeros(logits.shape)
+        A row that has ended is computed on: the graph is for all rows.
+        """
+        return self._runtime.mark_step("decode", self._decode_graph, tokens, positions)
+
+    def _decode_chosen(self, completions: list[list[int]], positions: torch.Tensor) -> Step:
+        """_decode with the last token of each completion."""
+        last = [completion[-1] if completion else 0 for completion in completions]
+        rows = torch.tensor(last + [0] * (self.batch_size - len(last))).unsqueeze(1)
+        return self._decode(rows.to(self._runtime.device), positions)
+
+    def _read(self, tensor):
+        """A tensor on the CPU, for which the host waits; zeros where nothing is executed."""
+        return tensor.cpu() if self._runtime.executes else torch.zeros(tensor.shape, dtype=tensor.dtype)
 
     @torch.no_grad()
     def _prefill_graph(self, input_ids, last):
-        """input_ids [batch, bucket]; last [batch], the position of each prompt's last token."""
+        """input_ids [batch, bucket]; last [batch, 1], the position of each prompt's last token."""
         positions = (
             torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape)
         )
@@ -230,8 +187,8 @@ class Generator:
         with WeightFirst():
             x = self._stages(input_ids, positions, None, masks)
             # Of a prompt only the last token's logits are needed.
-            x = x.index_select(0, last * len(last) + torch.arange(len(last), device=last.device))
-            return self._logits(x, len(input_ids))
+            rows = last.flatten() * len(last) + torch.arange(len(last), device=last.device)
+            return self._step(x.index_select(0, rows), last)
 
     @torch.no_grad()
     def _decode_graph(self, input_ids, position_ids):
@@ -241,7 +198,7 @@ class Generator:
         masks = [(slots <= position_of_head).unsqueeze(1)]
         with WeightFirst():
             x = self._stages(input_ids, position_ids, slots == position_of_head, masks)
-            return self._logits(x, len(input_ids))
+            return self._step(x, position_ids)
 
     def _stages(self, input_ids, positions, write_slots, masks):
         """The output of the last stage, x [tokens, features]; the last two are CacheUpdate's."""
@@ -255,10 +212,11 @@ class Generator:
             x = model.stage(x, inputs, updates)
         return x
 
-    def _logits(self, x, batch):
-        """x [batch, features] -> fp32 [batch, vocab_size] on all ranks."""
-        logits = self._model.head(x, batch).squeeze(1)
-        return all_gather(logits, self._model.vocabulary_group, -1).float()
+    def _step(self, x, positions):
+        """The Step after x [batch, features], which is at positions [batch, 1]; the same on all ranks."""
+        logits = self._model.head(x, len(positions)).squeeze(1)
+        logits = all_gather(logits, self._model.vocabulary_group, -1).float()
+        return Step(logits, logits.argmax(-1, keepdim=True), positions + 1)
 
 
 @contextmanager

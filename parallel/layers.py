@@ -12,7 +12,8 @@ parallelism (https://arxiv.org/abs/2205.05198) its [sequence / size]: the first 
 place of an all-reduce, and the second begins with an all-gather.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class ParallelLayer(nn.Module):
         super().__init__()
         self.tensor_parallel_group, self.sequence_parallel_enabled = group or ALONE, sequence_parallel_enabled
         self.parameter_group = parameter_group or self.tensor_parallel_group
-        self.shards: dict[str, Shard] = {}
+        self.shards: Mapping[str, Shard] = MappingProxyType({})  # read-only: replays need not compare it
 
     def add_rank_index(self, group: Group) -> None:
         """Register `rank_index`: this rank's place in the group as data, integer [1]."""
@@ -75,7 +76,7 @@ class ParallelLayer(nn.Module):
             parts = divide(size, replicas, "the tensor parallel size")
             divide(global_shape[dim], parts, "the size")
             shard = Shard(global_shape, dim, parts, rank // replicas, replicas, partial=replicas > 1)
-        self.shards[name] = shard
+        self.shards = MappingProxyType({**self.shards, name: shard})
         self.register_parameter(name, nn.Parameter(torch.empty(shard.shape, dtype=dtype, device=device)))
 
 

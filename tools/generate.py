@@ -187,8 +187,9 @@ def prepare(chosen: argparse.Namespace, world_size: int):
 
     Raises ValueError before anything is compiled.
     """
-    from model.generation import Sampling, capacity_for
+    from model.generation import capacity_for
     from model.llama import Llama
+    from model.sampling import Sampling
     from parallel.mesh import Mesh
     from tools.model_source import ModelSource
 

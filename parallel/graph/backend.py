@@ -133,17 +133,21 @@ def run_compiled(graph: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Ten
     return _xlac()._run_cached_graph(graph, inputs)
 
 
-def set_data(tensor: torch.Tensor, output: torch.Tensor) -> None:
-    """Give a tensor the data of an output of run_compiled, as an operation in place would: its views, and
-    tensors that share its data (x.detach()), have it, too."""
+def set_data(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give the first tensor of each pair the data of the second, an output of run_compiled, as an operation
+    in place would: its views, and tensors that share its data (x.detach()), have it, too."""
     import torch
 
-    if tensor._is_view():
-        tensor.data = output
-        return
-    torch._functionalize_replace(tensor, torch._from_functional_tensor(output))
-    torch._functionalize_commit_update(tensor)
-    torch._functionalize_sync(tensor)
+    for tensor, output in pairs:
+        if tensor._is_view():
+            tensor.data = output
+    whole = [pair for pair in pairs if not pair[0]._is_view()]
+    # A model has hundreds of tensors, and a map is a loop in C.
+    tensors = [tensor for tensor, _ in whole]
+    outputs = [torch._from_functional_tensor(output) for _, output in whole]
+    list(map(torch._functionalize_replace, tensors, outputs))
+    list(map(torch._functionalize_commit_update, tensors))
+    list(map(torch._functionalize_sync, tensors))
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:

@@ -60,8 +60,12 @@ class Recorder:
         """Start the compiled graph with these arguments; returns the function's result."""
         self._since += 1
         outputs = backend.run_compiled(self._trace.graph, self._inputs(arguments))
-        for target, number in self._trace.updates:
-            backend.set_data(arguments[target] if isinstance(target, int) else target, outputs[number])
+        backend.set_data(
+            [
+                (arguments[target] if isinstance(target, int) else target, outputs[number])
+                for target, number in self._trace.updates
+            ]
+        )
         return self._trace.result.fill(outputs, arguments)
 
     def add(self, call: Call, trace: Trace, pending: list[list[torch.Tensor]]) -> None:

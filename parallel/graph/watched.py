@@ -16,7 +16,7 @@ PLAIN = (int, float, complex, bool, str, bytes, type(None), type, ModuleType, to
 HOOKS = "_hooks"  # a part of them
 OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"}
 END = object()
-KIND = attrgetter("requires_grad", "dtype", "shape")  # of a tensor
+KIND = [attrgetter(name) for name in ("requires_grad", "dtype", "shape")]  # of a tensor
 
 
 def is_opaque(thing: Any) -> bool:
@@ -58,7 +58,7 @@ class Watched:
         self._lengths = list(self._sizes())
         self._identities = list(self._contents())
         self._tensors = list({id(each): each for each in self._identities if _is_leaf(each)}.values())
-        self._kinds, self._gradients = list(map(KIND, self._tensors)), self._have_gradients()
+        self._kinds = self._kinds_now()
 
     def _note(self, dictionary, owner, names=None):
         """Watch these names of a dictionary; without names, all."""
@@ -113,8 +113,10 @@ class Watched:
         self._hook_id = RemovableHandle.next_id
         return any(self._hooks)
 
-    def _have_gradients(self):
-        return [each.grad is not None for each in self._tensors]
+    def _kinds_now(self) -> list[list]:
+        """For each attribute its values, by tensor."""
+        have_gradients = [tensor.grad is not None for tensor in self._tensors]
+        return [*(list(map(attribute, self._tensors)) for attribute in KIND), have_gradients]
 
     def _unchanged(self):
         try:
@@ -122,8 +124,7 @@ class Watched:
                 not any(self._empty)
                 and not self._has_new_hook()
                 and list(self._sizes()) == self._lengths
-                and list(map(KIND, self._tensors)) == self._kinds
-                and self._have_gradients() == self._gradients
+                and self._kinds_now() == self._kinds
                 and all(map(is_, self._contents(), self._identities))
             )
         except KeyError:
@@ -138,9 +139,10 @@ class Watched:
             return f"the hooks of a module ({next(filter(None, self._hooks))})"
         if any(self._empty):
             return f"something that was empty ({next(filter(None, self._empty))})"
-        for tensor, kind, has_gradient in zip(self._tensors, self._kinds, self._gradients, strict=True):
-            if KIND(tensor) != kind or (tensor.grad is not None) != has_gradient:
-                return f"{self._holder(tensor)}'s requires_grad, dtype, shape or gradient"
+        for now, before in zip(self._kinds_now(), self._kinds, strict=True):
+            for tensor, new, old in zip(self._tensors, now, before, strict=True):
+                if new != old:
+                    return f"{self._holder(tensor)}'s requires_grad, dtype, shape or gradient"
         before = iter(self._identities)
         watched = ((names, each) for names, group in self._groups.items() for each in group)
         lists = ((range(len(each)), each) for each in self._lists)

@@ -221,9 +221,8 @@ class Runtime:
             record(graph, pending)
         inputs = backend.graph_inputs([same[0] for same in pending])
         outputs = backend.run_compiled(graph, [data for _, data in inputs])
-        for same, output in zip(pending, outputs, strict=True):
-            for tensor in same:
-                backend.set_data(tensor, output)
+        pairs = [(tensor, output) for same, output in zip(pending, outputs, strict=True) for tensor in same]
+        backend.set_data(pairs)
 
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.generation import Sampling
+from model.sampling import GREEDY, Sampling
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
 from tests.support.saved import save
@@ -121,7 +121,7 @@ def test_every_topology_answers_as_transformers_does(tmp_path):
 
 def choices(runtime, directory, prompts, ends):
     """20 prompts in batches of 3 and the graphs that they took; then what is drawn, and where answers end."""
-    from model.generation import GREEDY, Generator, Sampling
+    from model.generation import Generator
     from parallel.mesh import Mesh
     from tools.model_source import ModelSource
 

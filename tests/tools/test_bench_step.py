@@ -57,7 +57,10 @@ def test_figures_of_a_run(tmp_path):
         assert found["step_seconds_least"] <= found["step_seconds"] <= found["step_seconds_most"]
         assert abs(found["hfu"] * found["gemm_flops_per_second"] / found["flops_per_second"] - 1) < 1e-9
         assert found["host_trace_seconds"] > 0 and found["device_seconds"] > 0
-    assert set(new) - set(old) == {"host_replay_seconds", "step_replay_seconds"} and set(old) <= set(new)
+    replayed = {"host_replay_seconds", "python_replay_seconds", "step_replay_seconds"}
+    assert set(new) - set(old) == replayed and set(old) <= set(new)
+    for how in ("trace", "replay"):
+        assert 0 < new[f"python_{how}_seconds"] < new[f"host_{how}_seconds"]
     assert 0 < new["host_replay_seconds"] < new["host_trace_seconds"] / 2
     assert new["step_seconds_least"] <= new["step_replay_seconds"] <= new["step_seconds_most"]
     assert old["mfu"] == old["hfu"] and 1.2 < new["hfu"] / new["mfu"] < 1.6  # the layers' forward once more

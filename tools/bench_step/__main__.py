@@ -12,8 +12,10 @@ chrome://tracing.
 
 host_trace_seconds are those that rank 0's host spends in mark_step in a step whose graphs are all traced;
 host_replay_seconds and step_replay_seconds are the host's and all of a step whose graphs are all replayed.
-Where nothing was replayed, the last two are missing. On XLA:CPU ranks are threads, and their turns are in the
-host's seconds. device_seconds are those that the device still needs when mark_step has returned.
+python_trace_seconds and python_replay_seconds are the part of the host's in which XLA was not called yet: it
+then starts the graph, hands out its outputs and frees what they replace. Where nothing was replayed, the
+figures of a replay are missing. On XLA:CPU ranks are threads, and their turns are in the host's seconds.
+device_seconds are those that the device still needs when mark_step has returned.
 
 FLOPs are those of the matrix products of forward and backward (tools/graphs/flops.py) of all micro-batches
 and ranks. MFU (model FLOPs utilisation, https://arxiv.org/abs/2204.02311) leaves out recomputation for

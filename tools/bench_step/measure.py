@@ -50,22 +50,24 @@ class Clock(GraphListener):
     """Rank 0's times of each optimizer step, taken at every mark_step.
 
     `trace`, if any, records the steps `parts.recorded`. The lists have a value for each step: the seconds
-    until mark_step returned in `host_seconds`, those for which it then waited for the device in
-    `device_seconds`, the moments at which steps ended in `ended`, and whether no graph was traced in
-    `replayed`.
+    until mark_step returned in `host_seconds`, those of them that had passed before XLA was called in
+    `python_seconds`, those for which mark_step then waited for the device in `device_seconds`, the moments at
+    which steps ended in `ended`, and whether no graph was traced in `replayed`.
     """
 
     def __init__(self, step_ends: str, parts: Parts, trace=None):
         """step_ends: the name of a step's last graph."""
-        self.host_seconds, self.device_seconds, self.ended, self.replayed = [], [], [], []
+        self.host_seconds, self.python_seconds, self.device_seconds = [], [], []
+        self.ended, self.replayed = [], []
         self._step_ends, self._parts, self._recorder = step_ends, parts, trace
-        self._begun = self._host = self._device = 0.0
+        self._begun = self._host = self._python = self._device = 0.0
         self._traces = 0
 
     def tracing(self, name):
         self._begun = time.perf_counter()
 
     def traced(self, name):
+        self._python += time.perf_counter() - self._begun
         if self._recorder:
             self._recorder.phase("mark_step")
 
@@ -80,12 +82,13 @@ class Clock(GraphListener):
         self._device += ended - started
         if name == self._step_ends:
             self.host_seconds.append(self._host)
+            self.python_seconds.append(self._python)
             self.device_seconds.append(self._device)
             self.ended.append(ended)
             self.replayed.append(traces() == self._traces)
             self._record(step + 1)
         if name in (self._step_ends, "build"):
-            self._host = self._device = 0.0
+            self._host = self._python = self._device = 0.0
             self._traces = traces()
         if self._recorder:
             self._recorder.phase("host tracing")
@@ -173,7 +176,9 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
         **_rates(job, mesh, float(np.median(in_free)), free_lines, peak),
         "data_wait_seconds": float(np.median([line["data_wait_seconds"] for line in free_lines])),
         "host_trace_seconds": float(np.median(np.array(clock.host_seconds)[parts.traced])),
+        "python_trace_seconds": float(np.median(np.array(clock.python_seconds)[parts.traced])),
         **_replayed("host_replay_seconds", clock.host_seconds, clock, parts.waited),
+        **_replayed("python_replay_seconds", clock.python_seconds, clock, parts.waited),
         "device_seconds": float(np.median(np.array(clock.device_seconds)[parts.waited])),
         "compilations": lines[parts.waited[-1] - 1]["compilations"] - compiled,
         "peak_memory_bytes": peak_memory(),
