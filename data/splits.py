@@ -1,7 +1,6 @@
 """Which files of a folder are its training split, by the names that the `datasets` library knows."""
 
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 # The names of splits in the paths of files, as in `datasets.data_files` (SPLIT_KEYWORDS, NON_WORDS_CHARS).
@@ -87,20 +86,13 @@ def _splits_of_card(folder: Path, names: list[PurePosixPath]) -> dict[str, set[P
         found = _splits_of_names(list(within)) or {"train": set(within)}
     else:
         from datasets.data_files import sanitize_patterns
+        from fsspec.utils import glob_translate
 
         found = {
-            split: {name for name in within for pattern in patterns if _matches(name, pattern)}
+            split: {name for name in within for each in patterns if re.match(glob_translate(each), str(name))}
             for split, patterns in sanitize_patterns(chosen["data_files"]).items()
         }
     return {split: {within[name] for name in members} for split, members in found.items()}
-
-
-def _matches(name: PurePosixPath, pattern: str) -> bool:
-    """Whether a file is one of a pattern, in which * is a part of one name and ** any number of folders."""
-    parts = PurePosixPath(pattern).parts
-    if "**" in pattern:
-        return fnmatchcase(str(name), str(PurePosixPath(pattern)).replace("**/", "*"))
-    return len(parts) == len(name.parts) and all(map(fnmatchcase, name.parts, parts))
 
 
 def _configurations(card: Path) -> list[dict]:

@@ -108,6 +108,9 @@ def prepare(chosen, config):
             f"no prompt leaves room for --max_new_tokens {chosen.max_new_tokens} within {positions} positions"
         )
     print("\n".join(line for line in summary.splitlines() if line.startswith("data: ")))
+    for source in sources:
+        if source.prompts.date not in (None, asked.prompts.date):
+            print(f"data: {source.name} was trained with {source.prompts.date} as today's date")
     try:
         chosen.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
