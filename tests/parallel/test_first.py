@@ -48,5 +48,5 @@ def test_processes_agree_and_meet_afterwards(agent):
         )
         for rank in range(2)
     ]
-    found = [process.communicate(timeout=120)[0] for process in processes]
-    assert found == ["['first', 'first', 'first']\n"] * 2
+    found = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert found == ["['first', 'first', 'first']"] * 2
