@@ -80,17 +80,22 @@ def keep_date(tokenizer, directory: Path | None = None) -> None:
     """Have a tokenizer whose chat template writes today's date write one date from here on, in all processes.
 
     It is the date in the prompt_format.json of `directory`, a checkpoint or merged model, or else the day on
-    which the first process calls this. Raises ValueError where the file is damaged.
+    which the first process calls this. Raises ValueError where the file is damaged, or the template asks for
+    the date in a way that cannot be pinned.
     """
     if not writes_date(tokenizer):
         return
     known = PromptFormat.read(directory, tokenizer).date if directory else None
+    if known and not _is_date(known):
+        raise ValueError(f"{directory / FILE} is damaged: the date is {known!r}; YYYY-MM-DD was expected")
+    pin_date(tokenizer, known or from_first_process("date", calendar.today().isoformat()))
+
+
+def _is_date(text: str) -> bool:
     try:
-        pin_date(tokenizer, known or from_first_process("date", calendar.today().isoformat()))
+        return calendar.fromisoformat(text).isoformat() == text  # newer Pythons take 20261126, too
     except ValueError:
-        raise ValueError(
-            f"{directory / FILE} is damaged: the date is {known!r}; YYYY-MM-DD was expected"
-        ) from None
+        return False
 
 
 def text_ids(tokenizer, text: str) -> list[int]:

@@ -117,20 +117,32 @@ def test_templates_by_name_and_other_formats_of_the_date(monkeypatch):
     set_day(monkeypatch, "2026-11-26")
     tokenizer = AutoTokenizer.from_pretrained(SAMPLE / "tiny")
     tokenizer.chat_template = {
-        "default": "{% macro day() %}{{ strftime_now('%Y-%m-%d %H:%M') }}{% endmacro %}{{ day() }}",
-        "tool_use": "{{ strftime_now('%B') }}",
+        "default": "{% macro day() %}{{ strftime_now( '%Y-%m-%d %H:%M' ) }}{% endmacro %}{{ day() }}",
+        "tool_use": '{{ strftime_now(format="%B\\n\\"%-d\\"") }}',
     }
     keep_date(tokenizer)
     set_day(monkeypatch, "2026-12-01")
     assert tokenizer.apply_chat_template(QUESTION, tokenize=False) == "2026-11-26 00:00"
-    assert tokenizer.apply_chat_template(QUESTION, chat_template="tool_use", tokenize=False) == "November"
+    assert (
+        tokenizer.apply_chat_template(QUESTION, chat_template="tool_use", tokenize=False) == 'November\n"26"'
+    )
+
+
+def test_a_template_whose_date_cannot_be_kept_is_refused():
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE / "tiny")
+    tokenizer.chat_template = "{% set form = '%Y' %}{{ strftime_now (form) }}"
+    with pytest.raises(
+        ValueError, match="the chat template calls strftime_now with a format that is no text"
+    ):
+        keep_date(tokenizer)
 
 
 def test_a_date_that_is_none(tmp_path, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
-    PromptFormat.of("chat", "yesterday").write(tmp_path)
-    with pytest.raises(ValueError, match="the date is 'yesterday'; YYYY-MM-DD was expected"):
-        keep_date(tokenizer, tmp_path)
+    for text in ("yesterday", "2026-13-01", "20261126"):
+        PromptFormat.of("chat", text).write(tmp_path)
+        with pytest.raises(ValueError, match=f"the date is '{text}'; YYYY-MM-DD was expected"):
+            keep_date(tokenizer, tmp_path)
 
 
 def train(runtime, command, day):
