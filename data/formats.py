@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,20 +61,32 @@ def guess_format(record: object, where: str) -> str:
 
 
 def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
-    """The user's function of --format module:function, and the source code of its module.
+    """The user's function of --format module:function, and the source code of the modules that it is in.
 
-    Raises ValueError where there is no such function.
+    Modules in the folder where the user stands come first, as with `python -m`. Raises ValueError where there
+    is no such function.
     """
     module, _, function = name.partition(":")
+    here, imported = os.getcwd(), None
+    sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function)
+        importlib.invalidate_caches()
+        imported = importlib.import_module(module)
+        found = getattr(imported, function)
         if not callable(found):
             raise TypeError(f"it is {type(found).__name__}")
-        return found, inspect.getsource(inspect.getmodule(found))
+        modules = dict.fromkeys([imported, inspect.getmodule(found) or imported])
+        return found, "".join(map(inspect.getsource, modules))
     except (Exception, SystemExit) as error:  # importing runs the user's code
+        file = getattr(imported, "__file__", None)
         raise ValueError(
-            f"--format {name}: {module} has no function {function!r} that can be imported here ({error})"
+            f"--format {name}: {module}{f' ({file})' if file else ''} has no function {function!r} that can "
+            f"be imported in {here} ({error})"
         ) from None
+    finally:
+        sys.path.remove(here)
+        if here not in sys.path:
+            sys.path.append(here)  # last, for what the function itself imports
 
 
 def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:

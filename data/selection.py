@@ -57,12 +57,14 @@ def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
 class Cut:
     """What `cut` removed: how many examples were longer than a row, and how many tokens were cut off.
 
-    `without_target` has (source, number) of the examples that have no trained token left.
+    `without_target` has (source, number) of the examples that have no trained token left: their target lies
+    wholly beyond the row. `never_trained` has those of them that have no target token at any row length.
     """
 
     examples: int
     tokens: int
     without_target: list[tuple[int, int]]
+    never_trained: list[tuple[int, int]]
 
 
 def cut(
@@ -74,7 +76,7 @@ def cut(
     own) or refuse (raises ValueError); None splits plain text and truncates other examples. A piece without a
     trained token is left out, and its tokens count as cut off.
     """
-    found, longer, cut_tokens, without_target = [], 0, 0, []
+    found, longer, cut_tokens, without_target, never_trained = [], 0, 0, [], []
     for number, (source, examples) in enumerate(zip(tokens, chosen, strict=True)):
         method = long_examples or ("split" if source.meta["plain_text"] else "truncate")
         # trained_before[t]: the number of trained tokens among the first t.
@@ -97,6 +99,8 @@ def cut(
         cut_tokens += int((end - start).sum() - (piece_stop - piece_start)[useful].sum())
         lost = np.setdiff1d(np.arange(len(start)), owner[useful])
         without_target += [(number, int(examples[index])) for index in lost]
+        never = trained_before[end] == trained_before[np.minimum(start + 1, end)]
+        never_trained += [(number, int(examples[index])) for index in lost[never[lost]]]
         found.append((np.full(int(useful.sum()), number), piece_start[useful], piece_stop[useful]))
     pieces = Pieces(*(np.concatenate(parts).astype(np.int64) for parts in zip(*found, strict=True)))
-    return pieces, Cut(longer, cut_tokens, without_target)
+    return pieces, Cut(longer, cut_tokens, without_target, never_trained)

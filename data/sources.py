@@ -10,10 +10,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data.splits import training_files
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+# Of a data set on the hub, not data: FILES_TO_IGNORE of `datasets.data_files`.
+NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # one of them is in a directory of save_to_disk
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # name, or owner/name
 
@@ -34,23 +38,24 @@ class Source:
     """A data set by its name: a file, a folder of files, a directory of `save_to_disk`, or a hub id.
 
     Iterating yields (position, record). A record that is broken is a BadRecord, and so is the rest of a file
-    that cannot be read further. `streaming` reads a hub data set without storing it. Raises ValueError where
-    no data set of that name can be read.
+    that cannot be read further. Of a data set that has splits, only train is read, and `note` says what was
+    left out ("": nothing). `streaming` reads a hub data set without storing it. Raises ValueError where no
+    data set of that name can be read.
     """
 
     def __init__(self, name: str, streaming: bool = False):
-        self.name, self._hub, self._files = name, None, []
+        self.name, self.note, self._hub, self._files = name, "", None, []
         path = Path(name)
         is_hub_id = HUB_ID.fullmatch(name) and not name.lower().endswith(SUFFIXES)
         if os.path.isdir(name) and any((path / file).is_file() for file in SAVED_TO_DISK):
-            self._hub = _from_disk(path)
+            self._hub, self.note = _from_disk(path)
         elif os.path.isdir(name):
-            self._files = _files_in(name)
+            self._files, self.note = training_files(path, _files_in(name))
         elif os.path.exists(name) or not is_hub_id:
             _check_file(name)
             self._files = [path]
         else:
-            self._hub = _from_hub(name, streaming)
+            self._hub, self.note = _from_hub(name, streaming)
         for file in self._files:
             if not os.access(file, os.R_OK):
                 raise ValueError(f"--dataset {file}: permission denied; a readable file was expected")
@@ -95,6 +100,7 @@ def _files_in(name: str) -> list[Path]:
         file
         for file in folder.rglob("*")
         if file.suffix.lower() in SUFFIXES
+        and file.name not in NO_DATA
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
@@ -122,22 +128,23 @@ def _file_digest(file: Path) -> bytes:
 
 
 def _from_hub(name: str, streaming: bool):
-    """The split `train` of a hub data set."""
+    """(the split `train` of a hub data set, a note on its other splits)."""
     from datasets import load_dataset
     from huggingface_hub.utils.logging import set_verbosity_error
 
     set_verbosity_error()  # it would warn of each attempt
     try:
-        return load_dataset(name, split="train", streaming=streaming)
+        loaded = load_dataset(name, split="train", streaming=streaming)
     except Exception as error:  # the hub's errors share no base class
         reason = in_one_line(error) or type(error).__name__
         raise ValueError(
             f"--dataset {name}: neither a file nor a reachable hub data set has that name: {reason}"
         ) from None
+    return loaded, _note_on_splits(loaded.info.splits or ())
 
 
 def _from_disk(path: Path):
-    """The data set, or its split `train`, that was saved by save_to_disk."""
+    """(the data set, or its split `train`, that was saved by save_to_disk, a note on its other splits)."""
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -149,8 +156,14 @@ def _from_disk(path: Path):
             raise ValueError(
                 f"--dataset {path} has the splits {', '.join(loaded)}: a split named train was expected"
             )
-        loaded = loaded["train"]
-    return loaded
+        return loaded["train"], _note_on_splits(loaded)
+    return loaded, ""
+
+
+def _note_on_splits(splits: Iterable[str]) -> str:
+    """A line on the splits that are not read, "" where train is the only one."""
+    others = [split for split in splits if split != "train"]
+    return f"its split train is read; left out: {', '.join(others)}" if others else ""
 
 
 def _lines(file: Path, blank: bool = False) -> Iterator[Located]:

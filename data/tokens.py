@@ -1,7 +1,7 @@
 """The tokens of a data set, which are made once and cached in memory-mapped files.
 
-A cache entry is a directory named by a hash of everything that determines its contents (files, format,
-tokenizer, chat template, flags). It only gets this name when it is complete:
+A cache entry is named by a hash of everything that determines its contents (files, format, tokenizer, chat
+template and its date, flags). data/token_cache.py keeps entries; this one has the files
 
     input_ids.bin   int32 [tokens]
     trained.bin     bool [tokens]
@@ -9,31 +9,29 @@ tokenizer, chat template, flags). It only gets this name when it is complete:
     groups.bin      uint64 [examples], equal where examples share the prompt
     where.txt       a line per example: its position in the data set
     meta.json       format, guessed (whether `auto` chose it), prompts (the kind, by the first example),
-                    plain_text (whether all examples are), skipped and named (bad records),
-                    files (the sizes of the others)
-
-An entry whose files have other sizes is damaged, and made again.
+                    plain_text (whether all examples are), skipped and named (bad records), and what
+                    data/token_cache.py adds
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from data.dates import on_constant_date, pinned_date
 from data.encoding import encode, tokenizer_fingerprint
 from data.formats import FORMATS, Rendered, guess_format, load_function, render
 from data.sources import BadRecord, Source
+from data.token_cache import NOT_OURS, places, read_entry, warn, write_entry
 
 IGNORED = -100  # the label of a position that trains nothing
-VERSION = 2  # of the cache
+VERSION = 3  # of the cache
 INSTRUCTION, CHAT, PLAIN = "instruction", "chat", "plain"  # prompts of format_prompt, chat templates, texts
 BATCH = 1000  # records that are tokenized at once; the tokenizer's threads divide them
 NAMED = 5  # skipped records whose errors are kept in full
@@ -42,7 +40,10 @@ Example = tuple[str, Rendered, np.ndarray, np.ndarray]  # position, texts, ids, 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The examples of one data set as flat arrays; example i has the tokens offsets[i] to offsets[i + 1]."""
+    """The examples of one data set as flat arrays; example i has the tokens offsets[i] to offsets[i + 1].
+
+    `note` says what of the data set was left out ("": nothing).
+    """
 
     input_ids: np.ndarray  # int32 [tokens]
     trained: np.ndarray  # bool [tokens]
@@ -50,17 +51,18 @@ class Tokens:
     groups: np.ndarray  # uint64 [examples]
     directory: Path
     meta: dict
+    note: str = ""
 
     @classmethod
     def open(cls, directory: Path) -> "Tokens":
-        """Map the files of a complete cache entry."""
+        """Map the files of a cache entry, after they were checked.
+
+        Raises ValueError where the entry is damaged, and OSError where it cannot be read.
+        """
+        meta = read_entry(directory)
         kinds = {"input_ids": np.int32, "trained": np.bool_, "offsets": np.int64, "groups": np.uint64}
         arrays = {name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in kinds.items()}
-        return cls(
-            **arrays,
-            directory=directory,
-            meta=json.loads((directory / "meta.json").read_text(encoding="utf-8")),
-        )
+        return cls(**arrays, directory=directory, meta=meta)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -69,25 +71,6 @@ class Tokens:
         """The position of an example in the data set, for error messages."""
         with open(self.directory / "where.txt", encoding="utf-8") as file:
             return next(islice(file, index, None)).rstrip("\n")
-
-
-def cache_directory(chosen: str | None) -> Path:
-    """The directory `chosen` (--data_cache_dir); default: markstep/tokens in the user's cache.
-
-    Where the user's cache cannot be written, it is a temporary directory. Raises ValueError where `chosen`
-    cannot be written.
-    """
-    directory = Path(
-        chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "markstep" / "tokens"
-    )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
-    except OSError as error:
-        if chosen:
-            raise ValueError(f"--data_cache_dir {chosen} cannot be written: {error.strerror}") from None
-        return Path(tempfile.mkdtemp(prefix="markstep-tokens-"))
 
 
 def tokenize(
@@ -125,52 +108,54 @@ def tokenize(
         max_samples,
         skip_bad,
         tokenizer_fingerprint(tokenizer),
+        pinned_date(tokenizer),
     ]
-    entry = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    if not _complete(entry):
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+
+    def write(directory: Path) -> dict:
         meta = {"format": format_name, "guessed": False, "plain_text": True, "skipped": 0, "named": []}
         records = _rendered(islice(source, max_samples), meta, function, tokenizer, skip_bad)
-        examples = _encoded(records, source.name, tokenizer, train_on_prompt)
-        try:
-            _make(entry, source.name, examples, meta)
-        except OSError as error:
-            raise ValueError(
-                f"the tokens of {name} cannot be kept in {cache}: {error.strerror}; --data_cache_dir chooses "
-                "another directory"
-            ) from None
-    return Tokens.open(entry)
-
-
-def _complete(entry: Path) -> bool:
-    """Whether all files of a cache entry are there, with their sizes in meta.json."""
-    try:
-        meta = json.loads((entry / "meta.json").read_text(encoding="utf-8"))
-        return all((entry / name).stat().st_size == size for name, size in meta["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _make(entry: Path, source_name: str, examples: Iterator[Example], meta: dict) -> None:
-    """Write a cache entry; `meta` is complete when the examples have been iterated over."""
-    partial = Path(tempfile.mkdtemp(prefix=entry.name + ".", dir=entry.parent))
-    try:
-        if not _write_examples(partial, examples):
+        if not _write_examples(directory, _encoded(records, source.name, tokenizer, train_on_prompt)):
             skipped = (
                 f"; {meta['skipped']} were skipped, the first: {meta['named'][0]}" if meta["skipped"] else ""
             )
             raise ValueError(
-                f"--dataset {source_name}: the data set is empty; at least one record was expected{skipped}"
+                f"--dataset {name}: the data set is empty; at least one record was expected{skipped}"
             )
-        meta["files"] = {path.name: path.stat().st_size for path in partial.iterdir()}
-        (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        _publish(partial, entry)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        return meta
+
+    return replace(_read_or_make(cache, key, name, write), note=source.note)
+
+
+def _read_or_make(cache: Path, key: str, name: str, write: Callable[[Path], dict]) -> Tokens:
+    """The tokens of the data set `name` from the entry `key`, which is made where it is not there or damaged.
+
+    Where this user may not read or write in `cache`, they are kept elsewhere. Raises ValueError where they
+    cannot be kept.
+    """
+    for place in places(cache):
+        entry = place / key
+        try:
+            if os.path.lexists(entry):
+                try:
+                    return Tokens.open(entry)
+                except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+                    warn(f"the tokens of {name} in {entry} are damaged ({error}): they are made anew")
+            write_entry(entry, write)
+            return Tokens.open(entry)
+        except OSError as error:
+            problem = f"{error.filename or entry}: {error.strerror}"
+            if error.errno not in NOT_OURS:
+                break
+            warn(f"the tokens of {name} cannot be kept in {place} ({problem}); another directory is taken")
+    raise ValueError(
+        f"the tokens of {name} cannot be kept in {place} ({problem}); --data_cache_dir chooses another "
+        "directory"
+    )
 
 
 def _write_examples(directory: Path, examples: Iterator[Example]) -> int:
-    """Write the files of an entry, except meta.json; returns the number of examples."""
+    """Write the files of an entry; returns the number of examples."""
     offsets = [0]
     with ExitStack() as stack:
         files = {
@@ -186,20 +171,6 @@ def _write_examples(directory: Path, examples: Iterator[Example]) -> int:
             offsets.append(offsets[-1] + len(ids))
         files["offsets"].write(np.array(offsets, np.int64))
     return len(offsets) - 1
-
-
-def _publish(partial: Path, entry: Path) -> None:
-    """Give a complete entry its name; a damaged entry of that name is deleted."""
-    if entry.is_file():
-        entry.unlink()
-    elif entry.exists() and not _complete(entry):
-        shutil.rmtree(entry)
-    try:
-        os.rename(partial, entry)
-    except OSError:  # another run made the same entry meanwhile
-        if not _complete(entry):
-            raise
-        shutil.rmtree(partial)
 
 
 def _encoded(
@@ -245,6 +216,7 @@ def _render(record, where: str, meta: dict, function, tokenizer) -> Rendered:
     if function is not None:
         try:
             record = function(record)
+            where += f", as --format {meta['format']} returns it"
         except (Exception, SystemExit) as error:  # the user's code
             raise BadRecord(
                 f"{where}: --format {meta['format']} raises {type(error).__name__}: {error}"
@@ -253,6 +225,9 @@ def _render(record, where: str, meta: dict, function, tokenizer) -> Rendered:
         meta |= {"format": guess_format(record, where), "guessed": True}
     name = meta["format"] if function is None else guess_format(record, where)
     rendered = render(record, where, name, tokenizer)
+    if pinned_date(tokenizer):  # the question decides what is held out, on every day the same
+        with on_constant_date(tokenizer):
+            rendered = replace(rendered, question=render(record, where, name, tokenizer).question)
     meta.setdefault(
         "prompts",
         CHAT if rendered.spans is not None else INSTRUCTION if name in ("dolly", "alpaca") else PLAIN,

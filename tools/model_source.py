@@ -18,7 +18,7 @@ from parallel.mesh import Group
 from parallel.shard import Shard
 from trainer.checkpoint.reader import Checkpoint
 from trainer.job import load_tokenizer
-from trainer.prompts import PromptFormat, end_tokens
+from trainer.prompts import PromptFormat, end_tokens, keep_date
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class ModelSource:
 def _prompting(directory: Path, config: ModelConfig) -> tuple[object, PromptFormat, set[int]]:
     """(tokenizer, prompt format, tokens that end an answer) of the model in `directory`."""
     tokenizer = load_tokenizer(directory)
+    keep_date(tokenizer, directory)
     return (
         tokenizer,
         PromptFormat.read(directory, tokenizer),

@@ -29,6 +29,7 @@ from tools.html_page import build_page, write_file
 from trainer.config import parse
 from trainer.dataset import build_rows
 from trainer.job import load_tokenizer
+from trainer.prompts import keep_date
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         require("matplotlib")
         directory = resolve(config.model_directory)
         model_config, tokenizer = ModelConfig.from_pretrained(directory), load_tokenizer(directory)
+        keep_date(tokenizer)
         rows, _, summary = build_rows(config, tokenizer, model_config)
         write_file(chosen.output, write_page(rows, chosen.row, summary, tokenizer))
     except ValueError as error:

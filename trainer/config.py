@@ -87,7 +87,9 @@ class Config:
     )
     max_seq_length: int = _flag(1024, "Tokens per row.")
     long_examples: Literal["truncate", "split", "refuse"] | None = _flag(
-        None, "What happens to examples longer than a row; default: truncate, and split plain text."
+        None,
+        "What happens to examples longer than a row; default: truncate, and split plain text. Those whose "
+        "answer lies wholly beyond the row are left out.",
     )
     packing: bool = _flag(
         True, "Fill rows with several examples that do not see each other; false: an example a row, padded."

@@ -4,9 +4,11 @@ import hashlib
 
 import numpy as np
 
+from data.dates import pinned_date
 from data.packing import Rows, pack
 from data.selection import Chosen, cut, split, weigh
-from data.tokens import NAMED, Tokens, cache_directory, tokenize
+from data.token_cache import cache_directory
+from data.tokens import CHAT, NAMED, Tokens, tokenize
 from model.config import ModelConfig
 from trainer.config import Config
 
@@ -34,6 +36,9 @@ def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Ro
     chosen = weigh(chosen, config.dataset_weights or [1.0] * len(sources), config.seed)
     pad = _pad_token(tokenizer, model_config.vocab_size)
     summary = _describe_sources(config.datasets, sources)
+    date = pinned_date(tokenizer)
+    if date and any(source.meta["prompts"] == CHAT for source in sources):
+        summary.append(f"data: the chat template writes today's date: it stays {date} for this run")
     train_rows, line = _fill_rows(config, sources, chosen, pad, "train")
     summary.append(line)
     if held_out is None:
@@ -83,6 +88,8 @@ def _describe_sources(names: list[str], sources: list[Tokens]) -> list[str]:
     for name, source in zip(names, sources, strict=True):
         guessed = " (guessed from its fields)" if source.meta["guessed"] else ""
         lines.append(f"data: {name}: {len(source)} examples, format {source.meta['format']}{guessed}")
+        if source.note:
+            lines.append(f"data: {name}: {source.note}")
         if source.meta["skipped"]:
             problems = "; ".join(source.meta["named"])
             lines.append(f"data: {name}: {source.meta['skipped']} records skipped: {problems}")
@@ -95,30 +102,38 @@ def _fill_rows(
     """(rows of the examples, a line of the summary on them). `purpose`: train or evaluate."""
     row_length = config.max_seq_length
     pieces, lost = cut(sources, examples, row_length, config.long_examples)
-    without_target = [sources[source].where(number) for source, number in lost.without_target[:NAMED]]
-    if without_target and not config.skip_bad:
+    if lost.never_trained and not config.skip_bad:
+        source, number = lost.never_trained[0]
         raise ValueError(
-            f"{without_target[0]}: no target token is left within --max_seq_length {row_length} "
-            f"({len(lost.without_target)} such examples): raise it, pass --long_examples split, or leave "
-            "them out by --skip_bad"
+            f"{sources[source].where(number)}: the example has no target token "
+            f"({len(lost.never_trained)} such examples; --skip_bad leaves such records out)"
         )
     count = len(pieces.lengths)
     if not count:
         raise ValueError(
             f"no example has a target token within --max_seq_length {row_length}: "
-            f"nothing is left to {purpose}"
+            f"nothing is left to {purpose} on; raise it, or pass --long_examples split"
         )
     groups = (
         pack(pieces.lengths.tolist(), row_length) if config.packing else [[piece] for piece in range(count)]
     )
     rows = Rows(sources, pieces, groups, row_length, pad)
+    total = sum(map(len, examples))
+    kept = total - len(lost.without_target)
     line = (
-        f"{purpose} on {sum(map(len, examples))} examples in {len(rows)} rows of {row_length} tokens, "
+        f"{purpose} on {kept} examples in {len(rows)} rows of {row_length} tokens, "
         f"{rows.efficiency:.1%} filled (an example a row would take {count / len(rows):.1f} times as many); "
-        f"{lost.examples} longer than a row, {lost.tokens} tokens cut off, "
-        f"{len(lost.without_target)} left out without a target"
+        f"{lost.examples} longer than a row, {lost.tokens} tokens cut off"
     )
-    return rows, "; ".join([line, *without_target])
+    if lost.without_target:
+        named = dict.fromkeys(lost.without_target)  # --dataset_weights may repeat an example
+        positions = [sources[source].where(number) for source, number in list(named)[:NAMED]]
+        line += (
+            f"\ndata: {len(lost.without_target)} of {total} examples to {purpose} on are left out: no target "
+            f"token is within --max_seq_length {row_length}: {'; '.join(positions)}"
+            f"{' ...' if len(named) > NAMED else ''}"
+        )
+    return rows, line
 
 
 def fingerprint(rows: Rows) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from data.dates import pinned_date
 from data.loader import BEGINNING, Loader
 from data.packing import Rows
 from model.attention.flash_nki import why_not_flash
@@ -28,7 +29,7 @@ from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
 from trainer.dataset import build_rows, fingerprint
-from trainer.prompts import PromptFormat, end_tokens
+from trainer.prompts import PromptFormat, end_tokens, keep_date
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -66,7 +67,7 @@ class Job:
     @property
     def prompt_format(self) -> PromptFormat:
         """The prompts that the model expects after training: those of the first data set."""
-        return PromptFormat.of(self.train_rows.tokens[0].meta["prompts"])
+        return PromptFormat.of(self.train_rows.tokens[0].meta["prompts"], pinned_date(self.tokenizer))
 
     @property
     def ends(self) -> set[int]:
@@ -105,6 +106,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
+    keep_date(tokenizer, resume.path if resume else None)
     end_tokens(
         directory, tokenizer, model_config.vocab_size
     )  # raises where generation_config.json is damaged

@@ -4,12 +4,15 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from datetime import date as calendar
 from pathlib import Path
 
+from data.dates import pin_date, writes_date
 from data.encoding import without_end
 from data.formats import format_prompt
 from data.tokens import CHAT, INSTRUCTION
 from model.weights.hub import in_one_line, read_json
+from parallel.runtime import from_first_process
 
 FILE, GENERATION = "prompt_format.json", "generation_config.json"
 
@@ -18,19 +21,23 @@ FILE, GENERATION = "prompt_format.json", "generation_config.json"
 class PromptFormat:
     """The text of a prompt, with and without a context; {instruction} and {context} stand in it.
 
-    Of a `chat`, it is the user's message in the tokenizer's chat template.
+    Of a `chat`, it is the user's message in the tokenizer's chat template. `date` (YYYY-MM-DD) is what the
+    template writes as today's date; None where it writes none.
     """
 
     chat: bool
     prompt: str
     prompt_with_context: str
+    date: str | None = None
 
     @classmethod
-    def of(cls, kind: str) -> "PromptFormat":
+    def of(cls, kind: str, date: str | None = None) -> "PromptFormat":
         """The format of training examples of that kind (`prompts` in the meta of Tokens)."""
         if kind == INSTRUCTION:
-            return cls(False, format_prompt("{instruction}"), format_prompt("{instruction}", "{context}"))
-        return cls(kind == CHAT, "{instruction}", "{instruction}\n\n{context}")
+            texts = format_prompt("{instruction}"), format_prompt("{instruction}", "{context}")
+        else:
+            texts = "{instruction}", "{instruction}\n\n{context}"
+        return cls(kind == CHAT, *texts, date)
 
     @classmethod
     def read(cls, directory: Path, tokenizer) -> "PromptFormat":
@@ -42,18 +49,19 @@ class PromptFormat:
         if not path.is_file():
             return cls.of(CHAT if tokenizer.chat_template else INSTRUCTION)
         values = read_json(path)
-        if set(values) != set(cls.__annotations__) or not all(
+        if set(values) - {"date"} != set(cls.__annotations__) - {"date"} or not all(
             isinstance(value, bool if name == "chat" else str) for name, value in values.items()
         ):
             raise ValueError(
-                f"{path} is damaged: chat (true or false), prompt and prompt_with_context (texts) "
-                "were expected"
+                f"{path} is damaged: chat (true or false), prompt, prompt_with_context and perhaps date "
+                "(texts) were expected"
             )
         return cls(**values)
 
     def write(self, directory: Path) -> None:
-        """Write `directory`/prompt_format.json."""
-        (Path(directory) / FILE).write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        """Write `directory`/prompt_format.json; `date` stands in it where there is one."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        (Path(directory) / FILE).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
     def encode(self, tokenizer, instruction: str, context: str = "") -> list[int]:
         """The ids of the prompt's tokens, the same as in training."""
@@ -66,6 +74,28 @@ class PromptFormat:
         if self.chat:
             return chat_ids(tokenizer, [{"role": "user", "content": text}])
         return text_ids(tokenizer, text)
+
+
+def keep_date(tokenizer, directory: Path | None = None) -> None:
+    """Have a tokenizer whose chat template writes today's date write one date from here on, in all processes.
+
+    It is the date in the prompt_format.json of `directory`, a checkpoint or merged model, or else the day on
+    which the first process calls this. Raises ValueError where the file is damaged, or the template asks for
+    the date in a way that cannot be pinned.
+    """
+    if not writes_date(tokenizer):
+        return
+    known = PromptFormat.read(directory, tokenizer).date if directory else None
+    if known and not _is_date(known):
+        raise ValueError(f"{directory / FILE} is damaged: the date is {known!r}; YYYY-MM-DD was expected")
+    pin_date(tokenizer, known or from_first_process("date", calendar.today().isoformat()))
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return calendar.fromisoformat(text).isoformat() == text  # newer Pythons take 20261126, too
+    except ValueError:
+        return False
 
 
 def text_ids(tokenizer, text: str) -> list[int]:

@@ -12,6 +12,7 @@ from parallel.runtime.environment import (
     requested_world_size,
     use_huge_pages,
 )
+from parallel.runtime.first import from_first_process
 from parallel.runtime.launch import launch
 from parallel.runtime.processes import ProcessRuntime, run_process
 from parallel.runtime.rank import GraphListener, GraphMismatch, Runtime
@@ -25,6 +26,7 @@ __all__ = [
     "Runtime",
     "ThreadRuntime",
     "extracts_graphs",
+    "from_first_process",
     "launch",
     "leaves_at_once",
     "on_neuron",

@@ -71,6 +71,7 @@ def test_what_is_left_without_a_target_is_named(tmp_path):
     assert (
         len(pieces.lengths) == 1
         and lost.without_target == [(0, 1), (0, 2)]
+        and lost.never_trained == []
         and (lost.examples, lost.tokens) == (2, 19)
     )
     with pytest.raises(
@@ -81,6 +82,15 @@ def test_what_is_left_without_a_target_is_named(tmp_path):
     text = replace(tokens, meta={"plain_text": True})
     pieces, lost = cut([text], everything([text]), 8, None)  # plain text is split by default
     assert pieces.lengths.tolist() == [2, 2] and lost.without_target == [(0, 1)]
+
+
+def test_what_no_row_length_would_train_is_told_apart():
+    """The first token of an example is predicted by nothing."""
+    tokens = tokens_of(numbered([[0, 1], [0] * 9, [1], [0] * 8 + [1], [1, 0, 0]]))
+    for how in ("truncate", "split"):
+        _, lost = cut([tokens], everything([tokens]), 8, how)
+        assert lost.without_target == [(0, 1), (0, 2), (0, 3), (0, 4)]
+        assert lost.never_trained == [(0, 1), (0, 2), (0, 4)]
 
 
 def test_a_split_is_deterministic_and_shares_no_prompt(tmp_path):

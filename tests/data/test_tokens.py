@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from data.formats import format_prompt
-from data.tokens import cache_directory, tokenize
+from data.token_cache import cache_directory
+from data.tokens import tokenize
 from trainer.config import SAMPLE
 
 

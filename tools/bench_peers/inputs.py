@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokens import Tokens, cache_directory, tokenize
+from data.token_cache import cache_directory
+from data.tokens import Tokens, tokenize
 from tools.example_lengths import draw_lengths
 
 FILES = {"data": "data.jsonl", "settings": "settings.json", "tokens": "tokens"}

@@ -98,7 +98,9 @@ def prepare(chosen, config):
     sources = open_sources(chosen)
     positions = min(source.config.max_position_embeddings for source in sources)
     capacity_for(1, chosen.max_new_tokens, positions)
-    train, held_out, summary = build_rows(config, sources[0].tokenizer, sources[0].config)
+    # A date in the prompts is the one of training; models of others have none of their own.
+    asked = next((source for source in sources if source.prompts.date), sources[0])
+    train, held_out, summary = build_rows(config, asked.tokenizer, asked.config)
     rows = held_out or train
     questions = samples.questions(rows, positions - chosen.max_new_tokens)
     if not questions:
@@ -106,6 +108,9 @@ def prepare(chosen, config):
             f"no prompt leaves room for --max_new_tokens {chosen.max_new_tokens} within {positions} positions"
         )
     print("\n".join(line for line in summary.splitlines() if line.startswith("data: ")))
+    for source in sources:
+        if source.prompts.date not in (None, asked.prompts.date):
+            print(f"data: {source.name} was trained with {source.prompts.date} as today's date")
     try:
         chosen.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
