@@ -10,7 +10,8 @@ tokenizer, chat template, flags). It only gets this name when it is complete:
     where.txt       a line per example: its position in the data set
     meta.json       format, guessed (whether `auto` chose it), prompts (the kind, by the first example),
                     plain_text (whether all examples are), skipped and named (bad records),
-                    files (the sizes of the others)
+                    files (the sizes of the others); where there are any, unread (fields) and warnings, each
+                    with its number of examples
 
 An entry whose files have other sizes is damaged, and made again.
 """
@@ -33,7 +34,7 @@ from data.formats import FORMATS, Rendered, guess_format, load_function, render
 from data.sources import BadRecord, Source
 
 IGNORED = -100  # the label of a position that trains nothing
-VERSION = 2  # of the cache
+VERSION = 3  # of the cache
 INSTRUCTION, CHAT, PLAIN = "instruction", "chat", "plain"  # prompts of format_prompt, chat templates, texts
 BATCH = 1000  # records that are tokenized at once; the tokenizer's threads divide them
 NAMED = 5  # skipped records whose errors are kept in full
@@ -103,9 +104,8 @@ def tokenize(
 ) -> Tokens:
     """The tokens of the data set `name`, from the cache or made now, with a progress bar.
 
-    Prompt (with the tokenizer's BOS) and answer are tokenized apart, so that a prompt has the same tokens
-    when an answer is generated; an EOS ends each example. A chat has exactly what its template writes. Raises
-    ValueError, which names the position, for the first bad record; with skip_bad, bad records are counted.
+    Raises ValueError, which names the position, for the first bad record; with skip_bad, bad records are
+    counted.
     """
     source = Source(name, streaming)
     function, code = load_function(format_name) if ":" in format_name else (None, "")
@@ -229,6 +229,10 @@ def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[st
                 raise record
             rendered = _render(record, where, meta, function, tokenizer)
             meta["plain_text"] &= rendered.spans is None and not rendered.prompt
+            for kind in ("unread", "warnings"):
+                for each in getattr(rendered, kind):
+                    counts = meta.setdefault(kind, {})
+                    counts[each] = counts.get(each, 0) + 1
             yield where, rendered
         except StopIteration:
             return

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.encoding import without_end
+from data.encoding import encode_prompts
 from data.formats import format_prompt
 from data.tokens import CHAT, INSTRUCTION
 from model.weights.hub import in_one_line, read_json
@@ -70,7 +70,7 @@ class PromptFormat:
 
 def text_ids(tokenizer, text: str) -> list[int]:
     """The token ids of a prompt that is a text."""
-    return without_end(tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id)
+    return encode_prompts([text], tokenizer)[0]
 
 
 def chat_ids(tokenizer, messages: list[dict]) -> list[int]:

@@ -38,6 +38,7 @@ def test_the_prompt_ends_where_the_labels_begin(tokenizer, tmp_path):
         "named": [],
         "files": None,
         "prompts": "instruction",
+        "unread": {"category": 139},
     }
     for number, record in enumerate(records):
         prompt = tokenizer(format_prompt(record["instruction"], record["context"]))["input_ids"]
