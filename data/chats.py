@@ -50,8 +50,8 @@ def render_chat(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
     except BadRecord as error:
         try:
             return _render(_fill_content(chat, ""), first, where, tokenizer)
-        except BadRecord:
-            raise error from None
+        except BadRecord as second:
+            raise second if "None" in str(error) else error from None
 
 
 def _fill_content(chat: Chat, content: str | None) -> Chat:
@@ -79,7 +79,7 @@ def _render(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
             once = message | {"content": message["content"].rstrip().removesuffix(ends[number])}
             messages = [*chat.messages[:number], once, *chat.messages[number + 1 :]]
             return _render(replace(chat, messages=messages), first, where, tokenizer)
-    _check_written(chat, whole, spans, where)
+    warnings = _check_written(chat, whole, spans, trained, where)
     _check_tools(chat, whole, where, tokenizer)
     prompted = [spans[number][0] for number in answers if number]
     question = whole[: prompted[0]] if prompted else whole
@@ -89,7 +89,7 @@ def _render(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
         question,
         tuple(spans[number] for number in trained),
         tuple(spans[number] for number in answers if number in chat.untrained),
-        warnings=tuple(_warnings(chat, whole, [ends[number] for number in trained])),
+        warnings=tuple(dict.fromkeys(warnings + _warnings(chat, whole, [ends[n] for n in trained]))),
     )
 
 
@@ -143,33 +143,38 @@ def _apply_template(chat: Chat, where: str, tokenizer, add_generation_prompt: bo
         raise BadRecord(f"{where}: the chat template fails: {in_one_line(error)}") from None
 
 
-def _check_written(chat: Chat, whole: str, spans: dict[int, tuple[int, int]], where: str) -> None:
-    """Raise BadRecord where the template leaves out or changes what a message says.
+def _check_written(
+    chat: Chat, whole: str, spans: dict[int, tuple[int, int]], trained: list[int], where: str
+) -> list[str]:
+    """Compare what the messages say with what the template writes; returns warnings.
 
-    Of an answer, its content, calls and reasoning have to be in what is written since the answer before; of
-    other messages, the content has to be anywhere.
+    What an answer says (content, reasoning, calls) has to be in what is written since the answer before, the
+    content of other messages anywhere. A message of which nothing is written as it is raises BadRecord, and
+    one of which a part is not is a warning; so is an answer that is not trained, as some templates leave out
+    the reasoning of earlier turns.
     """
-    everything, since = squeeze(whole), 0
+    warnings, everything, since = [], squeeze(whole), 0
     for number, message in enumerate(chat.messages):
         position, text = f"{where}, message {number - chat.added}", everything
         if number in spans:
             start, stop = spans[number]
             text, since = squeeze(whole[since:stop]), stop
-            if (
-                message["content"] is None
-                and "None" in whole[start:stop]
-                and "None" not in str(message["tool_calls"])
-            ):
+            if message["content"] is None and "None" in whole[start:stop]:
                 raise BadRecord(f"{position}: the chat template writes None for a content that is missing")
-        parts = [message["content"], *(message.get(key) for key in REASONING)]
-        for call in calls_of(message):
-            parts += [call.get("name"), _arguments(call, text)]
-        for part in parts:
-            if not is_written(part, text):
-                raise BadRecord(
-                    f"{position}: the chat template does not write all that the {message['role']} says: "
-                    f"{str(part)[:60]!r} is missing or changed; {INSTEAD}"
-                )
+        parts = [("content", message["content"])]
+        parts += [("reasoning", message.get(key)) for key in REASONING]
+        parts += [("call", [call.get("name"), _arguments(call, text)]) for call in calls_of(message)]
+        parts = [(kind, part) for kind, part in parts if part]
+        missing = [(kind, part) for kind, part in parts if not is_written(part, text)]
+        if missing and missing == parts and (number in trained or number not in spans):
+            raise BadRecord(
+                f"{position}: the chat template does not write what the {message['role']} says, or changes "
+                f"it: {str(missing[0][1])[:60]!r}; {INSTEAD}"
+            )
+        kinds = " and ".join(dict.fromkeys(kind for kind, _ in missing))
+        if missing:
+            warnings.append(f"the chat template leaves out, or changes, a part of an answer: its {kinds}")
+    return warnings
 
 
 def _arguments(call: dict, squeezed: str) -> object:

@@ -120,9 +120,9 @@ def _start_tokens(tokenizer) -> list[int]:
 
 
 def _puts_a_space_first(tokenizer) -> bool:
-    """Whether a text's first token is another than it would be in the middle, as with Llama 2's tokenizer."""
-    alone, after_line = _encode_bare(["a", "\na"], tokenizer)
-    return alone[-1] != after_line[-1]
+    """Whether a text begins with other tokens than it has within a text, as with Llama 2's tokenizer."""
+    alone, after_sign = _encode_bare(["1", "=1"], tokenizer)  # no usual tokenizer joins a sign and a digit
+    return after_sign[-len(alone) :] != alone
 
 
 def _trim_after_end(text: str, end: str) -> str:

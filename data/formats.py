@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from data.chats import Rendered, render_chat
-from data.messages import is_written, read_chat, read_text, squeeze, texts_in
+from data.messages import Chat, is_quoted, read_chat, read_text, texts_in
 from data.sources import BadRecord
 
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools",)
@@ -67,8 +67,9 @@ def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
     """The example in a record of a format.
 
     Raises BadRecord where a field is missing, empty or of another type, where a field that decides the answer
-    would not be read, and where the chat template does not write what the record says; ValueError where the
-    tokenizer has no chat template for a format that needs one. `where` is the record's position.
+    is not read, nor quoted in the example, and where the chat template does not write what the record says;
+    ValueError where the tokenizer has no chat template for a format that needs one. `where` is the record's
+    position.
     """
     needed, optional = FORMATS[format_name]
     if not isinstance(record, dict):
@@ -86,14 +87,22 @@ def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
         rendered = _render_texts(texts, format_name)
     unread = [name for name in record if name not in fields and any(texts_in(record[name]))]
     decisive = [name for name in unread if name in DECISIVE]
-    example = squeeze(rendered.prompt + rendered.text) if decisive else ""
     for name in decisive:
-        if not is_written(record[name], example):
+        if not is_quoted(record[name], rendered.prompt + rendered.text):
             raise BadRecord(
                 f"{where}: the field {name!r} decides the answer, and --format {format_name} does not read "
                 "it: write messages, or put it into the prompt by a function (--format module:function)"
             )
     return replace(rendered, unread=tuple(name for name in unread if not isinstance(record[name], int)))
+
+
+def chat_of(record: dict, where: str) -> Chat | None:
+    """The chat in a record that has messages, or else None; raises BadRecord for one that cannot be read."""
+    ((messages,), others) = FORMATS["messages"]
+    messages, tools, system = (record.get(_name_in(record, names)) for names in (messages, *others))
+    if messages is None:
+        return None
+    return read_chat(messages, tools, read_text({"system": system}, "system", where, required=False), where)
 
 
 def _render_messages(record: dict, fields: list[str], where: str, tokenizer) -> Rendered:
@@ -122,7 +131,7 @@ def _render_texts(texts: list[str], format_name: str) -> Rendered:
 
 
 def _name_in(record: dict, names: tuple[str, ...]) -> str:
-    """Of a field's names, the first that has a value in the record, rather not an empty one; else the first."""
+    """Of a field's names, the first with a value that is not empty, or with an empty one, or the first."""
     filled = [name for name in names if any(texts_in(record.get(name)))]
     present = [name for name in names if record.get(name) is not None]
     return (filled or present or names)[0]

@@ -100,6 +100,12 @@ def is_written(value: object, squeezed: str) -> bool:
     return all(any(squeeze(form) in squeezed for form in _forms(each)) for each in texts_in(value))
 
 
+def is_quoted(value: object, text: str) -> bool:
+    """Whether the text has all texts in a value, as whole words, with any white space between words."""
+    words = (map(re.escape, each.split()) for each in texts_in(value))
+    return all(re.search(r"(?<!\w)" + r"\s+".join(each) + r"(?!\w)", text) for each in words)
+
+
 def squeeze(text: str) -> str:
     """The text without white space."""
     return "".join(text.split())

@@ -11,7 +11,7 @@ tokenizer, chat template, flags). It only gets this name when it is complete:
     meta.json       format, guessed (whether `auto` chose it), prompts (the kind, by the first example),
                     plain_text (whether all examples are), skipped and named (bad records),
                     files (the sizes of the others); where there are any, unread (fields) and warnings, each
-                    with its number of examples
+                    with the number of examples and the first one's position
 
 An entry whose files have other sizes is damaged, and made again.
 """
@@ -231,8 +231,8 @@ def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[st
             meta["plain_text"] &= rendered.spans is None and not rendered.prompt
             for kind in ("unread", "warnings"):
                 for each in getattr(rendered, kind):
-                    counts = meta.setdefault(kind, {})
-                    counts[each] = counts.get(each, 0) + 1
+                    found = meta.setdefault(kind, {}).setdefault(each, {"examples": 0, "first": where})
+                    found["examples"] += 1
             yield where, rendered
         except StopIteration:
             return

@@ -88,8 +88,9 @@ def _describe_sources(names: list[str], sources: list[Tokens]) -> list[str]:
             lines.append(f"data: {name}: {source.meta['skipped']} records skipped: {problems}")
         if unread := source.meta.get("unread"):
             lines.append(f"data: {name}: fields that are not read: {', '.join(unread)}")
-        for warning, count in source.meta.get("warnings", {}).items():
-            lines.append(f"warning: {name}: {warning} ({count} of {len(source)} examples)")
+        for warning, found in source.meta.get("warnings", {}).items():
+            examples = f"{found['examples']} of {len(source)} examples, the first: {found['first']}"
+            lines.append(f"warning: {name}: {warning} ({examples})")
     return lines
 
 

@@ -73,15 +73,17 @@ def text_ids(tokenizer, text: str) -> list[int]:
     return encode_prompts([text], tokenizer)[0]
 
 
-def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """The token ids of a chat up to the beginning of the answer.
+def chat_ids(tokenizer, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    """The token ids of a chat up to the beginning of the answer; `tools` are what it may call.
 
     Raises ValueError where the tokenizer has no chat template, or it fails on these messages.
     """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which a prompt of messages needs")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # a template's own errors, whatever they are
         raise ValueError(f"the chat template fails: {in_one_line(error)}") from None
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
