@@ -44,19 +44,22 @@ def render_chat(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
         )
     if all("content" in message for message in chat.messages):
         return _render(chat, first, where, tokenizer)
-    # Of a call without a text, some templates expect None as content, and others an empty text.
+    # Of a call without a text, some templates expect no content (None, which transformers 5 leaves out), and
+    # others an empty text.
     try:
         return _render(_fill_content(chat, None), first, where, tokenizer)
     except BadRecord as error:
         try:
             return _render(_fill_content(chat, ""), first, where, tokenizer)
         except BadRecord as second:
-            raise second if "None" in str(error) else error from None
+            about_content = "None" in str(error) or "'content'" in str(error)
+            raise second if about_content else error from None
 
 
 def _fill_content(chat: Chat, content: str | None) -> Chat:
     """The chat with `content` in the messages that have none."""
-    return replace(chat, messages=[{"content": content} | message for message in chat.messages])
+    messages = [m if "content" in m else m | {"content": content} for m in chat.messages]
+    return replace(chat, messages=messages)
 
 
 def _render(chat: Chat, first: int, where: str, tokenizer) -> Rendered:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 from transformers import AutoTokenizer
 
 from data.formats import render
@@ -115,7 +116,8 @@ def test_a_call_trains_whatever_the_template_expects_beside_it():
         "+ message['content'] }}",
         "}}{{ message['content'] }}{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}",
     )
-    for template in (TOOLS, as_none, printed):
+    keeps_none = transformers.__version__.startswith("4.")  # 5 leaves out what is None
+    for template in (TOOLS, printed, *([as_none] if keeps_none else [])):
         for content in ({"content": None}, {"content": ""}, {"content": " \n"}, {}):
             message = {"role": "assistant", "tool_calls": CALLS} | content
             record = {"messages": [QUESTION, message, RESULT, ANSWER]}
