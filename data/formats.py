@@ -1,39 +1,27 @@
-"""From a record, in one of the usual formats, to the text of an example and its trained part."""
+"""From a record, in one of the usual formats, to the text of an example."""
 
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
-from data.sources import BadRecord, in_one_line
+from data.chats import Rendered, render_chat
+from data.messages import Chat, is_quoted, read_chat, read_text, texts_in
+from data.sources import BadRecord
 
-# {format: (required fields, optional fields)}. `auto` takes the first format whose required fields are there.
+SYSTEM, TOOLS = ("system", "system_prompt"), ("tools",)
+# {format: (required fields, optional fields)}, each as the names that data sets give it. `auto` takes the
+# first format whose required fields are there.
 FORMATS = {
-    "messages": (("messages",), ()),
-    "prompt_completion": (("prompt", "completion"), ()),
-    "dolly": (("instruction", "response"), ("context",)),
-    "alpaca": (("instruction", "output"), ("input",)),
-    "text": (("text",), ()),
+    "messages": ((("messages", "conversations", "conversation"),), (TOOLS, SYSTEM)),
+    "prompt_completion": ((("prompt",), ("completion",)), ()),  # of messages: tools and system too
+    "dolly": ((("instruction",), ("response",)), (("context", "input"),)),
+    "alpaca": ((("instruction",), ("output",)), (("input", "context"),)),
+    "text": ((("text",),), ()),
 }
-ROLES = ("system", "user", "assistant", "tool")
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """The text of an example: `prompt`, which is not trained, followed by `text`, which is.
-
-    A chat is a `text` without a prompt, in which only the characters in `spans` are trained. `question` is
-    what a model would be prompted with: the prompt, the chat up to its first answer, or the whole plain text.
-    """
-
-    prompt: str
-    text: str
-    question: str
-    spans: tuple[tuple[int, int], ...] | None = None
+DECISIVE = (*SYSTEM, "history", *TOOLS, "functions", "input", "context")  # an answer depends on these fields
 
 
 def format_prompt(instruction: str, context: str = "") -> str:
@@ -51,9 +39,9 @@ def guess_format(record: object, where: str) -> str:
     if not isinstance(record, dict):
         raise BadRecord(f"{where}: an object was expected; this is {type(record).__name__}")
     for name, (needed, _) in FORMATS.items():
-        if all(record.get(field) is not None for field in needed):
+        if all(record.get(_name_in(record, names)) is not None for names in needed):
             return name
-    known = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items())
+    known = "; ".join(f"{name}: {_names(needed)}" for name, (needed, _) in FORMATS.items())
     raise BadRecord(
         f"{where}: the fields {', '.join(map(repr, record)) or '(none)'} are of no known format ({known}): "
         "name one by --format, or write a function for --format module:function"
@@ -92,126 +80,77 @@ def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
 def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
     """The example in a record of a format.
 
-    Raises BadRecord where a field is missing, empty or of another type, and ValueError where the tokenizer
-    has no chat template for a format that needs one. `where` is the record's position.
+    Raises BadRecord where a field is missing, empty or of another type, where a field that decides the answer
+    is not read, nor quoted in the example, and where the chat template does not write what the record says;
+    ValueError where the tokenizer has no chat template for a format that needs one. `where` is the record's
+    position.
     """
+    needed, optional = FORMATS[format_name]
     if not isinstance(record, dict):
         raise BadRecord(
-            f"{where}: an object with {', '.join(FORMATS[format_name][0])} was expected; this is "
-            f"{type(record).__name__}"
+            f"{where}: an object with {_names(needed)} was expected; this is {type(record).__name__}"
         )
-    needed, optional = FORMATS[format_name]
-    if format_name == "messages":
-        return _render_chat(record.get("messages"), 0, where, tokenizer)
-    if format_name == "prompt_completion" and isinstance(record.get("prompt"), list):
-        prompt, completion = record["prompt"], record.get("completion")
-        if not isinstance(completion, list):
+    of_messages = format_name == "prompt_completion" and isinstance(record.get("prompt"), list)
+    if of_messages:
+        optional = (TOOLS, SYSTEM)
+    fields = [_name_in(record, names) for names in (*needed, *optional)]
+    if format_name == "messages" or of_messages:
+        rendered = _render_messages(record, fields, where, tokenizer)
+    else:
+        texts = [read_text(record, field, where, number < len(needed)) for number, field in enumerate(fields)]
+        rendered = _render_texts(texts, format_name)
+    unread = [name for name in record if name not in fields and any(texts_in(record[name]))]
+    decisive = [name for name in unread if name in DECISIVE]
+    for name in decisive:
+        if not is_quoted(record[name], rendered.prompt + rendered.text):
+            raise BadRecord(
+                f"{where}: the field {name!r} decides the answer, and --format {format_name} does not read "
+                "it: write messages, or put it into the prompt by a function (--format module:function)"
+            )
+    return replace(rendered, unread=tuple(name for name in unread if not isinstance(record[name], int)))
+
+
+def chat_of(record: dict, where: str) -> Chat | None:
+    """The chat in a record that has messages, or else None; raises BadRecord for one that cannot be read."""
+    ((messages,), others) = FORMATS["messages"]
+    messages, tools, system = (record.get(_name_in(record, names)) for names in (messages, *others))
+    if messages is None:
+        return None
+    return read_chat(messages, tools, read_text({"system": system}, "system", where, required=False), where)
+
+
+def _render_messages(record: dict, fields: list[str], where: str, tokenizer) -> Rendered:
+    """The example in a record of messages; `fields` are those of messages, or of prompt and completion, then
+    of tools and system."""
+    *chats, tools, system = fields
+    messages, first = record.get(chats[0]), 0
+    if len(chats) == 2:
+        if not isinstance(record.get(chats[1]), list):
             raise BadRecord(f"{where}: the field 'prompt' is a list of messages; so must be 'completion'")
-        return _render_chat([*prompt, *completion], len(prompt), where, tokenizer)
-    fields = [_text(record, field, where, required=True) for field in needed]
-    fields += [_text(record, field, where, required=False) for field in optional]
+        first = len(messages)
+        messages = [*messages, *record[chats[1]]]
+    chat = read_chat(messages, record.get(tools), read_text(record, system, where, required=False), where)
+    return render_chat(chat, first + chat.added, where, tokenizer)
+
+
+def _render_texts(texts: list[str], format_name: str) -> Rendered:
+    """The example in the texts of the fields of a format."""
     if format_name == "text":
-        return Rendered("", fields[0], fields[0])
+        return Rendered("", texts[0], texts[0])
     if format_name == "prompt_completion":
-        return Rendered(*fields, fields[0])
-    instruction, answer, context = fields
+        return Rendered(*texts, texts[0])
+    instruction, answer, context = texts
     prompt = format_prompt(instruction, context)
     return Rendered(prompt, answer, prompt)
 
 
-def _text(record: dict, field: str, where: str, required: bool) -> str:
-    """The text in a field, "" for an optional field that is missing; raises BadRecord for anything else."""
-    value = record.get(field)
-    if value is None and not required:
-        return ""
-    if not isinstance(value, str):
-        problem = "is missing" if value is None else f"is {type(value).__name__}"
-        raise BadRecord(f"{where}: the field {field!r} {problem}; a text was expected")
-    if required and not value.strip():
-        raise BadRecord(f"{where}: the field {field!r} is empty; a text was expected")
-    if SURROGATE.search(value):  # JSON can escape half a pair; no tokenizer accepts it
-        raise BadRecord(f"{where}: the field {field!r} has a lone surrogate; Unicode text was expected")
-    return value
+def _name_in(record: dict, names: tuple[str, ...]) -> str:
+    """Of a field's names, the first with a value that is not empty, or with an empty one, or the first."""
+    filled = [name for name in names if any(texts_in(record.get(name)))]
+    present = [name for name in names if record.get(name) is not None]
+    return (filled or present or names)[0]
 
 
-def _render_chat(messages: object, first: int, where: str, tokenizer) -> Rendered:
-    """A chat in the tokenizer's template. Trained are the assistant's messages from number `first` on.
-
-    With a message, the end that the template gives it is trained.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template, which --format messages needs: take an instruct model's "
-            "tokenizer, or write prompt and completion"
-        )
-    _check_messages(messages, where)
-    trained = [number for number in range(first, len(messages)) if messages[number]["role"] == "assistant"]
-    if not trained:
-        raise BadRecord(f"{where}: no message of the assistant: nothing would be trained")
-    whole = _apply_template(messages, where, tokenizer)
-    if not whole:
-        raise BadRecord(f"{where}: the chat template writes nothing")
-    spans = _answer_spans(messages, whole, where, tokenizer)
-    prompted = [start for number, (start, _) in spans.items() if number]
-    question = whole[: prompted[0]] if prompted else whole
-    return Rendered("", whole, question, tuple(spans[number] for number in trained))
-
-
-def _check_messages(messages: object, where: str) -> None:
-    """Raise BadRecord unless this is a list of messages with a role and a text as content."""
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord(
-            f"{where}: the field 'messages' is no list of messages; "
-            "objects with role and content were expected"
-        )
-    for number, message in enumerate(messages):
-        position = f"{where}, message {number}"
-        if not isinstance(message, dict):
-            raise BadRecord(
-                f"{position}: an object with role and content was expected; this is {type(message).__name__}"
-            )
-        if message.get("role") not in ROLES:
-            raise BadRecord(f"{position}: the role is {message.get('role')!r}; {', '.join(ROLES)} are known")
-        _text(message, "content", position, required=True)
-
-
-def _answer_spans(messages: list[dict], whole: str, where: str, tokenizer) -> dict[int, tuple[int, int]]:
-    """{number of an assistant's message: (start, stop) of its characters in the chat's text `whole`}.
-
-    Few templates say where a message is. So it is what the template adds to the messages before it and the
-    generation prompt. Raises BadRecord where the template does not add to that text, but changes it.
-    """
-    spans = {}
-    for number in (number for number, message in enumerate(messages) if message["role"] == "assistant"):
-        after = _apply_template(messages[: number + 1], where, tokenizer)
-        if number:
-            before = _apply_template(messages[:number], where, tokenizer, add_generation_prompt=True)
-        else:
-            before = _opening(where, tokenizer)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise BadRecord(
-                f"{where}, message {number}: the chat template writes the turns before an answer differently "
-                "once the answer is there, so what it adds cannot be told; "
-                "write prompt and completion instead"
-            )
-        spans[number] = (len(before), len(after))
-    return spans
-
-
-def _opening(where: str, tokenizer) -> str:
-    """What the template writes before an answer that opens a chat.
-
-    Templates fail on empty chats, so it is what two such chats have in common.
-    """
-    chats = [[{"role": "assistant", "content": content}] for content in "01"]
-    return os.path.commonprefix([_apply_template(chat, where, tokenizer) for chat in chats])
-
-
-def _apply_template(messages: list[dict], where: str, tokenizer, add_generation_prompt: bool = False) -> str:
-    """The text of a chat; raises BadRecord where the template fails."""
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # templates raise errors of their own
-        raise BadRecord(f"{where}: the chat template fails: {in_one_line(error)}") from None
+def _names(fields: tuple[tuple[str, ...], ...]) -> str:
+    """The names of fields, for messages to the user."""
+    return ", ".join(" or ".join(names) for names in fields)

@@ -9,8 +9,9 @@ template and its date, flags). data/token_cache.py keeps entries; this one has t
     groups.bin      uint64 [examples], equal where examples share the prompt
     where.txt       a line per example: its position in the data set
     meta.json       format, guessed (whether `auto` chose it), prompts (the kind, by the first example),
-                    plain_text (whether all examples are), skipped and named (bad records), and what
-                    data/token_cache.py adds
+                    plain_text (whether all examples are), skipped and named (bad records), where there are
+                    any, unread (fields) and warnings, each with the number of examples and the first one's
+                    position, and what data/token_cache.py adds
 """
 
 import hashlib
@@ -86,9 +87,8 @@ def tokenize(
 ) -> Tokens:
     """The tokens of the data set `name`, from the cache or made now, with a progress bar.
 
-    Prompt (with the tokenizer's BOS) and answer are tokenized apart, so that a prompt has the same tokens
-    when an answer is generated; an EOS ends each example. A chat has exactly what its template writes. Raises
-    ValueError, which names the position, for the first bad record; with skip_bad, bad records are counted.
+    Raises ValueError, which names the position, for the first bad record; with skip_bad, bad records are
+    counted.
     """
     source = Source(name, streaming)
     function, code = load_function(format_name) if ":" in format_name else (None, "")
@@ -200,6 +200,10 @@ def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[st
                 raise record
             rendered = _render(record, where, meta, function, tokenizer)
             meta["plain_text"] &= rendered.spans is None and not rendered.prompt
+            for kind in ("unread", "warnings"):
+                for each in getattr(rendered, kind):
+                    found = meta.setdefault(kind, {}).setdefault(each, {"examples": 0, "first": where})
+                    found["examples"] += 1
             yield where, rendered
         except StopIteration:
             return

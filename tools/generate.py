@@ -76,16 +76,17 @@ def read_prompts(path: Path, prompt_format, tokenizer) -> list[Prompt]:
 
 def encode_record(record, where: str, prompt_format, tokenizer) -> Prompt:
     """The prompt of a record of a .jsonl file. Raises ValueError, which names its position `where`."""
+    from data.formats import chat_of
     from trainer.prompts import chat_ids, text_ids
 
     fields = record if isinstance(record, dict) else {}
     texts = {name: fields.get(name) or "" for name in ("instruction", "context", "input", "prompt")}
-    messages = fields.get("messages")
     if not all(isinstance(text, str) for text in texts.values()):
         raise ValueError(f"{where}: instruction, context, input and prompt are texts")
-    if isinstance(messages, list) and messages and all(isinstance(each, dict) for each in messages):
-        prompt = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-        return str(prompt[-1].get("content")) if prompt else "", chat_ids(tokenizer, prompt)
+    if chat := chat_of(fields, where):
+        messages = [{"content": ""} | message for message in chat.messages]  # of a mere call
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return messages[-1]["content"] if messages else "", chat_ids(tokenizer, messages, chat.tools)
     if texts["instruction"]:
         ids = prompt_format.encode(tokenizer, texts["instruction"], texts["context"] or texts["input"])
         return texts["instruction"], ids

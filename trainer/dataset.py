@@ -83,7 +83,7 @@ def _pad_token(tokenizer, vocab_size: int) -> int:
 
 
 def _describe_sources(names: list[str], sources: list[Tokens]) -> list[str]:
-    """Lines of the summary: examples, format and skipped records of each data set."""
+    """Lines of the summary on each data set: examples, format, skipped records, unread fields, warnings."""
     lines = []
     for name, source in zip(names, sources, strict=True):
         guessed = " (guessed from its fields)" if source.meta["guessed"] else ""
@@ -93,6 +93,11 @@ def _describe_sources(names: list[str], sources: list[Tokens]) -> list[str]:
         if source.meta["skipped"]:
             problems = "; ".join(source.meta["named"])
             lines.append(f"data: {name}: {source.meta['skipped']} records skipped: {problems}")
+        if unread := source.meta.get("unread"):
+            lines.append(f"data: {name}: fields that are not read: {', '.join(unread)}")
+        for warning, found in source.meta.get("warnings", {}).items():
+            examples = f"{found['examples']} of {len(source)} examples, the first: {found['first']}"
+            lines.append(f"warning: {name}: {warning} ({examples})")
     return lines
 
 

@@ -8,7 +8,7 @@ from datetime import date as calendar
 from pathlib import Path
 
 from data.dates import pin_date, writes_date
-from data.encoding import without_end
+from data.encoding import encode_prompts
 from data.formats import format_prompt
 from data.tokens import CHAT, INSTRUCTION
 from model.weights.hub import in_one_line, read_json
@@ -100,18 +100,20 @@ def _is_date(text: str) -> bool:
 
 def text_ids(tokenizer, text: str) -> list[int]:
     """The token ids of a prompt that is a text."""
-    return without_end(tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id)
+    return encode_prompts([text], tokenizer)[0]
 
 
-def chat_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """The token ids of a chat up to the beginning of the answer.
+def chat_ids(tokenizer, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    """The token ids of a chat up to the beginning of the answer; `tools` are what it may call.
 
     Raises ValueError where the tokenizer has no chat template, or it fails on these messages.
     """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which a prompt of messages needs")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # a template's own errors, whatever they are
         raise ValueError(f"the chat template fails: {in_one_line(error)}") from None
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -186,6 +186,67 @@ def test_templates_that_fail(tokenizer):
         render(record, "file:3", "messages", tokenizer)
 
 
+COLUMNS = [
+    ("dolly", {"instruction": "a", "input": "c", "response": "b"}, format_prompt("a", "c")),
+    ("alpaca", {"instruction": "a", "context": "c", "output": "b"}, format_prompt("a", "c")),
+    ("dolly", {"instruction": "a", "input": "c", "context": "", "response": "b"}, format_prompt("a", "c")),
+    ("dolly", {"instruction": "a", "input": "", "context": None, "response": "b"}, format_prompt("a")),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "system": "", "history": [[None, ""]]},
+        format_prompt("a"),
+    ),
+    ("prompt_completion", {"prompt": "So is it. Why?", "completion": "b", "context": "So is  it."}, None),
+    ("text", {"text": "Be brief. Q A", "system": "Be brief.", "tools": []}, ""),
+]
+
+
+@pytest.mark.parametrize("name, record, prompt", COLUMNS)
+def test_fields_that_decide_the_answer_are_read(tokenizer, name, record, prompt):
+    assert guess_format(record, "here") == name
+    example = render(record, "here", name, tokenizer)
+    assert example.prompt == (record["prompt"] if prompt is None else prompt)
+
+
+@pytest.mark.parametrize(
+    "name, record, field",
+    [
+        ("alpaca", {"instruction": "a", "output": "b", "system": "Be brief."}, "system"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": [["q", "a?"]]}, "history"),
+        ("dolly", {"instruction": "a", "input": "c", "context": "d", "response": "b"}, "input"),
+        ("dolly", {"instruction": "a", "response": "b", "system_prompt": "Be brief."}, "system_prompt"),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "tools": [{"name": "add"}]}, "tools"),
+        ("prompt_completion", {"prompt": "a", "completion": "b", "input": 3}, "input"),
+        ("text", {"text": "a", "context": "So."}, "context"),
+        ("messages", {"messages": CHAT, "history": [["q", "a"]]}, "history"),
+        ("messages", {"messages": CHAT, "input": "table"}, "input"),
+    ],
+)
+def test_fields_that_decide_the_answer_and_are_not_read_are_refused(tokenizer, name, record, field):
+    with pytest.raises(
+        BadRecord, match=f"file:3: the field '{field}' decides the answer, and --format {name} "
+    ):
+        render(record, "file:3", name, tokenizer)
+
+
+def test_the_system_field_of_messages_is_their_first(tokenizer):
+    expected = render({"messages": CHAT}, "here", "messages", tokenizer)
+    for field in ("system", "system_prompt"):
+        record = {"messages": CHAT[1:], field: "Be brief."}
+        assert render(record, "here", "messages", tokenizer) == expected
+        halves = {"prompt": CHAT[1:4], "completion": CHAT[4:], field: "Be brief."}
+        example = render(halves, "here", "prompt_completion", tokenizer)
+        assert (example.text, example.spans) == (expected.text, expected.spans[1:])
+    with pytest.raises(BadRecord, match="message 0: the role is 'x'"):
+        render({"messages": [{"role": "x"}], "system": "Be brief."}, "here", "messages", tokenizer)
+
+
+def test_fields_that_are_not_read_are_named(tokenizer):
+    record = {"instruction": "a", "response": "b", "source": "own", "id": 3, "scores": [0.5], "tags": ["x"]}
+    assert render(record | {"empty": " "}, "here", "dolly", tokenizer).unread == ("source", "tags")
+    assert render({"messages": CHAT, "prompt": "x"}, "here", "messages", tokenizer).unread == ("prompt",)
+
+
 def test_fields_of_no_format():
     for record, problem in [
         ({"question": "a"}, "the fields 'question' are of no known format"),

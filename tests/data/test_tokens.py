@@ -31,7 +31,7 @@ def test_the_prompt_ends_where_the_labels_begin(tokenizer, tmp_path):
     records = [json.loads(line) for line in (SAMPLE / "instructions.jsonl").read_text().splitlines()]
     tokens = tokenize(str(SAMPLE / "instructions.jsonl"), tokenizer, cache=tmp_path)
     assert len(tokens) == len(records)
-    assert {**tokens.meta, "files": None} == {
+    assert {**tokens.meta, "files": None, "unread": list(tokens.meta["unread"])} == {
         "format": "dolly",
         "guessed": True,
         "plain_text": False,
@@ -39,6 +39,7 @@ def test_the_prompt_ends_where_the_labels_begin(tokenizer, tmp_path):
         "named": [],
         "files": None,
         "prompts": "instruction",
+        "unread": ["category"],
     }
     for number, record in enumerate(records):
         prompt = tokenizer(format_prompt(record["instruction"], record["context"]))["input_ids"]

@@ -1,9 +1,11 @@
 """The command line: questions from flags, files and the keyboard, and bad ones."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.model.test_generation import asked, save_lora
 from tests.support.models import save_llama
@@ -12,6 +14,7 @@ from tests.support.runs import environment, start
 from tests.support.saved import TOKENIZER
 from tools.generate import Terminal, main, read_prompts
 from tools.merge_checkpoint.merging import merge
+from trainer.config import SAMPLE
 from trainer.prompts import PromptFormat
 
 PROGRAM = ("-m", "tools.generate")
@@ -79,6 +82,24 @@ def test_prompts_of_a_file(tmp_path):
         path.write_text(line)
         with pytest.raises(ValueError, match=problem):
             read_prompts(path, form, TOKENIZER)
+
+
+def test_chats_of_a_file_are_read_as_in_training(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(SAMPLE / "tiny")
+    tokenizer.chat_template = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}"
+        "{{ '<' + message.role + '>' + message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    path, form = tmp_path / "prompts.jsonl", PromptFormat.of("chat")
+    question, tools = {"role": "user", "content": "Q"}, '[{"name": "add"}]'
+    shared = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    path.write_text(
+        json.dumps({"messages": [question], "system": "S", "tools": tools}) + "\n" + json.dumps(shared)
+    )
+    (asked, ids), (again, others) = read_prompts(path, form, tokenizer)
+    assert asked == again == "Q" and tokenizer.decode(others) == "<user>Q<assistant>"
+    assert tokenizer.decode(ids) == f"{tools}<system>S<user>Q<assistant>"
 
 
 def test_answers_of_a_batch_are_printed_one_after_the_other(capsys):
