@@ -95,7 +95,9 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
 def main(arguments: list[str] | None = None) -> int:
     """The tool; returns its exit status."""
     parser = cli.parser("bench_generate", __doc__)
-    parser.add_argument("--model", help="a directory of a merged model, or of any other Llama")
+    parser.add_argument(
+        "--model", type=cli.path_text, help="a directory of a merged model, or of any other Llama"
+    )
     parser.add_argument(
         "--batch_size", type=int, default=1, help="prompts that are answered at once; default 1"
     )
