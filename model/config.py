@@ -39,7 +39,7 @@ class ModelConfig:
         if not (Path(directory) / "config.json").is_file():
             raise ValueError(f"{directory} has no config.json: a Hugging Face model directory was expected")
         try:
-            config = AutoConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers passes on whatever its checks of odd values raise
             raise ValueError(
                 f"{directory}/config.json: not the config of a known model architecture "

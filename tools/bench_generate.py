@@ -62,7 +62,8 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
         numbers.integers(3, config.vocab_size, length).tolist()
         for length in numbers.integers(16, 121, PROMPTS)
     ]
-    reference, model = AutoModelForCausalLM.from_pretrained(directory).eval(), Llama(config)
+    reference = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False).eval()
+    model = Llama(config)
     fill(model, SafetensorsFiles(directory), runtime.device, 0)
     runtime.mark_step()
     before = runtime.compilations()

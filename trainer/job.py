@@ -270,7 +270,7 @@ def load_tokenizer(directory: Path):
             "a tokenizer was expected beside the model"
         )
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the errors of transformers have no base class in common
         raise ValueError(
             f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}"

@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; raises ValueError where the file holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: a JSON object was expected")
