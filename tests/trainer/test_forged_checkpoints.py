@@ -58,6 +58,11 @@ def fewer_parts(manifest):
         manifest["tensors"][key]["global_shape"] = [9, 6]
 
 
+def swapped_parts(manifest):
+    """Both parts are whole, and their checksums are right: only the files know which is which."""
+    manifest["tensors"][COLUMN]["slices"].reverse()
+
+
 def a_whole_among_parts(manifest):
     for key in (NORM, "exp_avg/norm.weight", "exp_avg_sq/norm.weight"):
         manifest["tensors"][key]["parts"] = 2
@@ -98,7 +103,9 @@ FORGED = [
     (put("config", None), "'config' is None"),
     (no_parts, f"'{COLUMN}.parts' is 0"),
     (fewer_parts, "of parameter/column.weight, the parts hold 48 of 54 elements"),
+    (swapped_parts, "rank-00001.safetensors says something else of part 0 of parameter/column.weight"),
     (a_whole_among_parts, f"'{NORM}.dim' is None"),
+    (without("tensors", NORM, "dim"), f"'{NORM}.dim' is None"),
     (put("tensors", COLUMN, "dim", 2), f"'{COLUMN}.dim' is 2"),
     (put("tensors", COLUMN, "dim", -1), f"'{COLUMN}.dim' is -1"),
     (put("tensors", COLUMN, "global_shape", [8, 6.0]), f"'{COLUMN}.global_shape' is [8, 6.0]"),

@@ -3,10 +3,12 @@
 Its checksum finds damage, not forgery, so a reader must not trust what it says.
 """
 
+import json
 import math
 from collections.abc import Callable
 
 from model.lora import LoraConfig
+from model.weights.safetensors_file import TensorFile
 from trainer.checkpoint.names import KINDS
 
 SHOWN = 60  # characters of a wrong value in the error
@@ -37,6 +39,33 @@ def check_manifest(manifest: dict) -> None:
         )
         require(good, f"files.{name}", values, "bytes and checksum")
     _check_tensors(manifest["tensors"], manifest["files"])
+
+
+def check_pieces(tensors: dict, files: dict[str, TensorFile]) -> None:
+    """Raise ValueError where the manifest says something else of a piece than the file that holds it.
+
+    `tensors`: those of the manifest. A file describes its pieces in its header (CHECKPOINT_FORMAT.md).
+    """
+    described = {name: _described(file) for name, file in files.items()}
+    for key, values in tensors.items():
+        whole = {name: values[name] for name in ("global_shape", "dim", "parts", "replicas")}
+        for index, pieces in enumerate(values["slices"]):
+            for piece in pieces:
+                said = whole | {"index": index, "first": piece["first"], "checksum": piece["checksum"]}
+                if described[piece["file"]].get(key) != said:
+                    path = files[piece["file"]].path
+                    raise ValueError(f"{path} says something else of part {index} of {key} than the manifest")
+
+
+def _described(file: TensorFile) -> dict:
+    """{key: what the file says of the piece that it holds}; raises ValueError where it says nothing."""
+    try:
+        described = json.loads(file.metadata["shards"])
+    except (KeyError, ValueError, RecursionError):
+        described = None
+    if not isinstance(described, dict):
+        raise ValueError(f"{file.path} is damaged: it does not describe what it holds")
+    return described
 
 
 def require(good: bool, name: str, value, expected: str = "an integer, 0 or more,") -> None:
@@ -90,7 +119,12 @@ def _check_tensors(tensors: dict, files: dict) -> None:
             good and math.prod(shape) <= most, f"{key}.global_shape", shape, "sizes that the files can hold"
         )
         cut = dim is None and parts == 1 or _is_integer(dim) and dim < len(shape)
-        require(cut, f"{key}.dim", dim, "one of its dimensions, or null where there is one part,")
+        require(
+            cut and "dim" in values,
+            f"{key}.dim",
+            dim,
+            "one of its dimensions, or null where there is one part,",
+        )
         good = _is_integer(parts, 1) and _is_integer(values.get("replicas"), 1)
         require(good, f"{key}.parts", parts, "an integer above 0, with replicas above 0,")
         require(values.get("dtype") == "F32", f"{key}.dtype", values.get("dtype"), "'F32'")

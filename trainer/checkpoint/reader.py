@@ -21,7 +21,7 @@ from model.lora import LoraConfig
 from model.weights.hub import read_json
 from model.weights.safetensors_file import TensorFile, as_bytes, bands, checksum, read_part
 from parallel.shard import Shard
-from trainer.checkpoint.manifest_checks import check_manifest
+from trainer.checkpoint.manifest_checks import check_manifest, check_pieces
 from trainer.checkpoint.names import FORMAT, INCOMPLETE, KINDS, MANIFEST, VERSION, manifest_checksum
 
 BAND_BYTES = 16 * 2**20  # the part of a tensor that `stream` holds in memory at once
@@ -47,6 +47,7 @@ class Checkpoint:
             key: Stored(self.path, key, values, self._files)
             for key, values in self.manifest["tensors"].items()
         }
+        check_pieces(self.manifest["tensors"], self._files)
         self.shapes = {
             key.removeprefix("parameter/"): stored.shape
             for key, stored in self.tensors.items()
