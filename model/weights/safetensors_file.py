@@ -35,6 +35,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 10**8  # the library's limit
+# What Python and torch raise for values that no header has.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError)
 CHUNK_BYTES = 16 * 2**20  # the bytes that `update` reads at once
 
 
@@ -70,8 +72,6 @@ class TensorFile:
         header = os.pread(self._open[0], length, 8)
         self.header_checksum = checksum(header)
         try:
-            with safe_open(path, "pt"):
-                pass  # the library has checked the header
             described = json.loads(header, object_pairs_hook=_once)
             self.metadata = dict(described.pop("__metadata__", None) or {})
             end = 8 + length
@@ -83,10 +83,15 @@ class TensorFile:
                 if first != end - 8 - length or last < first:
                     raise ValueError(f"{name} does not begin where the tensor before it ends")
                 self.entries[name], end = entry, 8 + length + last
-        except (SafetensorError, ValueError, TypeError, KeyError, RecursionError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} is damaged: its header: {in_one_line(error)}") from None
         if end != size:
             raise ValueError(f"{path} is damaged: it has {size} bytes, and by its header {end}")
+        try:
+            with safe_open(path, "pt"):
+                pass  # the library checks the rest: types of all values, dtypes, UTF-8
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {in_one_line(error)}") from None
 
     def close(self) -> None:
         """Close the file; any thread may, more than once."""
