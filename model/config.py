@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from model.weights.hub import in_one_line
+from model.weights.hub import why_not_loaded
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -39,11 +39,11 @@ class ModelConfig:
         if not (Path(directory) / "config.json").is_file():
             raise ValueError(f"{directory} has no config.json: a Hugging Face model directory was expected")
         try:
-            config = AutoConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except Exception as error:  # transformers passes on whatever its checks of odd values raise
             raise ValueError(
                 f"{directory}/config.json: not the config of a known model architecture "
-                f"({in_one_line(error)}); markstep trains LlamaForCausalLM"
+                f"({why_not_loaded(error)}); markstep trains LlamaForCausalLM"
             ) from None
         if config.model_type != "llama" or (config.architectures or ["LlamaForCausalLM"]) != [
             "LlamaForCausalLM"

@@ -165,12 +165,14 @@ def main() -> int:
     """The tool; returns its exit status."""
     parser = cli.parser("bench_checkpoint", __doc__)
     parser.add_argument(
-        "directory", type=Path, help="where some 15 GB are written, and deleted at the end; must not exist"
+        "directory",
+        type=cli.path,
+        help="where some 15 GB are written, and deleted at the end; must not exist",
     )
     parser.add_argument("--layers", type=int, default=24, help="default 24")
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=cli.path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.side:
         run_side(chosen.side, chosen.directory, chosen.output)

@@ -64,17 +64,21 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("bench_compile", __doc__, trainer_flags=True)
     parser.add_argument(
-        "--model", required=True, help=f"{', '.join(PRESETS)}, tiny, a directory or a config.json"
+        "--model",
+        type=cli.path_text,
+        required=True,
+        help=f"{', '.join(PRESETS)}, tiny, a directory or a config.json",
     )
     parser.add_argument(
         "--compile", action="store_true", help="measure XLA:CPU's compilation too (small models)"
     )
     parser.add_argument(
         "--save_hlo",
+        type=cli.path_text,
         metavar="DIRECTORY",
         help="write each graph's HloModuleProto to DIRECTORY/<graph>.hlo.pb",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the report to FILE")
+    parser.add_argument("--json", type=cli.path_text, metavar="FILE", help="write the report to FILE")
     return parser
 
 

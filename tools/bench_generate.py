@@ -62,7 +62,8 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
         numbers.integers(3, config.vocab_size, length).tolist()
         for length in numbers.integers(16, 121, PROMPTS)
     ]
-    reference, model = AutoModelForCausalLM.from_pretrained(directory).eval(), Llama(config)
+    reference = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False).eval()
+    model = Llama(config)
     fill(model, SafetensorsFiles(directory), runtime.device, 0)
     runtime.mark_step()
     before = runtime.compilations()
@@ -95,7 +96,9 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
 def main(arguments: list[str] | None = None) -> int:
     """The tool; returns its exit status."""
     parser = cli.parser("bench_generate", __doc__)
-    parser.add_argument("--model", help="a directory of a merged model, or of any other Llama")
+    parser.add_argument(
+        "--model", type=cli.path_text, help="a directory of a merged model, or of any other Llama"
+    )
     parser.add_argument(
         "--batch_size", type=int, default=1, help="prompts that are answered at once; default 1"
     )

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from trainer.command_line import expand
+
 FAILED = 1
 
 
@@ -21,6 +23,22 @@ def parser(tool: str, description: str, trainer_flags: bool = False) -> argparse
         allow_abbrev=not trainer_flags,
         epilog=epilog,
     )
+
+
+def path_text(text: str) -> str:
+    """The type of a flag whose value is a path, or a name that may be one; a leading ~ is the home directory.
+
+    Raises argparse.ArgumentTypeError where there is none.
+    """
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> Path:
+    """The type of a flag whose value is a path; see path_text."""
+    return Path(path_text(text))
 
 
 def fail(error: Exception | str) -> int:

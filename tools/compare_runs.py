@@ -128,8 +128,8 @@ def write_table(a: dict[int, dict], b: dict[int, dict], differences, names: tupl
 
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("compare_runs", __doc__)
-    parser.add_argument("a", type=Path, help="an output directory, or its metrics.jsonl: the reference")
-    parser.add_argument("b", type=Path, help="the run that is compared with it")
+    parser.add_argument("a", type=cli.path, help="an output directory, or its metrics.jsonl: the reference")
+    parser.add_argument("b", type=cli.path, help="the run that is compared with it")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--exact", action="store_true", help="every loss and gradient norm must be equal to the bit"
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="the largest relative difference that passes; default 1e-5",
     )
     parser.add_argument(
-        "--picture", type=Path, default=Path("compare_runs.png"), help="where the curves are drawn"
+        "--picture", type=cli.path, default=Path("compare_runs.png"), help="where the curves are drawn"
     )
     chosen = parser.parse_args(arguments)
     tolerance = 0.0 if chosen.exact else chosen.tolerance

@@ -9,12 +9,10 @@ torchrun --nproc_per_node=T -m tools.generate ...
 """
 
 import argparse
-import os
-import signal
 import sys
 from pathlib import Path
 
-from parallel.runtime import launch, leaves_at_once, prepare_environment, requested_world_size
+from parallel.runtime import asks_for_bf16, launch, leaves_at_once, prepare_environment, requested_world_size
 from tools import cli
 
 LONGEST_TYPED = 1024  # the most tokens of a question that is typed
@@ -140,14 +138,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.parser("generate", __doc__)
     parser.allow_abbrev = False
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="directory or hub id of a merged model, or of any other Llama")
-    model.add_argument("--checkpoint", type=Path, help="a directory checkpoint-<step>")
+    model.add_argument(
+        "--model", type=cli.path_text, help="directory or hub id of a merged model, or of any other Llama"
+    )
+    model.add_argument("--checkpoint", type=cli.path, help="a directory checkpoint-<step>")
     parser.add_argument(
-        "--model_id", help="the base model of --checkpoint, where it is no longer where training read it"
+        "--model_id",
+        type=cli.path_text,
+        help="the base model of --checkpoint, where it is no longer where training read it",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--instruction", help="the question")
-    prompt.add_argument("--prompts", type=Path, help="a file of questions")
+    prompt.add_argument("--prompts", type=cli.path, help="a file of questions")
     prompt.add_argument(
         "--interactive", action="store_true", help="questions are typed, each a conversation of its own"
     )
@@ -179,7 +181,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tensor_parallel_size", type=int, default=1, help="ranks that share the weights; default 1"
     )
-    parser.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
+    parser.add_argument(
+        "--bf16", action="store_true", default=asks_for_bf16(), help="weights and activations in bfloat16"
+    )
     return parser.parse_args(arguments)
 
 
@@ -221,11 +225,10 @@ def prepare(chosen: argparse.Namespace, world_size: int):
 
 def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # ranks that wait for each other cannot be unwound
     try:
         if leaves_at_once():
             return 0
-        world_size = requested_world_size(None if "WORLD_SIZE" in os.environ else chosen.tensor_parallel_size)
+        world_size = requested_world_size(None, chosen.tensor_parallel_size)
         prepare_environment(world_size)
         source, sampling, prompts = prepare(chosen, world_size)
     except (ValueError, OSError) as error:

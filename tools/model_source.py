@@ -16,6 +16,7 @@ from model.weights.shapes import base_shapes, trained_shapes
 from model.weights.sources import RandomWeights, SafetensorsFiles, open_weights
 from parallel.mesh import Group
 from parallel.shard import Shard
+from trainer.checkpoint.model_files import check_listed
 from trainer.checkpoint.reader import Checkpoint
 from trainer.job import load_tokenizer
 from trainer.prompts import PromptFormat, end_tokens, keep_date
@@ -55,15 +56,18 @@ class ModelSource:
         """The model of a checkpoint, or with `base_only` the one that its training began with.
 
         `model_id`: the base model, where it is no longer where training read it. Raises ValueError where the
-        path is no checkpoint, or the base is not the one that was trained on.
+        path is no checkpoint, one of the bytes that are read is not as saved, or the base is not the one that
+        was trained on.
         """
         checkpoint = Checkpoint(path)
+        check_listed(checkpoint.path, checkpoint.manifest["files"])
         config = ModelConfig.from_pretrained(checkpoint.path)
         checkpoint.check_tensors(trained_shapes(config, checkpoint.lora), kinds=("parameter",))
         weights = open_base(checkpoint, config, model_id) if checkpoint.lora or base_only else None
         prompting = _prompting(checkpoint.path, config)
         if base_only:
             return cls(f"base of {path}", config, weights, None, None, *prompting)
+        checkpoint.verify(kinds=("parameter",))
         read_trained = partial(checkpoint.read, "parameter")
         return cls(str(path), config, weights, checkpoint.lora, read_trained, *prompting)
 

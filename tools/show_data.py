@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("show_data", __doc__, trainer_flags=True)
     parser.epilog = "All other flags are those of trainer/main.py; its --help explains them."
     parser.add_argument(
-        "--output", type=Path, default=Path("show_data.html"), help="the page; default show_data.html"
+        "--output", type=cli.path, default=Path("show_data.html"), help="the page; default show_data.html"
     )
     parser.add_argument(
         "--row", type=int, default=0, help="the row whose text is shown; default 0, the first"

@@ -1,6 +1,7 @@
 """Command lines: flags, and the presets that hold flags in files, become an instance of a dataclass."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,18 @@ PRESETS = Path(__file__).resolve().parent / "presets"
 Flags = TypeVar("Flags")
 
 
-def parse_flags(flags: type[Flags], arguments: Sequence[str] | None = None) -> Flags:
+def parse_flags(
+    flags: type[Flags],
+    arguments: Sequence[str] | None = None,
+    defaults: Sequence[str] = (),
+    paths: Sequence[str] = (),
+) -> Flags:
     """An instance of the dataclass `flags`, from command line arguments (default: sys.argv).
 
-    Fields are flags; booleans may be bare or followed by true/false. The flags of a --preset come first, so
-    that those of the command line win. Exits with status 2 and one line of error for unknown flags, and
-    where the dataclass raises ValueError.
+    Fields are flags; booleans may be bare or followed by true/false. `defaults` are flags that come first,
+    then those of a --preset, so that those of the command line win. In the fields named by `paths` a leading
+    ~ is the home directory. Exits with status 2 and one line of error for unknown flags, and where the
+    dataclass raises ValueError.
     """
     from transformers.hf_argparser import HfArgumentParser
 
@@ -33,10 +40,27 @@ def parse_flags(flags: type[Flags], arguments: Sequence[str] | None = None) -> F
     preset_parser.add_argument("--preset", nargs="?")
     try:
         preset = preset_parser.parse_known_args(arguments)[0].preset
-        values = vars(parser.parse_args((read_preset(preset) if preset else []) + arguments))
+        preset = read_preset(expand(preset)) if preset else []
+        values = vars(parser.parse_args([*defaults, *preset, *arguments]))
+        for name in paths:
+            value = values[name]
+            values[name] = [expand(each) for each in value] if isinstance(value, list) else expand(value)
         return flags(**values)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def expand(path: str | None) -> str | None:
+    """`path` with the home directory in place of a leading ~ or ~user; a shell leaves that in --flag=~/x.
+
+    Raises ValueError where there is no such home directory.
+    """
+    expanded = os.path.expanduser(path) if path else path
+    if expanded and expanded.startswith("~"):
+        raise ValueError(
+            f"{path}: no home directory is known of {path.partition('/')[0]}; ./{path} is a path of that name"
+        )
+    return expanded
 
 
 def read_preset(name: str) -> list[str]:

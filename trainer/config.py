@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from parallel.runtime import asks_for_bf16
 from trainer.command_line import parse_flags
 from trainer.config_checks import check_values
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+PATHS = ("preset", "model_id", "adapter_name_or_path", "dataset", "data_cache_dir", "output_dir", "resume")
 
 
 def _flag(default, help_text: str, **argument):
@@ -262,8 +264,8 @@ class Config:
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line (default: sys.argv).
+    """The configuration of a command line (default: sys.argv), in an environment that may ask for --bf16.
 
     Exits with status 2 and one line of error for unknown flags and unusable values.
     """
-    return parse_flags(Config, arguments)
+    return parse_flags(Config, arguments, ["--bf16"] if asks_for_bf16() else [], PATHS)

@@ -15,7 +15,7 @@ from data.packing import Rows
 from model.attention.flash_nki import why_not_flash
 from model.config import ModelConfig
 from model.lora import LoraConfig
-from model.weights.hub import in_one_line, resolve
+from model.weights.hub import resolve, why_not_loaded
 from model.weights.loading import check_weights
 from model.weights.peft import PeftAdapter
 from model.weights.shapes import base_shapes, trained_shapes
@@ -272,8 +272,8 @@ def load_tokenizer(directory: Path):
             "a tokenizer was expected beside the model"
         )
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the errors of transformers have no base class in common
         raise ValueError(
-            f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}"
+            f"{directory} holds no tokenizer that transformers can load: {why_not_loaded(error)}"
         ) from None

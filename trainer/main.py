@@ -22,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from parallel.graph.guard import NewGraph  # noqa: E402
 from parallel.runtime import (  # noqa: E402
     GraphMismatch,
+    clean_environment,
     extracts_graphs,
     launch,
     leaves_at_once,
@@ -36,6 +37,7 @@ def main() -> int:
     try:
         if leaves_at_once():
             return 0
+        clean_environment()
         use_huge_pages()
         from trainer.config import parse
 

@@ -10,6 +10,13 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
+def why_not_loaded(error: Exception) -> str:
+    """Why transformers has not loaded what lies in a directory: its message, or that this is code."""
+    if "trust_remote_code" in str(error):
+        return "it names code of its own (auto_map), and code that comes with a model is never run"
+    return in_one_line(error)
+
+
 def resolve(model_id: str, flag: str = "--model_id") -> Path:
     """The local directory of `model_id`: itself, or the hub's snapshot, which is downloaded to its cache.
 
@@ -34,7 +41,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; raises ValueError where the file holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: a JSON object was expected")

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError, safe_open
+
+from model.weights.hub import in_one_line
 
 DTYPES = {
     "F64": torch.float64,
@@ -32,6 +35,8 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 10**8  # the library's limit
+# What Python and torch raise for values that no header has.
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError)
 CHUNK_BYTES = 16 * 2**20  # the bytes that `update` reads at once
 
 
@@ -51,8 +56,8 @@ class Entry:
 class TensorFile:
     """A safetensors file, open for reading: its `entries` by name, its `metadata` and `header_checksum`.
 
-    Raises ValueError where the header is damaged or does not agree with the file's length, and OSError where
-    the file cannot be opened. Threads may share it.
+    Raises ValueError where the library refuses the header, where it names a tensor twice or does not agree
+    with the file's length, and OSError where the file cannot be opened. Threads may share it.
     """
 
     def __init__(self, path: Path):
@@ -67,7 +72,7 @@ class TensorFile:
         header = os.pread(self._open[0], length, 8)
         self.header_checksum = checksum(header)
         try:
-            described = json.loads(header)
+            described = json.loads(header, object_pairs_hook=_once)
             self.metadata = dict(described.pop("__metadata__", None) or {})
             end = 8 + length
             for name, values in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
@@ -78,10 +83,15 @@ class TensorFile:
                 if first != end - 8 - length or last < first:
                     raise ValueError(f"{name} does not begin where the tensor before it ends")
                 self.entries[name], end = entry, 8 + length + last
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: its header: {error}") from None
+        except UNREADABLE as error:
+            raise ValueError(f"{path} is damaged: its header: {in_one_line(error)}") from None
         if end != size:
             raise ValueError(f"{path} is damaged: it has {size} bytes, and by its header {end}")
+        try:
+            with safe_open(path, "pt"):
+                pass  # the library checks the rest: types of all values, dtypes, UTF-8
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {in_one_line(error)}") from None
 
     def close(self) -> None:
         """Close the file; any thread may, more than once."""
@@ -116,6 +126,15 @@ class TensorFile:
         chunk = CHUNK_BYTES // DTYPES[self.entries[name].dtype].itemsize
         for first in range(0, count, chunk):
             digest.update(as_bytes(self.elements(name, first, min(chunk, count - first))))
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """The JSON object of these names and values; raises ValueError where a name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {max(names, key=names.count)!r} twice")
+    return found
 
 
 def read_part(shape: tuple[int, ...], slices: tuple[slice, ...], elements) -> torch.Tensor:

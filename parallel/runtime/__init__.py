@@ -7,6 +7,7 @@ executed (`mark_step`).
 
 from parallel.runtime.devices import extracts_graphs, on_neuron
 from parallel.runtime.environment import (
+    clean_environment,
     leaves_at_once,
     prepare_environment,
     requested_world_size,
@@ -17,6 +18,7 @@ from parallel.runtime.launch import launch
 from parallel.runtime.processes import ProcessRuntime, run_process
 from parallel.runtime.rank import GraphListener, GraphMismatch, Runtime
 from parallel.runtime.threads import LockstepBarrier, ThreadRuntime
+from parallel.runtime.variables import asks_for_bf16
 
 __all__ = [
     "GraphListener",
@@ -25,6 +27,8 @@ __all__ = [
     "ProcessRuntime",
     "Runtime",
     "ThreadRuntime",
+    "asks_for_bf16",
+    "clean_environment",
     "extracts_graphs",
     "from_first_process",
     "launch",

@@ -1,11 +1,24 @@
 """Environment variables and arguments that decide how ranks start, set before torch_xla is imported."""
 
+import getpass
 import os
+import stat
 import sys
+import tempfile
+from pathlib import Path
 
 from parallel.runtime import devices
+from parallel.runtime.variables import take_away
 
 ALIASING = "XLA_ENABLE_PARAM_ALIASING"  # whether a graph may overwrite the state that it updates
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun, or a launcher that sets its variables, has started this process as one of several.
+
+    Platforms (Kubeflow, SageMaker) set WORLD_SIZE and RANK for a whole machine: these alone say nothing.
+    """
+    return all(name in os.environ for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"))
 
 
 def leaves_at_once() -> bool:
@@ -14,25 +27,91 @@ def leaves_at_once() -> bool:
 
     Needs no torch: the processes that leave do so before they import anything heavy.
     """
-    if devices.on_neuron() or "LOCAL_RANK" not in os.environ:
+    if devices.on_neuron() or not started_by_torchrun():
         return False
-    if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE"):
+    if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
         raise ValueError(
             "several nodes need Neuron devices: XLA:CPU's ranks live in one process; use one node"
         )
     return os.environ["LOCAL_RANK"] != "0"
 
 
-def requested_world_size(flag: int | None) -> int:
-    """The number of ranks: torchrun's WORLD_SIZE where it started us, else --world_size, else 1."""
-    started = os.environ.get("WORLD_SIZE")
-    if started is None:
-        return flag or 1
-    if flag and flag != int(started):
+def requested_world_size(flag: int | None, default: int = 1) -> int:
+    """The number of ranks: torchrun's WORLD_SIZE where it started us, else the flag --world_size, else the
+    default.
+
+    Raises ValueError where the two contradict each other, and where NeuronCores were not started by torchrun.
+    """
+    if started_by_torchrun():
+        started = _integer("WORLD_SIZE")
+        if flag and flag != started:
+            raise ValueError(
+                f"--world_size {flag} contradicts torchrun, which started {started} ranks: leave the flag out"
+            )
+        return started
+    if devices.on_neuron():
         raise ValueError(
-            f"--world_size {flag} contradicts torchrun, which started {started} ranks: leave the flag out"
+            "on NeuronCores each rank is a process, and torchrun starts them: torchrun --nproc_per_node=N "
+            "PROGRAM FLAGS (PJRT_DEVICE=CPU runs on this CPU instead)"
         )
-    return int(started)
+    size, given = flag or default, os.environ.get("WORLD_SIZE", "1")
+    if given not in ("", "1", str(size)):
+        print(
+            f"warning: WORLD_SIZE={given} is not read, because torchrun has not started this process: the "
+            f"run has {size} rank{'s' * (size > 1)}, all on this machine",
+            file=sys.stderr,
+        )
+    return size
+
+
+def _integer(name: str) -> int:
+    """The value of an environment variable; raises ValueError unless it is an integer above 0."""
+    value = os.environ[name]
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise ValueError(f"{name}={value} in the environment: an integer above 0 was expected")
+    return int(value)
+
+
+def provide_home() -> None:
+    """Give a process whose user has no name or no home directory, as in containers, what libraries look for.
+
+    torch asks for the name of the user, and the caches of Hugging Face lie in the home directory.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the user id has no entry in the passwd file; OSError from Python 3.13 on
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = _private_directory(f"markstep-home-{os.getuid()}")
+        print(
+            f"warning: HOME is not set, and user id {os.getuid()} has no home directory: caches go to "
+            f"{os.environ['HOME']}",
+            file=sys.stderr,
+        )
+
+
+def _private_directory(name: str) -> str:
+    """A directory among the temporary files that is this user's alone: `name`, or a new one where it is
+    taken."""
+    directory = Path(tempfile.gettempdir()) / name
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = directory.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            return str(directory)
+    except OSError:
+        pass  # somebody else's file of that name
+    return tempfile.mkdtemp(prefix=f"{name}-")
+
+
+def clean_environment() -> dict[str, str]:
+    """Make the environment one in which the program computes what its flags say, and its libraries load.
+
+    To be called first of all, before torch and torch_xla are imported. Returns the variables that were taken
+    away.
+    """
+    provide_home()
+    return take_away()
 
 
 def use_huge_pages() -> None:
@@ -53,6 +132,7 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
 
     To be called before torch_xla is imported.
     """
+    clean_environment()
     if devices.on_neuron():
         if stochastic_rounding:
             os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = "1"

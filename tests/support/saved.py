@@ -1,5 +1,6 @@
 """Checkpoints that trainer.checkpoint.writer saves, with a thread per rank and the CPU as every device."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from parallel.buckets import Buckets
 from parallel.mesh import Mesh
 from parallel.runtime import LockstepBarrier, ThreadRuntime
 from parallel.shard import Shard
-from trainer.checkpoint.names import KINDS
+from trainer.checkpoint.manifest import describe_files
+from trainer.checkpoint.names import KINDS, MANIFEST, manifest_checksum
 from trainer.checkpoint.writer import Saver
 from trainer.config import SAMPLE, Config
 from trainer.job import load_tokenizer
@@ -116,6 +118,25 @@ def save(
         for future in [pool.submit(rank_saves, rank) for rank in range(tp * dp * pp)]:
             future.result()
     return output / f"checkpoint-{steps[-1]}"
+
+
+def forge(checkpoint, change):
+    """Apply `change(manifest)`, which may return another one, to a manifest, and make its checksum fit."""
+    path = checkpoint / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest = change(manifest) or manifest
+    path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+
+
+def list_files(checkpoint):
+    """Let the manifest list all files as they are now."""
+
+    def change(manifest):
+        (checkpoint / MANIFEST).unlink()
+        ranks = {name: each for name, each in manifest["files"].items() if name.startswith("rank-")}
+        manifest["files"] = describe_files(checkpoint, ranks)
+
+    forge(checkpoint, change)
 
 
 TOKENIZER = load_tokenizer(SAMPLE / "tiny")

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.weights.safetensors_file import TensorWriter
 from tests.support.models import save_adapter, save_llama
 from tests.support.runs import start
-from tests.support.saved import whole
+from tests.support.saved import list_files, whole
 from tests.tools.test_nxd_checkpoint import save_nxd
 from tests.trainer.test_faults import save_tiny
 from tools.merge_checkpoint.merging import merge, parse_size
@@ -96,6 +96,7 @@ def test_what_other_programs_need_is_there(tmp_path):
     (checkpoint / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message['content'] }}<pad>{% endfor %}"
     )
+    list_files(checkpoint)
     merge(checkpoint, tmp_path / "merged", dtype=torch.bfloat16)
     generation = GenerationConfig.from_pretrained(tmp_path / "merged")
     assert (generation.temperature, generation.do_sample, generation.eos_token_id) == (0.6, True, [0, 2, 5])
@@ -110,6 +111,7 @@ def test_what_other_programs_need_is_there(tmp_path):
         "prompt_format.json",
     }
     (checkpoint / "generation_config.json").write_text("{")
+    list_files(checkpoint)
     with pytest.raises(ValueError, match="generation_config.json is damaged"):
         merge(checkpoint, tmp_path / "again")
     assert not (tmp_path / "again").exists()

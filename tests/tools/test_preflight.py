@@ -10,6 +10,7 @@ import pytest
 
 from parallel.buckets import BUCKET_BYTES
 from parallel.runtime import on_neuron
+from parallel.runtime.variables import CHANGES
 from tests.support.on_ranks import ROOT
 from tools.preflight import flags as preflight_flags
 from tools.preflight import host as hosts
@@ -141,8 +142,8 @@ FINDINGS = [
     # topology
     ({}, {"nproc": 2}, "error", "the world size 2 is not divisible by --tensor_parallel_size 8"),
     ({}, {"flags": "--world_size 16"}, "error", "--world_size 16, and 32 processes"),
-    (environment(LOCAL_WORLD_SIZE="8"), {}, "error", "LOCAL_WORLD_SIZE=8 is set, and the run will have 32"),
-    (environment(WORLD_SIZE="64"), {}, "error", "WORLD_SIZE=64 is set, and the run will have 32"),
+    (environment(LOCAL_WORLD_SIZE="8"), {}, "warning", "LOCAL_WORLD_SIZE=8 is set, and the run will have 32"),
+    (environment(WORLD_SIZE="64"), {}, "warning", "WORLD_SIZE=64 is set, and the run will have 32"),
     (
         environment(NEURON_RT_VISIBLE_CORES="0-7,9"),
         {},
@@ -225,9 +226,10 @@ FINDINGS = [
         "the compile cache /shared/cache has 2.0 GB free",
     ),
     # variables and flags that contradict
-    (environment(XLA_USE_BF16="1"), {}, "error", "XLA_USE_BF16 is set: torch_xla 2.9 knows it no more"),
-    (environment(XLA_DOWNCAST_BF16="1"), {}, "error", "XLA_DOWNCAST_BF16 is set"),
-    (environment(NEURON_RT_STOCHASTIC_ROUNDING_EN="1"), {}, "error", "without --stochastic_rounding"),
+    *(
+        (environment(**{name: "1"}), {}, "warning", f"{name}=1 is set, and trainer/main.py takes it away")
+        for name in CHANGES
+    ),
     *(
         (environment(**{name: "141"}), {}, "error", f"{name}=141: buckets of more than 140 MB gave NaN")
         for name in preflight_flags.BUCKET_VARIABLES

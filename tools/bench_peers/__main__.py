@@ -74,7 +74,7 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument(
         "--huge_pages", action="store_true", help="markstep's peers get large allocations in huge pages too"
     )
-    parser.add_argument("--json", type=Path, help="where the figures of each round go")
+    parser.add_argument("--json", type=cli.path, help="where the figures of each round go")
     chosen = parser.parse_args(arguments)
     rows, rest = divmod(chosen.tokens, max(chosen.max_seq_length, 1))
     if min(chosen.rounds, chosen.steps, rows) < 1 or chosen.max_seq_length < SHORTEST or rest:

@@ -70,7 +70,7 @@ def read(directory: Path) -> tuple[Tokens, dict]:
     """(the tokens of the examples, the settings) that make() wrote."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     tokens = tokenize(
         str(directory / FILES["data"]), tokenizer, cache=cache_directory(str(directory / FILES["tokens"]))
     )

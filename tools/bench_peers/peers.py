@@ -152,7 +152,7 @@ def _sft_trainer(directory: Path, tokens: Tokens, settings: dict, padded: bool, 
         model,
         arguments,
         train_dataset=_dataset(tokens),
-        processing_class=AutoTokenizer.from_pretrained(directory),
+        processing_class=AutoTokenizer.from_pretrained(directory, trust_remote_code=False),
         peft_config=lora,
         callbacks=[Clock()],
     )

@@ -83,4 +83,5 @@ def _flags_of_the_step(directory: Path, settings: dict) -> list:
         *("--lora_r", 16),
         *("--lora_alpha", 32),
         *("--lr_scheduler_type", "constant"),
+        *("--bf16", "false"),  # whatever the environment asks for: the peers train in fp32
     ]

@@ -25,7 +25,6 @@ of 2048 x 2048 matrices, measured before the run on the same device: on a CPU al
 
 import argparse
 import sys
-from pathlib import Path
 
 from tools import cli
 
@@ -73,10 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("bench_step", __doc__, trainer_flags=True)
     parser.add_argument("--steps", type=int, default=20, help="steps of each part; default 20")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them; default 3")
-    parser.add_argument("--json", type=Path, help="where the figures go, for a later --compare")
-    parser.add_argument("--compare", type=Path, help="figures of another run, of the same flags and machine")
+    parser.add_argument("--json", type=cli.path, help="where the figures go, for a later --compare")
     parser.add_argument(
-        "--profile", type=Path, metavar="DIR", help="record two more steps as a Chrome trace in DIR"
+        "--compare", type=cli.path, help="figures of another run, of the same flags and machine"
+    )
+    parser.add_argument(
+        "--profile", type=cli.path, metavar="DIR", help="record two more steps as a Chrome trace in DIR"
     )
     return parser
 

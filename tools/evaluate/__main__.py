@@ -11,7 +11,6 @@ tools/evaluate/report.py says how answers are scored.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -123,15 +122,21 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
     parser = cli.parser("evaluate", __doc__, trainer_flags=True)
     parser.epilog = "All other flags are those of trainer/main.py; its --help explains them."
     parser.add_argument(
-        "--model", nargs="+", default=[], help="merged models, or other Llamas: directories or hub ids"
+        "--model",
+        nargs="+",
+        type=cli.path_text,
+        default=[],
+        help="merged models, or other Llamas: directories or hub ids",
     )
     parser.add_argument(
-        "--checkpoint", nargs="+", type=Path, default=[], help="directories checkpoint-<step>, not merged"
+        "--checkpoint", nargs="+", type=cli.path, default=[], help="directories checkpoint-<step>, not merged"
     )
     parser.add_argument("--base", action="store_true", help="the base model of the first checkpoint too")
-    parser.add_argument("--base_model", help="where that is, if no longer where training read it")
     parser.add_argument(
-        "--output", type=Path, default=Path("evaluation"), help="a directory; default evaluation"
+        "--base_model", type=cli.path_text, help="where that is, if no longer where training read it"
+    )
+    parser.add_argument(
+        "--output", type=cli.path, default=Path("evaluation"), help="a directory; default evaluation"
     )
     parser.add_argument(
         "--max_new_tokens", type=int, default=64, help="the longest answer, in tokens; default 64"
@@ -150,10 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         from trainer.config import parse
 
         config = parse(flags)
-        started = "WORLD_SIZE" in os.environ
-        world_size = requested_world_size(
-            config.world_size or (None if started else config.tensor_parallel_size)
-        )
+        world_size = requested_world_size(config.world_size, config.tensor_parallel_size)
         prepare_environment(world_size)
         from model.llama import Llama
         from parallel.mesh import Mesh

@@ -9,7 +9,6 @@ read in bands of rows.
 """
 
 import sys
-from pathlib import Path
 
 from tools import cli
 from tools.inspect_checkpoint.differences import show_differences
@@ -20,9 +19,9 @@ from tools.inspect_checkpoint.tensors import find_checkpoints, open_directory
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("inspect_checkpoint", __doc__)
     parser.add_argument(
-        "directory", type=Path, help="a checkpoint-<step>, an output directory, a model or a peft adapter"
+        "directory", type=cli.path, help="a checkpoint-<step>, an output directory, a model or a peft adapter"
     )
-    parser.add_argument("other", type=Path, nargs="?", help="a checkpoint or a model to compare with it")
+    parser.add_argument("other", type=cli.path, nargs="?", help="a checkpoint or a model to compare with it")
     path, other = vars(parser.parse_args(arguments)).values()
     try:
         if other:

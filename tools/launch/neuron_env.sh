@@ -48,10 +48,12 @@ fi
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 
 # Not set, on purpose:
-# NEURON_RT_STOCHASTIC_ROUNDING_EN    trainer/main.py sets it with --stochastic_rounding. Without that flag,
-#                                     master weights are fp32.
-# XLA_USE_BF16, XLA_DOWNCAST_BF16     set in the tutorial. torch_xla 2.9 has no automatic cast any more:
-#                                     --bf16 makes bf16 weights.
+# NEURON_RT_STOCHASTIC_ROUNDING_EN    trainer/main.py sets it with --stochastic_rounding. Without that flag it
+#                                     takes it away: master weights are fp32.
+# XLA_USE_BF16, XLA_DOWNCAST_BF16     set in the tutorial. By them torch_xla 2.9 still makes bf16 of all that is
+#                                     fp32, master weights and the loss too. trainer/main.py takes them away,
+#                                     says so, and reads them as --bf16: bf16 weights, fp32 master weights. It
+#                                     takes away others, too (parallel/runtime/variables.py).
 # NEURON_RT_ROOT_COMM_ID              torch-neuronx derives it from torchrun's MASTER_ADDR and port 62182.
 # NEURON_RT_NUM_CORES, _VISIBLE_CORES torch-neuronx gives each process of torchrun its core.
 # FI_EFA_FORK_SAFE                    only for Amazon Linux 2, whose glibc is too old for PyTorch 2.9.

@@ -7,7 +7,6 @@ A checkpoint that neuronx-distributed wrote is merged too: it needs --model_id f
 """
 
 import sys
-from pathlib import Path
 
 from tools import cli
 from tools.merge_checkpoint.merging import merge
@@ -17,9 +16,13 @@ from tools.merge_checkpoint.sources import DTYPES
 def main() -> int:
     parser = cli.parser("merge_checkpoint", __doc__)
     parser.add_argument(
-        "checkpoint", type=Path, help="a directory checkpoint-<step>, or one that neuronx-distributed wrote"
+        "checkpoint",
+        type=cli.path,
+        help="a directory checkpoint-<step>, or one that neuronx-distributed wrote",
     )
-    parser.add_argument("output", type=Path, help="the directory to write; it must not exist, or be empty")
+    parser.add_argument(
+        "output", type=cli.path, help="the directory to write; it must not exist, or be empty"
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
         "--adapter_only", action="store_true", help="write the LoRA adapter alone, in peft's format"
@@ -35,7 +38,9 @@ def main() -> int:
     parser.add_argument(
         "--verify", action="store_true", help="compute everything again and compare it with what was written"
     )
-    parser.add_argument("--model_id", help="the base model, where it is no longer where training read it")
+    parser.add_argument(
+        "--model_id", type=cli.path_text, help="the base model, where it is no longer where training read it"
+    )
     arguments = vars(parser.parse_args())
     arguments["dtype"] = DTYPES.get(arguments["dtype"])
     checkpoint, output = arguments.pop("checkpoint"), arguments.pop("output")

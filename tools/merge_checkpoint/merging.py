@@ -20,6 +20,7 @@ from model.weights.shapes import trained_shapes
 from tools.merge_checkpoint.model_files import write_adapter, write_model
 from tools.merge_checkpoint.nxd import NxdCheckpoint
 from tools.merge_checkpoint.sources import AdaptedWeights, TrainedWeights
+from trainer.checkpoint.model_files import check_listed
 from trainer.checkpoint.names import INCOMPLETE
 from trainer.checkpoint.reader import Checkpoint
 from trainer.job import load_tokenizer
@@ -54,9 +55,11 @@ def merge(
             )
         directory = resolve(model_id)
         config = ModelConfig.from_pretrained(directory)
-        source = NxdCheckpoint(path, config)
+        source, listed = NxdCheckpoint(path, config), None
     else:
         checkpoint, directory = open_checkpoint(path, needs_adapter=adapter_only or base_only), path
+        listed = checkpoint.manifest["files"]
+        check_listed(directory, listed)
         config = ModelConfig.from_pretrained(directory)
         checkpoint.check_tensors(trained_shapes(config, checkpoint.lora), kinds=("parameter",))
         if checkpoint.lora is None:
@@ -68,7 +71,7 @@ def merge(
         if adapter_only:
             write_adapter(checkpoint, partial, dtype)
         else:
-            write_model(source, directory, generation, partial, dtype, max_bytes, verify)
+            write_model(source, directory, generation, partial, dtype, max_bytes, verify, listed)
 
 
 def parse_size(text: str) -> int:

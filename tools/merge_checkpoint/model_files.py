@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -16,21 +15,11 @@ from model.weights.peft import adapter_config, peft_name
 from model.weights.safetensors_file import TensorWriter
 from model.weights.sources import SafetensorsFiles
 from tools.merge_checkpoint.sources import CONFIG, WeightSource
+from trainer.checkpoint.model_files import copy_known_files
 from trainer.checkpoint.reader import Checkpoint
 from trainer.prompts import GENERATION
 
 INDEX = "model.safetensors.index.json"
-COPIED = (  # beginnings of the names of files that are copied from the checkpoint
-    "config.json",
-    "token",
-    "special_tokens",
-    "vocab",
-    "merges",
-    "chat_template",
-    "added_tokens",
-    "additional_chat_templates",
-    "prompt_format.json",
-)
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of a file: name -> (dtype, shape)
 
 
@@ -42,18 +31,17 @@ def write_model(
     dtype: torch.dtype | None,
     max_bytes: int,
     verify: bool,
+    listed: dict[str, dict] | None,
 ) -> None:
     """Write the model to the empty directory `output`: weights, generation config, and from `directory` the
-    config and the tokenizer.
+    config and the tokenizer, which for a checkpoint are `listed` in its manifest.
 
     `dtype`: of all weights; None keeps each weight's own. `max_bytes`: of one file. Raises ValueError where
     the weights that were written are not the source's; with `verify`, they are compared bit by bit.
     """
     files = plan_files(source, dtype, max_bytes)
     write_weights(source, files, output)
-    for path in directory.iterdir():
-        if path.name.startswith(COPIED):
-            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, output / path.name)
+    copy_known_files(directory, output, listed)
     _write_settings(output / GENERATION, generation)
     write_config(files, output)
     SafetensorsFiles(output).check(source.shapes)

@@ -10,7 +10,6 @@ refused for others: with them, everything would be compiled again without a word
 
 import os
 import sys
-from pathlib import Path
 
 from tools import cli
 from tools.neuron_cache.archive import pack, unpack
@@ -37,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, help_text, paths in COMMANDS:
         command = commands.add_parser(name, help=help_text)
         for path in paths:
-            command.add_argument(path, type=Path)
+            command.add_argument(path, type=cli.path)
     chosen = parser.parse_args(words[:end])
     try:
         if chosen.command == "list":

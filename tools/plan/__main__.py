@@ -69,20 +69,28 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("plan", __doc__, trainer_flags=True)
     parser.add_argument(
-        "--model", required=True, help=f"{', '.join(PRESETS)}, tiny, a directory or a config.json"
+        "--model",
+        type=cli.path_text,
+        required=True,
+        help=f"{', '.join(PRESETS)}, tiny, a directory or a config.json",
     )
     parser.add_argument(
         "--machine", choices=INSTANCES, default="trn1.32xlarge", help="default: trn1.32xlarge"
     )
     parser.add_argument("--nodes", type=int, default=1, help="how many of them; default 1")
     parser.add_argument(
-        "--report", metavar="FILE", help="the step, as tools.bench_compile --json wrote it; default: trace it"
+        "--report",
+        type=cli.path_text,
+        metavar="FILE",
+        help="the step, as tools.bench_compile --json wrote it; default: trace it",
     )
     parser.add_argument(
         "--sweep", action="store_true", help="compare all topologies with as many rows a step"
     )
-    parser.add_argument("--picture", metavar="FILE", help="draw time and memory into a PNG")
-    parser.add_argument("--json", metavar="FILE", help="write the estimates to FILE")
+    parser.add_argument(
+        "--picture", type=cli.path_text, metavar="FILE", help="draw time and memory into a PNG"
+    )
+    parser.add_argument("--json", type=cli.path_text, metavar="FILE", help="write the estimates to FILE")
     parser.add_argument(
         "--price", type=float, help="USD an hour and node; default: on demand, where a list price is known"
     )

@@ -124,10 +124,11 @@ def _write(model_config, path: Path) -> None:
 
 
 def _flags(config) -> list[str]:
-    """The values that differ from the defaults, as a command line."""
-    found = []
+    """The values that differ from the defaults, as a command line; the environment may change that of
+    --bf16."""
+    found = ["--bf16", str(config.bf16)]
     for name, value in vars(config).items():
-        if value is not None and value != getattr(type(config), name):
+        if name != "bf16" and value is not None and value != getattr(type(config), name):
             found += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return found
 

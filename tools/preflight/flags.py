@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from model.attention.flash_nki import LARGEST_HEAD, ROW_MULTIPLE, why_not_flash
 from parallel.mesh import Mesh
+from parallel.runtime.variables import BF16, CHANGES, is_on, meaning
 from tools.preflight.host import Host
 from tools.preflight.plan import Finding, Plan
 from trainer.config import Config
@@ -41,9 +42,9 @@ def topology(host: Host, plan: Plan) -> Iterator[Finding]:
     for name, value in (("LOCAL_WORLD_SIZE", plan.nproc), ("WORLD_SIZE", plan.world)):
         if host.environment.get(name, str(value)) != str(value):
             yield Finding(
-                "error",
+                "warning",
                 f"{name}={host.environment[name]} is set, and the run will have {value}",
-                f"unset {name}: torchrun sets it",
+                "nothing: torchrun sets its own, and without torchrun it is not read",
             )
     if not host.on_neuron:
         return
@@ -75,22 +76,16 @@ def count_cores(ranges: str) -> int:
 
 
 def precision(host: Host, plan: Plan) -> Iterator[Finding]:
-    """No variable asks for another precision or another rounding than the flags."""
-    environment = host.environment
-    for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
-        if environment.get(name, "0") not in ("", "0"):
+    """No variable asks for another precision, rounding or graph than the flags: trainer/main.py takes such
+    variables away."""
+    set_by_the_program = {"NEURON_RT_STOCHASTIC_ROUNDING_EN"} if plan.config.stochastic_rounding else set()
+    for name in [name for name in CHANGES if name not in set_by_the_program]:
+        if is_on(value := host.environment.get(name)):
             yield Finding(
-                "error",
-                f"{name} is set: torch_xla 2.9 knows it no more, and would train in fp32",
-                f"unset {name}, and pass --bf16: bf16 weights with fp32 master weights",
+                "warning",
+                f"{name}={value} is set, and trainer/main.py takes it away: {meaning(name)}",
+                f"unset {name}" + (", and pass --bf16" if name in BF16 else ""),
             )
-    if environment.get("NEURON_RT_STOCHASTIC_ROUNDING_EN") == "1" and not plan.config.stochastic_rounding:
-        yield Finding(
-            "error",
-            "NEURON_RT_STOCHASTIC_ROUNDING_EN=1 without --stochastic_rounding: every cast to bf16 would be "
-            "rounded at random, that of fp32 master weights too",
-            "unset it, or pass --bf16 --stochastic_rounding",
-        )
 
 
 def buckets(host: Host, plan: Plan) -> Iterator[Finding]:

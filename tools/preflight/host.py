@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from parallel.runtime import devices
+from tools import TAKEN_AWAY
 
 PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc")
 COMMANDS = ("neuron-ls", "neuron_parallel_compile")
@@ -50,7 +51,7 @@ def look() -> Host:
     cores, users = neuron_ls()
     return Host(
         on_neuron=devices.on_neuron(),
-        environment=dict(os.environ),
+        environment=os.environ | TAKEN_AWAY,
         versions={name: each.version for name, each in found.items()},
         placeholders=frozenset(
             name for name, each in found.items() if is_placeholder(each.metadata.get_payload())

@@ -85,7 +85,7 @@ def read_eval_loss(checkpoint: Path) -> float | None:
     """The evaluation loss in a checkpoint's manifest; None where it has none, or is damaged."""
     try:
         return _finite(read_json(checkpoint / MANIFEST).get("eval_loss"))
-    except ValueError:  # a damaged checkpoint is no reason not to save another
+    except (ValueError, TypeError):  # a damaged checkpoint is no reason not to save another
         return None
 
 

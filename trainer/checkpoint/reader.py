@@ -4,6 +4,7 @@ CHECKPOINT_FORMAT.md describes the directory; trainer/checkpoint/writer.py write
 """
 
 import json
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from model.lora import LoraConfig
 from model.weights.hub import read_json
 from model.weights.safetensors_file import TensorFile, as_bytes, bands, checksum, read_part
 from parallel.shard import Shard
+from trainer.checkpoint.manifest_checks import check_manifest, check_pieces
 from trainer.checkpoint.names import FORMAT, INCOMPLETE, KINDS, MANIFEST, VERSION, manifest_checksum
 
 BAND_BYTES = 16 * 2**20  # the part of a tensor that `stream` holds in memory at once
@@ -45,6 +47,7 @@ class Checkpoint:
             key: Stored(self.path, key, values, self._files)
             for key, values in self.manifest["tensors"].items()
         }
+        check_pieces(self.manifest["tensors"], self._files)
         self.shapes = {
             key.removeprefix("parameter/"): stored.shape
             for key, stored in self.tensors.items()
@@ -71,10 +74,11 @@ class Checkpoint:
         for file in self._files.values():
             file.close()
 
-    def verify(self) -> None:
-        """Read all tensors; raises ValueError that names the first one with a wrong checksum."""
+    def verify(self, kinds: tuple[str, ...] = KINDS) -> None:
+        """Read all tensors of these kinds; raises ValueError that names the first with a wrong checksum."""
+        stored = [each for key, each in self.tensors.items() if key.split("/")[0] in kinds]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for problem in pool.map(Stored.problem, self.tensors.values()):
+            for problem in pool.map(Stored.problem, stored):
                 if problem:
                     raise ValueError(problem)
 
@@ -131,6 +135,10 @@ def _read_manifest(path: Path) -> dict:
         )
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise ValueError(f"{file} is damaged: its checksum is not that of its contents")
+    try:
+        check_manifest(manifest)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, or was changed: {error}") from None
     return manifest
 
 
@@ -176,24 +184,24 @@ class Stored:
     def __init__(self, path: Path, key: str, values: dict, files: dict[str, TensorFile]):
         self._key, self.shape = key, tuple(values["global_shape"])
         self._slices: list[tuple[Shard, list[Piece]]] = []
+        held = 0
         for index, pieces in enumerate(values["slices"]):
             shard, end = Shard(self.shape, values["dim"], values["parts"], index), 0
             for each in pieces:
                 entry = files[each["file"]].entries.get(key) if each["file"] in files else None
-                if entry is None or each["first"] != end or entry.dtype != "F32":
+                if entry is None or each["first"] != end or entry.dtype != "F32" or len(entry.shape) != 1:
                     raise ValueError(f"{path}: of part {index} of {key}, the files hold only some elements")
                 end += entry.numel
             if end != shard.numel:
                 raise ValueError(
                     f"{path}: of part {index} of {key}, the files hold {end} of {shard.numel} elements"
                 )
+            held += end
             self._slices.append(
                 (shard, [Piece(each["first"], files[each["file"]], each["checksum"]) for each in pieces])
             )
-        if len(self._slices) != values["parts"]:
-            raise ValueError(
-                f"{path}: of the {values['parts']} parts of {key}, the files hold {len(self._slices)}"
-            )
+        if held != math.prod(self.shape):
+            raise ValueError(f"{path}: of {key}, the parts hold {held} of {math.prod(self.shape)} elements")
 
     def read(
         self, part: tuple[slice, ...], digests: dict[int, xxhash.xxh3_128] | None = None

@@ -1,0 +1,109 @@
+"""Which safetensors files are refused: all that the library refuses, by the file's name, in one line."""
+
+import json
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model.weights.safetensors_file import TensorFile
+from model.weights.sources import SafetensorsFiles
+
+A = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+def header(**changes):
+    return json.dumps({"a": A | changes})
+
+
+def with_metadata(value):
+    return json.dumps({"__metadata__": value, "a": A})
+
+
+REFUSED = {
+    "unknown dtype": (header(dtype="F33"), 24),
+    "dtype in lower case": (header(dtype="f32"), 24),
+    "size of a dtype that is not read": (header(dtype="F8_E4M3"), 24),
+    "half a byte": (header(dtype="F4", shape=[3], data_offsets=[0, 2]), 2),
+    "negative shape": (header(shape=[-2, -3]), 24),
+    "fractional shape": (header(shape=[2.0, 3.0]), 24),
+    "true in a shape": (header(shape=[True, 6]), 24),
+    "shape too large": (header(shape=[2**62, 2**62]), 24),
+    "fractional offset": (header(data_offsets=[0.0, 24.0]), 24),
+    "false as an offset": (header(data_offsets=[False, 24]), 24),
+    "minus 0": (header().replace("[0,", "[-0,"), 24),
+    "three offsets": (header(data_offsets=[0, 24, 24]), 24),
+    "offsets the wrong way": (header(data_offsets=[24, 0]), 24),
+    "overlap": (json.dumps({"a": A, "b": A}), 24),
+    "hole": (json.dumps({"a": A, "b": A | {"data_offsets": [28, 52]}}), 52),
+    "hole at the beginning": (header(data_offsets=[4, 28]), 28),
+    "trailing bytes": (header(), 28),
+    "too short": (header(), 20),
+    "wrong size": (header(shape=[2, 2]), 24),
+    "number in the metadata": (with_metadata({"a": 1}), 24),
+    "null in the metadata": (with_metadata({"a": None}), 24),
+    "list as metadata": (with_metadata([]), 24),
+    "metadata of pairs": (with_metadata([["a", "b"]]), 24),
+    "false as metadata": (with_metadata(False), 24),
+    "metadata twice": ('{"__metadata__": {}, "__metadata__": {},' + header()[1:], 24),
+    "field twice": (header().replace('"dtype"', '"dtype": "F16", "dtype"'), 24),
+    "UTF-16": (header().encode("utf-16"), 24),
+    "byte order mark": (b"\xef\xbb\xbf" + header().encode(), 24),
+    "not UTF-8": (b'{"\xe9": ' + header()[5:].encode(), 24),
+    "surrogate": (b'{"\xed\xa0\x80": ' + header()[5:].encode(), 24),
+    "escaped surrogate": ('{"\\ud800": ' + header()[5:], 24),
+    "NaN": (header(more=float("nan")), 24),
+    "number too large": (header().replace("[2, 3]", "[2, 3e400]"), 24),
+    "zeros after the header": (header() + "\0\0", 24),
+    "list": ("[]", 0),
+    "deep": ('{"a":' + "[" * 5000 + "]" * 5000 + "}", 0),
+    "empty": ("", 0),
+}
+
+
+def write(path, content, data):
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(data))
+    return path
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_the_library_refuses_is_refused(tmp_path, kind):
+    path = write(tmp_path / "model.safetensors", *REFUSED[kind])
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt").__enter__()
+    with pytest.raises(ValueError) as caught:
+        TensorFile(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and len(message) < 400
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        SafetensorsFiles(tmp_path)
+
+
+@pytest.mark.parametrize("length", [10**8 + 1, 2**63, 2**64 - 1, 0, 1])
+def test_the_length_of_the_header(tmp_path, length):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        TensorFile(path)
+
+
+def test_a_name_that_comes_twice(tmp_path):
+    """The library takes the last: which of the two was meant is not known."""
+    path = write(tmp_path / "model.safetensors", header(shape=[3, 2])[:-1] + "," + header()[1:], 24)
+    with pytest.raises(ValueError, match="its header: it has 'a' twice"):
+        TensorFile(path)
+
+
+def test_what_the_library_writes_is_read(tmp_path):
+    values = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.ones(3, dtype=torch.bfloat16),
+        "c": torch.tensor(1),
+    }
+    save_file(values, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert file.metadata == {"format": "pt"} and set(file.entries) == set(values)
+    for name, value in values.items():
+        assert torch.equal(file.read(name, tuple(slice(0, size) for size in value.shape)), value)
