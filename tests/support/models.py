@@ -33,7 +33,7 @@ def save_llama(directory: Path, tied: bool = False, seed: int = 0, **changes):
         "rope_theta": 10000.0,
         "initializer_range": 0.15,
         "tie_word_embeddings": tied,
-        "rope_scaling": None if tied else LLAMA3,
+        "rope_scaling": None if tied else dict(LLAMA3),  # transformers 5 adds to it
         "attn_implementation": "eager",
     } | changes
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()

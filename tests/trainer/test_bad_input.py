@@ -107,7 +107,7 @@ def test_model(tmp_path, copy):
         ({"num_key_value_heads": 3}, "by num_key_value_heads 3"),
         ({"rope_theta": None}, "rope_theta is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": "llama3"}, "not the config of"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; an object was expected"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
         ({"rope_scaling": LLAMA3 | {"factor": 0.0}}, "rope_scaling.factor is 0.0"),
     ]:
