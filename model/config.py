@@ -5,47 +5,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from model.config_fields import DEFAULTS, NEUTRAL, WITHOUT_EFFECT
 from model.weights.hub import read_json
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# What transformers' LlamaConfig has for a field that the file lacks; null means its default for the last two.
-DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "initializer_range": 0.02,
-    "num_key_value_heads": None,
-    "head_dim": None,
-}
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 CHECKED = ("model_type", "architectures", "hidden_act", "quantization_config")
-# Fields that do not change what LlamaForCausalLM computes for a loss or for logits: on files and classes,
-# tokens, outputs, generation, labels, and what other programs note there.
-WITHOUT_EFFECT = frozenset(
-    """
-    _name_or_path name_or_path transformers_version torch_dtype dtype tokenizer_class is_llama_config
-    unsloth_version unsloth_fixed unsloth_training transformers.js_config _commit_hash
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id prefix
-    max_sequence_length model_max_length tokenizer_model_max_length tokenizer_padding_side
-    use_cache return_dict output_hidden_states output_attentions torchscript tf_legacy_loss use_bfloat16
-    attn_implementation _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    pretraining_tp chunk_size_feed_forward is_decoder is_encoder_decoder
-    id2label label2id num_labels problem_type finetuning_task task_specific_params
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens
-    """.split()
-)
-NEUTRAL = {"partial_rotary_factor": 1}  # of other fields null, false, 0 and empty ones are
 
 
 @dataclass(frozen=True)
@@ -150,8 +115,8 @@ def _check_unknown(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if value and value != NEUTRAL.get(name.rsplit(".", 1)[-1]):
             raise ValueError(
-                f"{name} is {str(value)[:80]!r}, which markstep does not compute; where it changes nothing, take "
-                "it out of the file"
+                f"{name} is {str(value)[:80]!r}, which markstep does not compute; where it changes nothing, "
+                "take it out of the file"
             )
 
 

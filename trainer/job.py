@@ -14,7 +14,7 @@ from data.packing import Rows
 from model.attention.flash_nki import why_not_flash
 from model.config import ModelConfig
 from model.lora import LoraConfig
-from model.weights.hub import in_one_line, resolve
+from model.weights.hub import resolve
 from model.weights.loading import check_weights
 from model.weights.peft import PeftAdapter
 from model.weights.shapes import base_shapes, trained_shapes
@@ -29,8 +29,7 @@ from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
 from trainer.dataset import build_rows, fingerprint
 from trainer.prompts import PromptFormat, end_tokens
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+from trainer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -258,20 +257,3 @@ def lora_config(config: Config) -> LoraConfig | None:
     if not targets:
         raise ValueError("--lora_target_modules names no module; pass --lora_r 0 to train without LoRA")
     return LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
-
-
-def load_tokenizer(directory: Path):
-    """The Hugging Face tokenizer in `directory`; raises ValueError where there is none."""
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"{directory} has neither {' nor '.join(TOKENIZER_FILES)}: "
-            "a tokenizer was expected beside the model"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # the errors of transformers have no base class in common
-        raise ValueError(
-            f"{directory} holds no tokenizer that transformers can load: {in_one_line(error)}"
-        ) from None

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from model.attention.rotary import rotary_frequencies
-from model.config import DEFAULTS, WITHOUT_EFFECT, ModelConfig
+from model.config import ModelConfig
+from model.config_fields import DEFAULTS, WITHOUT_EFFECT
 from tests.support.models import LLAMA3
 
 SIZES = {
