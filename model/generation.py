@@ -258,7 +258,10 @@ class Generator:
     def _logits(self, x, batch):
         """x [batch, features] -> fp32 [batch, vocab_size] on all ranks."""
         logits = self._model.head(x, batch).squeeze(1)
-        return all_gather(logits, self._model.vocabulary_group, -1).float()
+        gathered = all_gather(logits, self._model.vocabulary_group, -1).float()
+        vocab_size = self._model.config.vocab_size
+        # A vocabulary that the ranks do not divide has padding behind its end.
+        return gathered if gathered.shape[-1] == vocab_size else gathered[:, :vocab_size]
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class LoraLinear(nn.Module):
         else:
             self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), None, *how)
             self.lora_B.add_parameter(
-                "weight", (base_layer.output_size, config.r), 0, *how, base_layer.replicas
+                "weight", (base_layer.output_size, config.r), 0, *how, base_layer.replicas, base_layer.pad
             )
         if self.dropout:
             features = self.lora_A.shards["weight"].slices[1]

@@ -87,15 +87,20 @@ class PeftAdapter:
         )
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the file holds exactly the factors `expected`: {our name: global shape}."""
+        """Raise ValueError unless the file holds exactly the factors `expected`, with finite numbers.
+
+        expected: {our name: global shape}.
+        """
         # Where the head has factors, peft saves its base weight too.
         self._files.check(
             {peft_name(name): shape for name, shape in expected.items()}, (".base_layer.weight",)
         )
+        for name, shape in expected.items():
+            self.read(name, Shard(shape))
 
     def read(self, name: str, shard: Shard) -> torch.Tensor:
         """The slice `shard` of the factor of our `name`, fp32."""
-        return self._files.read(peft_name(name), shard.slices).float()
+        return self._files.read_finite(peft_name(name), shard.slices).float()
 
 
 def _check_supported(path: Path, values: dict) -> None:

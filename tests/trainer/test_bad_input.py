@@ -112,7 +112,7 @@ def test_model(tmp_path, copy):
         ({"rope_scaling": LLAMA3 | {"factor": 0.0}}, "rope_scaling.factor is 0.0"),
     ]:
         original = (copy / "config.json").read_text()
-        edit_config(copy, **changes)
+        edit_config(copy, rope_parameters=None, **changes)
         assert problem in refused(tmp_path, model=copy)
         (copy / "config.json").write_text(original)
     (copy / "tokenizer.json").unlink()
