@@ -90,73 +90,61 @@ def with_tokens(directory):
     model.resize_token_embeddings(514)
     save_adapter(model, directory / "adapter", ["q_proj"])
     file = directory / "adapter" / "adapter_model.safetensors"
-    added = {
-        f"base_model.model.{name}.weight": torch.zeros(514, 64) for name in ("model.embed_tokens", "lm_head")
-    }
-    save_file(load_file(file) | added, file)
+    weights = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
+    save_file(load_file(file) | {name: torch.zeros(514, 64) for name in weights}, file)
+
+
+def save(path, targets, **changes):
+    save_adapter(save_llama(path / "base"), path / "adapter", targets, **changes)
+
+
+def edit(path, **changes):
+    """Change settings of the adapter."""
+    file = path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refused(path):
+    """The error of reading the adapter for the model beside it."""
+    with pytest.raises(ValueError) as caught:
+        read_adapter(
+            Config(adapter_name_or_path=str(path / "adapter")), ModelConfig.from_pretrained(path / "base")
+        )
+    message = str(caught.value)
+    assert str(path / "adapter") in message and "--lora" not in message and "\n" not in message
+    return message
 
 
 ADAPTERS = {
     "whole weights": (
-        lambda path: save_adapter(
-            save_llama(path / "base"),
-            path / "adapter",
-            ["q_proj"],
-            modules_to_save=["embed_tokens", "lm_head"],
-        ),
+        lambda path: save(path, ["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
         "modules_to_save is ['embed_tokens', 'lm_head']",
     ),
-    "rows": (
-        lambda path: save_adapter(
-            save_llama(path / "base"), path / "adapter", ["q_proj"], trainable_token_indices=[3, 4]
-        ),
-        "trainable_token_indices is",
-    ),
-    "the embedding": (
-        lambda path: save_adapter(save_llama(path / "base"), path / "adapter", ["q_proj", "embed_tokens"]),
-        "embed_tokens is a target, and only linear layers are",
-    ),
-    "the embedding, by a pattern": (
-        lambda path: save_adapter(save_llama(path / "base"), path / "adapter", ".*(q_proj|embed_tokens)"),
-        "lora_embedding_A",
-    ),
+    "rows": (lambda path: save(path, ["q_proj"], trainable_token_indices=[3]), "trainable_token_indices is"),
+    "the embedding": (lambda path: save(path, ["q_proj", "embed_tokens"]), "embed_tokens is a target"),
+    "by a pattern": (lambda path: save(path, ".*(q_proj|embed_tokens)"), "lora_embedding_A"),
     "a larger vocabulary": (with_tokens, "holds base_model.model.lm_head.weight [514, 64]"),
 }
 
 
-@pytest.mark.parametrize("save, problem", ADAPTERS.values(), ids=ADAPTERS)
-def test_an_adapter_with_more_than_factors_of_linear_layers(tmp_path, save, problem):
-    save(tmp_path)
-    with pytest.raises(ValueError) as caught:
-        read_adapter(
-            Config(adapter_name_or_path=str(tmp_path / "adapter")),
-            ModelConfig.from_pretrained(tmp_path / "base"),
-        )
-    message = str(caught.value)
+@pytest.mark.parametrize("make, problem", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_with_more_than_factors_of_linear_layers(tmp_path, make, problem):
+    make(tmp_path)
+    message = refused(tmp_path)
     assert problem in message and "merge it into its base model with peft" in message
-    assert str(tmp_path / "adapter") in message and "--lora" not in message and "\n" not in message
 
 
-def test_an_adapter_whose_target_the_model_lacks(tmp_path, base):
-    save_adapter(save_llama(tmp_path / "base"), tmp_path / "adapter", ["q_proj"])
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"target_modules": ["q_proj", "query_key_value"]})
-    )
-    with pytest.raises(ValueError, match="^.*adapter: the model has no linear layer 'query_key_value'"):
-        read_adapter(
-            Config(adapter_name_or_path=str(tmp_path / "adapter")), ModelConfig.from_pretrained(base)
-        )
+def test_an_adapter_whose_target_the_model_lacks(tmp_path):
+    save(tmp_path, ["q_proj"])
+    edit(tmp_path, target_modules=["q_proj", "query_key_value"])
+    assert "adapter: the model has no linear layer 'query_key_value'" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
     "changes", [{"kasa_config": {"a": 1}}, {"new_of_peft": True}, {"init_lora_weights": "mica"}]
 )
 def test_settings_of_an_adapter_that_are_not_known(tmp_path, changes):
-    save_adapter(save_llama(tmp_path / "base"), tmp_path, ["q_proj"])
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ValueError, match=f"only plain LoRA is read; here: .*{next(iter(changes))}"):
-        read_adapter(
-            Config(adapter_name_or_path=str(tmp_path)), ModelConfig.from_pretrained(tmp_path / "base")
-        )
+    save(tmp_path, ["q_proj"])
+    edit(tmp_path, **changes)
+    message = refused(tmp_path)
+    assert "only plain LoRA is read" in message and next(iter(changes)) in message
