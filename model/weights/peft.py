@@ -15,35 +15,35 @@ PEFT_PREFIX, EMBEDDING = "base_model.model.", "embed_tokens"
 # have to be off: they change the arithmetic of LoRA, or what it is added to.
 KNOWN = frozenset(
     (
-        *(
-            "peft_type",
-            "task_type",
-            "peft_version",
-            "auto_mapping",
-            "inference_mode",
-            "base_model_name_or_path",
-        ),
-        *("revision", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules"),
-        *("exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "fan_in_fan_out"),
-        *(
-            "loftq_config",
-            "eva_config",
-            "corda_config",
-            "qalora_group_size",
-            "megatron_core",
-            "runtime_config",
-        ),
-        *("ensure_weight_tying",),
+        "peft_type",
+        "task_type",
+        "peft_version",
+        "auto_mapping",
+        "runtime_config",
+        "inference_mode",
+        "base_model_name_or_path",
+        "revision",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "bias",
+        "fan_in_fan_out",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "ensure_weight_tying",
+        "init_lora_weights",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "qalora_group_size",
+        "megatron_core",
     )
 )
-PLAIN_STARTS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # of init_lora_weights: the base stays as it is
+# Values of init_lora_weights that leave the base weights and the arithmetic as they are.
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 MERGE = "merge it into its base model with peft, and train from what that writes"
 
 
