@@ -216,6 +216,10 @@ class Generator:
         """The Step after x [batch, features], which is at positions [batch, 1]; the same on all ranks."""
         logits = self._model.head(x, len(positions)).squeeze(1)
         logits = all_gather(logits, self._model.vocabulary_group, -1).float()
+        if (
+            logits.shape[-1] > self._model.config.vocab_size
+        ):  # the padding of a vocabulary that is not divided
+            logits = logits[:, : self._model.config.vocab_size]
         return Step(logits, logits.argmax(-1, keepdim=True), positions + 1)
 
 

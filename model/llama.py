@@ -37,7 +37,7 @@ class LlamaModel(nn.Module):
     ):
         super().__init__()
         self.embed_tokens = layers.ParallelEmbedding(
-            config.vocab_size, config.hidden_size, parameter_group=pipeline.vocabulary, **layout
+            config.vocab_size, config.hidden_size, parameter_group=pipeline.vocabulary, pad=True, **layout
         )
         self.layers = nn.ModuleList()  # this stage's, by their ids in the whole model
         for layer_id in pipeline.layer_ids(config.num_hidden_layers):
@@ -84,7 +84,12 @@ class Llama(nn.Module):
         }
         self.model = LlamaModel(config, gradient_checkpointing, layers, pipeline, **layout)
         self.lm_head = layers.ColumnParallelLinear(
-            config.hidden_size, config.vocab_size, bias=False, parameter_group=pipeline.vocabulary, **layout
+            config.hidden_size,
+            config.vocab_size,
+            bias=False,
+            parameter_group=pipeline.vocabulary,
+            pad=True,
+            **layout,
         )
         self._mark_padding()
         self.register_buffer("stage_index", torch.tensor([pipeline.group.rank()]), persistent=False)
@@ -138,7 +143,20 @@ class Llama(nn.Module):
     def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The cross entropy in nats of each target, fp32 [batch, sequence]; 0 where there is none
         (parallel/loss.py)."""
+        logits = self.mask_padding(logits)
         return parallel_cross_entropy(logits, labels, self.rank_index, self.vocabulary_group)
+
+    def mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits [..., this rank's part of the vocabulary] as a softmax needs them.
+
+        Where the ranks do not divide the vocabulary, the columns behind its end, which are 0, become the
+        least number.
+        """
+        size = logits.shape[-1]
+        if size * self.vocabulary_group.size() == self.config.vocab_size:
+            return logits
+        token = self.rank_index * size + torch.arange(size, device=logits.device)
+        return logits.masked_fill(token >= self.config.vocab_size, torch.finfo(logits.dtype).min)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, sequence] -> [tokens, features]."""
@@ -199,19 +217,12 @@ class Llama(nn.Module):
 def check_divisible(config: ModelConfig, group: Group, pipeline: Pipeline = ONE_STAGE) -> None:
     """Raise ValueError where the tensor parallel group and the pipeline stages cannot divide the model."""
     pipeline.layer_ids(config.num_hidden_layers)
-    for field in ("num_attention_heads", "intermediate_size", "vocab_size"):
+    for field in ("num_attention_heads", "intermediate_size"):
         if getattr(config, field) % group.size():
             raise ValueError(
                 f"the model's {field} {getattr(config, field)} is not divisible by the tensor parallel size "
                 f"{group.size()}"
             )
-    parts = group.size() * pipeline.group.size()
-    if config.vocab_size % parts:
-        raise ValueError(
-            f"the model's vocab_size {config.vocab_size} is not divisible by {parts}, the tensor parallel "
-            "size "
-            f"{group.size()} x {pipeline.group.size()} pipeline stages, which divide it"
-        )
     kv_heads = config.num_key_value_heads
     if kv_heads % group.size() and group.size() % kv_heads:
         raise ValueError(

@@ -97,7 +97,7 @@ class LoraLinear(nn.Module):
         else:
             self.lora_A.add_parameter("weight", (config.r, base_layer.input_size), None, *how)
             self.lora_B.add_parameter(
-                "weight", (base_layer.output_size, config.r), 0, *how, base_layer.replicas
+                "weight", (base_layer.output_size, config.r), 0, *how, base_layer.replicas, base_layer.pad
             )
         if self.dropout:
             features = self.lora_A.shards["weight"].slices[1]
@@ -190,16 +190,14 @@ def add_lora(model: nn.Module, config: LoraConfig) -> TokenSeeds:
             for each in (name, *module.counterparts)
         ):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(
-                f"--lora_target_modules: the model has no linear layer {target!r}; it has {', '.join(known)}"
-            )
+            raise ValueError(f"the model has no linear layer {target!r}; it has {', '.join(known)}")
     seeds = model.token_seeds = TokenSeeds(config.lora_dropout)
     model.requires_grad_(False)
     for name, module in linear.items():
         if any(_matches(each, config.target_modules) for each in (name, *module.counterparts)):
             if name == "lm_head" and model.config.tie_word_embeddings:
                 raise ValueError(
-                    "--lora_target_modules: lm_head shares its weight with the embedding in this model "
+                    "lm_head shares its weight with the embedding in this model "
                     "(tie_word_embeddings), so it cannot have an update of its own"
                 )
             added = LoraLinear(module, config, name, seeds)

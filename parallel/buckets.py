@@ -71,7 +71,7 @@ class Buckets:
 
     def columns(self, name: str) -> int:
         """Elements of a part of the parameter, padding included."""
-        return -(-self.shards[name].numel // self.parts)
+        return -(-torch.Size(self.shards[name].local_shape).numel() // self.parts)
 
     def own(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """This rank's part [1, columns], fp32, of values (name -> this rank's slice); on their device, which

@@ -62,22 +62,32 @@ class ParallelLayer(nn.Module):
         self.register_buffer("rank_index", torch.tensor([group.rank()]), persistent=False)
 
     def add_parameter(
-        self, name: str, global_shape: tuple[int, ...], dim: int | None, dtype, device, replicas: int = 1
+        self,
+        name: str,
+        global_shape: tuple[int, ...],
+        dim: int | None,
+        dtype,
+        device,
+        replicas: int = 1,
+        pad: bool = False,
     ) -> None:
         """Register an uninitialised parameter: the rank's slice along `dim`, or the whole where dim is None.
 
         A slice may be held by `replicas` neighbours, each of which uses it for other heads. A whole parameter
-        is held by all, and used for all positions, or under sequence parallelism for the rank's own.
+        is held by all, and used for all positions, or under sequence parallelism for the rank's own. `pad`:
+        rows need not divide; the last ranks then have rows more than the whole, which are 0 (Shard).
         """
         size, rank = self.parameter_group.size(), self.parameter_group.rank()
         if dim is None:
             shard = Shard(global_shape, replicas=size, partial=self.sequence_parallel_enabled and size > 1)
         else:
             parts = divide(size, replicas, "the tensor parallel size")
-            divide(global_shape[dim], parts, "the size")
+            if not pad:
+                divide(global_shape[dim], parts, "the size")
             shard = Shard(global_shape, dim, parts, rank // replicas, replicas, partial=replicas > 1)
         self.shards = MappingProxyType({**self.shards, name: shard})
-        self.register_parameter(name, nn.Parameter(torch.empty(shard.shape, dtype=dtype, device=device)))
+        empty = torch.empty(shard.local_shape, dtype=dtype, device=device)
+        self.register_parameter(name, nn.Parameter(empty))
 
 
 class ColumnParallelLinear(ParallelLayer):
@@ -85,7 +95,8 @@ class ColumnParallelLinear(ParallelLayer):
 
     x [tokens, input_size] is replicated, or under sequence parallelism the rank's [tokens / size,
     input_size]; y is this rank's [tokens, output_size * replicas / size]. With `replicas`, so many neighbours
-    hold the same rows (the heads of keys and values, where there are more ranks than heads).
+    hold the same rows (the heads of keys and values, where there are more ranks than heads). With `pad`, rows
+    of zeros are added where the ranks do not divide output_size: y has as many columns more, which are 0.
     """
 
     def __init__(
@@ -99,13 +110,14 @@ class ColumnParallelLinear(ParallelLayer):
         tensor_model_parallel_group: Group | None = None,
         replicas: int = 1,
         parameter_group: Group | None = None,
+        pad: bool = False,
     ):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled, parameter_group)
         self.add_rank_index(self.tensor_parallel_group)
-        self.input_size, self.output_size, self.replicas = input_size, output_size, replicas
-        self.add_parameter("weight", (output_size, input_size), 0, dtype, device, replicas)
+        self.input_size, self.output_size, self.replicas, self.pad = input_size, output_size, replicas, pad
+        self.add_parameter("weight", (output_size, input_size), 0, dtype, device, replicas, pad)
         if bias:
-            self.add_parameter("bias", (output_size,), 0, dtype, device, replicas)
+            self.add_parameter("bias", (output_size,), 0, dtype, device, replicas, pad)
         else:
             self.bias = None
 
@@ -210,7 +222,7 @@ class ParallelEmbedding(ParallelLayer):
 
     ids [sequence, batch] of integers -> [sequence, batch, embedding_dim], or under sequence parallelism the
     rank's positions. Of a vocabulary divided over a larger `parameter_group` (whose index `rank_index` is),
-    the rest of the sum is the caller's.
+    the rest of the sum is the caller's. With `pad`, rows of zeros are added where the ranks do not divide it.
     """
 
     def __init__(
@@ -222,10 +234,11 @@ class ParallelEmbedding(ParallelLayer):
         sequence_parallel_enabled: bool = False,
         tensor_model_parallel_group: Group | None = None,
         parameter_group: Group | None = None,
+        pad: bool = False,
     ):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled, parameter_group)
         self.add_rank_index(self.parameter_group)
-        self.add_parameter("weight", (num_embeddings, embedding_dim), 0, dtype, device)
+        self.add_parameter("weight", (num_embeddings, embedding_dim), 0, dtype, device, pad=pad)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         local, inside = local_index(ids, self.weight.shape[0], self.rank_index)

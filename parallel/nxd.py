@@ -117,6 +117,7 @@ class ColumnParallelLinear(_Lending, layers.ColumnParallelLinear):
         tensor_model_parallel_group: NxdGroup | None = None,
         replicas: int = 1,
         parameter_group: NxdGroup | None = None,
+        pad: bool = False,
     ):
         super().__init__(
             input_size,
@@ -128,11 +129,12 @@ class ColumnParallelLinear(_Lending, layers.ColumnParallelLinear):
             tensor_model_parallel_group,
             replicas,
             parameter_group,
+            pad,
         )
         self.hold(
             nxd.ColumnParallelLinear,
             input_size,
-            output_size * replicas,
+            len(self.weight) * self.tensor_parallel_group.size(),
             bias=bias,
             gather_output=False,
             sequence_dimension=0,
@@ -209,6 +211,7 @@ class ParallelEmbedding(_Lending, layers.ParallelEmbedding):
         sequence_parallel_enabled: bool = False,
         tensor_model_parallel_group: NxdGroup | None = None,
         parameter_group: NxdGroup | None = None,
+        pad: bool = False,
     ):
         super().__init__(
             num_embeddings,
@@ -218,8 +221,10 @@ class ParallelEmbedding(_Lending, layers.ParallelEmbedding):
             sequence_parallel_enabled,
             tensor_model_parallel_group,
             parameter_group,
+            pad,
         )
-        self.hold(nxd.ParallelEmbedding, num_embeddings, embedding_dim, use_spmd_rank=True)
+        padded = len(self.weight) * self.tensor_parallel_group.size()
+        self.hold(nxd.ParallelEmbedding, padded, embedding_dim, use_spmd_rank=True)
         [layer] = self._held
         layer.rank_util.get_rank = lambda: self.rank_index
 

@@ -12,10 +12,12 @@ class Shard:
     """Which part of a whole parameter a rank holds.
 
     The parameter of `global_shape` is cut into `parts` equal slices along `dim`, of which the rank holds
-    number `index`; `replicas` neighbours in the tensor parallel group hold the same slice. A replicated
-    parameter has dim None and parts 1. `partial` says that a replica's gradient is only its part of a sum
-    over the replicas, not the whole. A `padding` parameter exists only so that all ranks have the same graph
-    (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
+    number `index`; `replicas` neighbours in the tensor parallel group hold the same slice. Where `parts` do
+    not divide it (a vocabulary, along dimension 0), the last slices are shorter or empty, and the rank's
+    tensor, of `local_shape`, has rows of zeros behind its slice, which are neither read nor saved. A
+    replicated parameter has dim None and parts 1. `partial` says that a replica's gradient is only its part
+    of a sum over the replicas, not the whole. A `padding` parameter exists only so that all ranks have the
+    same graph (parallel/pipeline.py): its gradient is 0, and it is neither read nor saved.
     """
 
     global_shape: tuple[int, ...]
@@ -31,9 +33,23 @@ class Shard:
         """The slice of each dimension of the whole that the rank holds."""
         whole = [slice(0, size) for size in self.global_shape]
         if self.dim is not None:
-            size = self.global_shape[self.dim] // self.parts
-            whole[self.dim] = slice(self.index * size, (self.index + 1) * size)
+            end, size = self.global_shape[self.dim], self.local_shape[self.dim]
+            whole[self.dim] = slice(min(end, self.index * size), min(end, (self.index + 1) * size))
         return tuple(whole)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of the rank's tensor: the same on all ranks."""
+        return tuple(
+            -(-size // self.parts) if dim == self.dim else size for dim, size in enumerate(self.global_shape)
+        )
+
+    def pad(self, values: torch.Tensor) -> torch.Tensor:
+        """The rank's tensor: `values` of the slice, and zeros behind them where its rows are more."""
+        missing = torch.Size(self.local_shape).numel() - values.numel()
+        if not missing:
+            return values
+        return torch.cat([values.flatten(), values.new_zeros(missing)]).view(self.local_shape)
 
     @property
     def shape(self) -> tuple[int, ...]:

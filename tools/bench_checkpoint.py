@@ -51,8 +51,8 @@ def make_checkpoint(directory: Path, layers: int) -> Path:
     from parallel.shard import named_shards
     from trainer.checkpoint import writer as saving
     from trainer.config import SAMPLE, Config
-    from trainer.job import load_tokenizer
     from trainer.prompts import PromptFormat
+    from trainer.tokenizer import load_tokenizer
 
     base, partial = directory / "base", directory / "checkpoint-1.incomplete"
     base.mkdir(parents=True)

@@ -18,8 +18,8 @@ from parallel.mesh import Group
 from parallel.shard import Shard
 from trainer.checkpoint.model_files import check_listed
 from trainer.checkpoint.reader import Checkpoint
-from trainer.job import load_tokenizer
 from trainer.prompts import PromptFormat, end_tokens, keep_date
+from trainer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

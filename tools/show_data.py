@@ -28,8 +28,8 @@ from tools.extras import require
 from tools.html_page import build_page, write_file
 from trainer.config import parse
 from trainer.dataset import build_rows
-from trainer.job import load_tokenizer
 from trainer.prompts import keep_date
+from trainer.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -60,7 +60,9 @@ class Config:
     lora_alpha: float = _flag(32.0, "The update is scaled by lora_alpha / lora_r.")
     lora_dropout: float = _flag(0.0, "Probability of zeroing a feature of the update's input.")
     lora_target_modules: str = _flag(
-        ALL_LINEAR, "Linear layers that get an update, by Hugging Face name, separated by commas."
+        ALL_LINEAR,
+        "Linear layers that get an update: Hugging Face names, separated by commas, or as peft takes them a "
+        "regular expression, or all-linear.",
     )
     use_rslora: bool = _flag(False, "Scale the update by lora_alpha / sqrt(lora_r).")
     adapter_name_or_path: str | None = _flag(

@@ -15,7 +15,7 @@ from data.packing import Rows
 from model.attention.flash_nki import why_not_flash
 from model.config import ModelConfig
 from model.lora import LoraConfig
-from model.weights.hub import resolve, why_not_loaded
+from model.weights.hub import resolve
 from model.weights.loading import check_weights
 from model.weights.peft import PeftAdapter
 from model.weights.shapes import base_shapes, trained_shapes
@@ -29,9 +29,9 @@ from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
 from trainer.dataset import build_rows, fingerprint
+from trainer.lora_settings import lora_config, read_adapter
 from trainer.prompts import PromptFormat, end_tokens, keep_date
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+from trainer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,12 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
 
     directory = resolve(config.model_directory)
     model_config = ModelConfig.from_pretrained(directory)
-    adapter = _read_adapter(config)
-    lora = adapter.config if adapter else lora_config(config)
+    adapter = read_adapter(config, model_config)
+    lora = adapter.config if adapter else lora_config(config, model_config)
     build_model(
         config, model_config, mesh
     )  # on the meta device: raises ValueError where it cannot be divided
     trained = trained_shapes(model_config, lora)
-    if adapter:
-        adapter.check(trained)
     weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
     check_weights(model_config, weights)
     tokenizer = load_tokenizer(directory)
@@ -137,13 +135,6 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
         deadline=begun + 60 * config.max_minutes if config.max_minutes else None,
         flash_attention=flash_attention,
     )
-
-
-def _read_adapter(config: Config) -> PeftAdapter | None:
-    """The adapter of --adapter_name_or_path."""
-    if not config.adapter_name_or_path:
-        return None
-    return PeftAdapter(resolve(config.adapter_name_or_path, "--adapter_name_or_path"))
 
 
 def _identity(
@@ -250,30 +241,3 @@ def lock(output_dir: str) -> None:
             f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): "
             "take care that no other run uses it"
         )
-
-
-def lora_config(config: Config) -> LoraConfig | None:
-    """The LoRA settings of the flags; None where all weights are trained."""
-    targets = tuple(name.strip() for name in config.lora_target_modules.split(",") if name.strip())
-    if not config.lora_r:
-        return None
-    if not targets:
-        raise ValueError("--lora_target_modules names no module; pass --lora_r 0 to train without LoRA")
-    return LoraConfig(config.lora_r, config.lora_alpha, config.lora_dropout, targets, config.use_rslora)
-
-
-def load_tokenizer(directory: Path):
-    """The Hugging Face tokenizer in `directory`; raises ValueError where there is none."""
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
-            f"{directory} has neither {' nor '.join(TOKENIZER_FILES)}: "
-            "a tokenizer was expected beside the model"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the errors of transformers have no base class in common
-        raise ValueError(
-            f"{directory} holds no tokenizer that transformers can load: {why_not_loaded(error)}"
-        ) from None

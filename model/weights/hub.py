@@ -4,6 +4,10 @@ import json
 import os
 from pathlib import Path
 
+# Files of a hub model: weights, settings, the tokenizer, and its chat templates, of which
+# additional_chat_templates/ has further ones.
+NEEDED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+
 
 def in_one_line(error: Exception) -> str:
     """The first 200 characters of a library's message, without its line breaks."""
@@ -29,7 +33,7 @@ def resolve(model_id: str, flag: str = "--model_id") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+        return Path(snapshot_download(model_id, allow_patterns=NEEDED))
     except Exception as error:  # the hub's errors share no base class
         raise ValueError(
             f"{flag} {model_id}: no directory of that name, and the hub does not give it: "

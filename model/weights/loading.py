@@ -13,11 +13,13 @@ from parallel.shard import Shard, named_shards
 
 
 def check_weights(config: ModelConfig, weights: SafetensorsFiles | RandomWeights) -> None:
-    """Raise ValueError for a weight that is missing, unexpected or of another shape; reads headers only."""
-    # Old files contain a buffer of the rotary embedding. Files of tied models may contain the head as well as
-    # the embedding.
-    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_word_embeddings else []))
-    weights.check(base_shapes(config), ignored)
+    """Raise ValueError for a weight that is missing, unexpected or of another shape.
+
+    Only headers are read; but a head that the config ties to the embedding must equal it.
+    """
+    # Old files contain a buffer of the rotary embedding.
+    copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    weights.check(base_shapes(config), ("rotary_emb.inv_freq",), copies)
 
 
 def fill(
@@ -36,13 +38,14 @@ def fill(
     modules, trained = dict(model.named_modules()), {}
     for name, parameter, shard in list(named_shards(model)):
         if shard.padding:
-            value = torch.zeros(shard.shape)
+            value = torch.zeros(shard.local_shape)
         elif read_trained and parameter.requires_grad:
             value = read_trained(name, shard)
         elif is_lora(name):
             value = initial_factor(name, shard, seed)
         else:
-            value = weights.read(hf_name(name), shard.slices)
+            value = weights.read_finite(hf_name(name), shard.slices)
+        value = shard.pad(value)
         if parameter.requires_grad:
             trained[name] = value.float()
         owner, leaf = name.rsplit(".", 1)

@@ -37,7 +37,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 10**8  # the library's limit
 # What Python and torch raise for values that no header has.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError)
-CHUNK_BYTES = 16 * 2**20  # the bytes that `update` reads at once
+CHUNK_BYTES = 16 * 2**20  # the bytes of a tensor that `chunks` reads at once
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,17 @@ class TensorFile:
             self.entries[name].shape, slices, lambda first, count: self.elements(name, first, count)
         )
 
-    def update(self, name: str, digest) -> None:
-        """Update the hash `digest` with the bytes of the tensor, chunk by chunk."""
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """The flattened tensor in consecutive parts of CHUNK_BYTES."""
         count = self.entries[name].numel
         chunk = CHUNK_BYTES // DTYPES[self.entries[name].dtype].itemsize
         for first in range(0, count, chunk):
-            digest.update(as_bytes(self.elements(name, first, min(chunk, count - first))))
+            yield self.elements(name, first, min(chunk, count - first))
+
+    def update(self, name: str, digest) -> None:
+        """Update the hash `digest` with the bytes of the tensor, chunk by chunk."""
+        for chunk in self.chunks(name):
+            digest.update(as_bytes(chunk))
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:

@@ -10,7 +10,7 @@ import xxhash
 from model.config import ModelConfig
 from model.lora import generator_of
 from model.weights.hub import read_json
-from model.weights.safetensors_file import DTYPES, TensorFile, checksum
+from model.weights.safetensors_file import DTYPES, TensorFile, as_bytes, checksum
 from model.weights.shapes import base_shapes
 
 INDEX = ".safetensors.index.json"
@@ -21,7 +21,7 @@ class SafetensorsFiles:
     """The tensors of `directory`/`stem`.safetensors, or of the files listed in `stem`.safetensors.index.json.
 
     `shapes` has the shape of each tensor by its name. Headers are read at once; of a tensor, only the
-    requested part is read. Raises ValueError where a file is missing or damaged.
+    requested part is read. Raises ValueError where a file is missing or damaged, and where both are there.
     """
 
     def __init__(self, directory: Path, stem: str = "model"):
@@ -33,6 +33,8 @@ class SafetensorsFiles:
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error}") from None
             for name, entry in file.entries.items():
+                if listed.get(name, path.name) != path.name:
+                    continue  # a copy, where the index has the tensor in another file
                 if name.endswith(".weight") and entry.dtype not in FLOATS:
                     raise ValueError(
                         f"{path}: the weight {name} is of type {entry.dtype}; {', '.join(FLOATS)} are read"
@@ -43,11 +45,19 @@ class SafetensorsFiles:
             index = self.directory / f"{stem}{INDEX}"
             raise ValueError(f"{index} lists {lost[0]} in {listed[lost[0]]}, which does not hold it")
 
-    def check(self, expected: dict[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
+    def check(
+        self,
+        expected: dict[str, tuple[int, ...]],
+        ignored: tuple[str, ...] = (),
+        copies: dict[str, str] | None = None,
+    ) -> None:
         """Raise ValueError unless names and shapes are those of `expected`.
 
-        Further tensors may be there whose names end with one of `ignored`.
+        Further tensors may be there whose names end with one of `ignored`, or are in `copies` {name: name of
+        the one that it must equal}; those are read.
         """
+        copies = {name: original for name, original in (copies or {}).items() if name in self.shapes}
+        ignored = (*ignored, *copies)
         missing = sorted(set(expected) - set(self.shapes))
         extra = sorted(
             name for name in set(self.shapes) - set(expected) if not name.endswith(ignored or ("\0",))
@@ -62,13 +72,31 @@ class SafetensorsFiles:
                     f"{self.directory}: the weight {name} has shape {list(self.shapes[name])}; "
                     f"the config asks for {list(shape)}"
                 )
+        for name, original in copies.items():
+            if not self._equal(name, original):
+                raise ValueError(
+                    f"{self._file_of[name].path}: {name} differs from {original}, and the config ties them "
+                    "(tie_word_embeddings): one of the two is wrong"
+                )
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        if self.shapes[one] != self.shapes[other] or self.dtype(one) != self.dtype(other):
+            return False
+        chunks = (self._file_of[name].chunks(name) for name in (one, other))
+        return all(torch.equal(*pair) for pair in zip(*chunks, strict=True))
 
     def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> str:
-        """A hash of the names, dtypes, shapes and bytes of these tensors."""
+        """A hash of the names, dtypes, shapes and bytes of these tensors.
+
+        Raises ValueError where one has a NaN or an infinity.
+        """
 
         def describe(name):
             digest = xxhash.xxh3_128()
-            self._file_of[name].update(name, digest)
+            for chunk in self._file_of[name].chunks(name):
+                self._check_finite(name, chunk)
+                digest.update(as_bytes(chunk))
             return f"{name} {self.dtype(name)} {self.shapes[name]} {digest.hexdigest()}"
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -85,6 +113,20 @@ class SafetensorsFiles:
         """The slices `part` of the tensor, in the file's dtype."""
         return self._file_of[name].read(name, part)
 
+    def read_finite(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """As `read`, of a weight that training begins with: raises ValueError for a NaN or an infinity."""
+        values = self.read(name, part)
+        self._check_finite(name, values)
+        return values
+
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
+        """Raise ValueError where values of the tensor are not finite; as fast as memory."""
+        if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
+            raise ValueError(
+                f"{self._file_of[name].path}: the weight {name} has values that are NaN or infinite: the "
+                "file is damaged, or of a training that failed"
+            )
+
 
 def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
     """(paths of the files, {tensor name: file name} of the index or {} where there is none)."""
@@ -93,7 +135,13 @@ def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str]]
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError(f"{index} is damaged: it has no weight_map of names to files")
-        return [directory / name for name in sorted(set(listed.values()))], listed
+        files = sorted(set(listed.values()))
+        if single.is_file() and single.name not in files:
+            raise ValueError(
+                f"{directory} has both {single.name} and {index.name}, which lists {files[0]}: which of them "
+                "is the model is not known; move one away"
+            )
+        return [directory / name for name in files], listed
     if not single.is_file():
         raise ValueError(
             f"{directory} has neither {single.name} nor {index.name}: weights in safetensors were expected"
@@ -113,7 +161,7 @@ class RandomWeights:
         self._std, self._seed, self._shapes = config.initializer_range, seed, base_shapes(config)
         self._residual_std = self._std / (2 * config.num_hidden_layers) ** 0.5 if depth_scaled else self._std
 
-    def check(self, expected, ignored=()):
+    def check(self, expected, ignored=(), copies=None):
         """Do nothing: every name and shape can be drawn."""
 
     def fingerprint(self, shapes) -> str:
@@ -123,6 +171,10 @@ class RandomWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32
+
+    def read_finite(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """As `read`: what is drawn is finite."""
+        return self.read(name, part)
 
     def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
         """The slices `part` of the weight, fp32."""

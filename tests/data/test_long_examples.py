@@ -11,7 +11,7 @@ from tests.support.examples import tokens_of
 from trainer import dataset
 from trainer.config import SAMPLE, parse
 from trainer.dataset import build_rows
-from trainer.job import load_tokenizer
+from trainer.tokenizer import load_tokenizer
 
 SHORT = {"instruction": "Why?", "response": "So."}
 LONG = {"instruction": "a b c d e " * 60, "response": "So."}  # its answer lies beyond 64 tokens

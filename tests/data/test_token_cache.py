@@ -137,7 +137,7 @@ def test_damage_of_equal_size_is_found(tokenizer, tmp_path, capsys):
 TOKENIZES = """
 import sys, time
 from data import tokens
-from trainer.job import load_tokenizer
+from trainer.tokenizer import load_tokenizer
 def records(*_):
     yield "here", tokens.Rendered("", "text", "text")
     print("begun", flush=True)

@@ -241,7 +241,10 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 
 
 def test_the_sample(tokenizer):
-    assert len(tokenizer) == 512 and type(tokenizer).__name__ == "PreTrainedTokenizerFast"
+    assert len(tokenizer) == 512 and type(tokenizer).__name__ in (
+        "PreTrainedTokenizerFast",  # transformers 4
+        "TokenizersBackend",
+    )
     config = json.loads((SAMPLE / "tiny" / "config.json").read_text())
     assert config["vocab_size"] == 512 and config["model_type"] == "llama"
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -1,5 +1,7 @@
 """Weights are read slice by slice, hub ids are looked up, and random weights are Hugging Face's."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ from model.weights.sources import RandomWeights, SafetensorsFiles
 from parallel.mesh import Mesh
 from parallel.shard import Shard, named_shards
 from tests.support.models import save_llama
+from trainer.prompts import PromptFormat, chat_ids
+from trainer.tokenizer import load_tokenizer
 
 
 def test_a_rank_reads_its_slices_and_nothing_else(tmp_path, monkeypatch):
@@ -60,6 +64,33 @@ def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
         resolve("no/access")
     with pytest.raises(ValueError, match="--adapter_name_or_path ./none: no such directory"):
         resolve("./none", "--adapter_name_or_path")
+
+
+def test_chat_templates_of_a_hub_id_are_fetched(tmp_path, monkeypatch):
+    """chat_template.jinja and additional_chat_templates/, with which the tokenizer then is as on the hub."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    save_llama(hub)
+    (hub / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja", "model.bin", "README.md"):
+        (hub / name).write_text(f"{name}: {{{{ messages[0]['content'] }}}}")
+
+    def snapshot_download(name, allow_patterns):
+        files = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    tokenizer = load_tokenizer(resolve("owner/chat"))
+    assert set(tokenizer.chat_template) == {"default", "rag"}
+    messages = [{"role": "user", "content": "hello"}]
+    assert PromptFormat.read(cache, tokenizer).chat
+    assert tokenizer.decode(chat_ids(tokenizer, messages)) == "chat_template.jinja: hello"
+    check_weights(ModelConfig.from_pretrained(cache), SafetensorsFiles(cache))
+    assert not {path.name for path in cache.iterdir()} & {"model.bin", "README.md"}
 
 
 def test_random_weights_are_the_same_on_every_topology(tmp_path):

@@ -20,6 +20,7 @@ def save_llama(directory: Path, tied: bool = False, seed: int = 0, **changes):
     """A random GQA Llama with llama3 rope scaling (or with tied embeddings) in several files, beside the
     sample's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     torch.manual_seed(seed)
     settings = {
@@ -33,7 +34,7 @@ def save_llama(directory: Path, tied: bool = False, seed: int = 0, **changes):
         "rope_theta": 10000.0,
         "initializer_range": 0.15,
         "tie_word_embeddings": tied,
-        "rope_scaling": None if tied else LLAMA3,
+        "rope_scaling": None if tied else dict(LLAMA3),  # transformers 5 adds to it
         "attn_implementation": "eager",
     } | changes
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
@@ -42,6 +43,7 @@ def save_llama(directory: Path, tied: bool = False, seed: int = 0, **changes):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+    disable_progress_bar()  # tests read what programs print
     model.save_pretrained(directory, max_shard_size="150KB")
     AutoTokenizer.from_pretrained(SAMPLE / "tiny").save_pretrained(directory)
     return model

@@ -16,9 +16,9 @@ from trainer.checkpoint.manifest import describe_files
 from trainer.checkpoint.names import KINDS, MANIFEST, manifest_checksum
 from trainer.checkpoint.writer import Saver
 from trainer.config import SAMPLE, Config
-from trainer.job import load_tokenizer
 from trainer.optimizer import AdamW
 from trainer.prompts import PromptFormat
+from trainer.tokenizer import load_tokenizer
 
 SHAPES = {"column.weight": ((8, 6), 0), "row.weight": ((6, 8), 1), "norm.weight": ((6,), None)}
 IDENTITY = {"model": "tiny", "lora": None, "seed": 1}

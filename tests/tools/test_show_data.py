@@ -10,7 +10,7 @@ import pytest
 from data.formats import format_prompt
 from tools.show_data import draw_lengths, main, picture, runs
 from trainer.config import SAMPLE
-from trainer.job import load_tokenizer
+from trainer.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_a_model_of_others_is_asked_by_its_template(tmp_path):
         == plain(format_prompt("a", "b"))["input_ids"]
     )
     assert PromptFormat.read(tmp_path, chat).encode(chat, "a") == chat.apply_chat_template(
-        [{"role": "user", "content": "a"}], add_generation_prompt=True
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
     )
     with pytest.raises(ValueError, match="has no chat template"):
         chat_ids(plain, [{"role": "user", "content": "a"}])

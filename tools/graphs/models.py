@@ -7,7 +7,7 @@ from model.llama import Llama
 from parallel.mesh import Mesh
 from trainer.build import build_model
 from trainer.config import SAMPLE, Config
-from trainer.job import lora_config
+from trainer.lora_settings import lora_config
 
 LLAMA3 = {
     "vocab_size": 128256,
@@ -80,4 +80,4 @@ def read_model(name: str) -> ModelConfig:
 def rank_model(config: Config, model_config: ModelConfig, mesh: Mesh) -> Llama:
     """The model of the mesh's rank as it is trained, on the meta device; ValueError where it cannot be
     divided."""
-    return build_model(config, model_config, mesh, lora_config(config))
+    return build_model(config, model_config, mesh, lora_config(config, model_config))

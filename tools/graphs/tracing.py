@@ -25,8 +25,9 @@ from parallel.graph.live import live_tensors
 from parallel.runtime import Runtime, launch
 from trainer.build import build_state
 from trainer.config import Config
-from trainer.job import Job, lora_config
+from trainer.job import Job
 from trainer.loop import make_loaders, train_step
+from trainer.lora_settings import lora_config
 
 MANY = 64
 
@@ -163,7 +164,7 @@ def _job(config, model_config, directory):
         model_directory=directory,
         model_config=model_config,
         tokenizer=None,
-        lora=lora_config(config),
+        lora=lora_config(config, model_config),
         adapter=None,
         train_rows=rows,
         eval_rows=None,

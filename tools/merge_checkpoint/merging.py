@@ -23,8 +23,8 @@ from tools.merge_checkpoint.sources import AdaptedWeights, TrainedWeights
 from trainer.checkpoint.model_files import check_listed
 from trainer.checkpoint.names import INCOMPLETE
 from trainer.checkpoint.reader import Checkpoint
-from trainer.job import load_tokenizer
 from trainer.prompts import generation_config
+from trainer.tokenizer import load_tokenizer
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

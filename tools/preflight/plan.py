@@ -53,13 +53,14 @@ def plan_of(config: Config, nproc: int, nnodes: int, phase: str) -> Plan:
         from model.config import ModelConfig
         from model.weights.shapes import trained_shapes
         from parallel.buckets import BUCKET_BYTES
-        from trainer.job import lora_config
+        from trainer.lora_settings import lora_config
     except ImportError:  # that torch or torch-xla is missing is a finding
         return plan
     if not directory.is_dir():
         return replace(plan, bucket_bytes=BUCKET_BYTES)
     files = [] if config.random_seed is not None else list(directory.glob("*.safetensors"))
-    shapes = trained_shapes(ModelConfig.from_pretrained(directory), lora_config(config))
+    model_config = ModelConfig.from_pretrained(directory)
+    shapes = trained_shapes(model_config, lora_config(config, model_config))
     elements = sum(math.prod(shape) for shape in shapes.values())
     return replace(
         plan,

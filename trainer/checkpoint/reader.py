@@ -112,7 +112,9 @@ class Checkpoint:
         """
         for kind, state in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
             values = {
-                name: torch.zeros(shard.shape) if shard.padding else self.read(kind, name, shard)
+                name: torch.zeros(shard.local_shape)
+                if shard.padding
+                else shard.pad(self.read(kind, name, shard))
                 for name, shard in optimizer.buckets.shards.items()
             }
             state[:] = [
