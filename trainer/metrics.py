@@ -160,8 +160,12 @@ class Metrics:
             self._bar.close()
 
     def _append(self, name, record):
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }  # JSON has no NaN
         with open(self._output / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 def _keep_until(path: Path, step: int) -> None:

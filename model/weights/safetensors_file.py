@@ -9,6 +9,7 @@ bytes of the tensors, row-major, without gaps.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -110,12 +111,16 @@ class TensorFile:
             self.entries[name].shape, slices, lambda first, count: self.elements(name, first, count)
         )
 
-    def update(self, name: str, digest) -> None:
-        """Update the hash `digest` with the bytes of the tensor, chunk by chunk."""
-        count = self.entries[name].numel
+    def update(self, name: str, digest) -> bool:
+        """Update the hash `digest` with the bytes of the tensor, chunk by chunk; returns whether all values
+        are finite."""
+        count, finite = self.entries[name].numel, True
         chunk = CHUNK_BYTES // DTYPES[self.entries[name].dtype].itemsize
         for first in range(0, count, chunk):
-            digest.update(as_bytes(self.elements(name, first, min(chunk, count - first))))
+            values = self.elements(name, first, min(chunk, count - first))
+            digest.update(as_bytes(values))
+            finite = finite and is_finite(values)
+        return finite
 
 
 def read_part(shape: tuple[int, ...], slices: tuple[slice, ...], elements) -> torch.Tensor:
@@ -185,6 +190,14 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 def checksum(content) -> str:
     """The 128-bit XXH3 hash (https://xxhash.com) in hexadecimal: it finds damage, at the speed of memory."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value of a tensor on the CPU is NaN or infinite; without a copy of it."""
+    if not values.numel() or not values.is_floating_point():
+        return True
+    least, most = torch.aminmax(values)  # of a NaN, both are NaN
+    return math.isfinite(least) and math.isfinite(most)
 
 
 def bands(shape: tuple[int, ...], itemsize: int, band_bytes: int) -> Iterator[tuple[int, int]]:
