@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from model.stage import finished_logits, forward_tick
 from parallel.collectives import all_gather
 from parallel.gradients import all_finite
 from parallel.runtime import Runtime
 from trainer.checkpoint.names import NonFinite, list_checkpoints
+from trainer.metrics import say
 from trainer.objective import FIGURES, loss_and_counts
 from trainer.pipelined import forward_backward_in_ticks
 
@@ -68,10 +68,10 @@ class FiniteCheck:
         figures = ", ".join(f"{name} {mean:.4g}" for name, mean in zip(FIGURES, means, strict=True))
         what = f"step {step} is not finite: {figures}, gradient norm {grad_norm:.4g}"
         if not self._ends:
-            tqdm.write(f"warning: {what}: it is skipped, and changes nothing", file=sys.stderr)
+            say(f"warning: {what}: it is skipped, and changes nothing", sys.stderr)
             return
         if self._runtime.rank == 0:
-            tqdm.write(f"{what}: looking for the layer where it began ...", file=sys.stderr)
+            say(f"{what}: looking for the layer where it began ...", sys.stderr)
         where = self._where(step)
         self._saver.wait()
         present = list_checkpoints(Path(self._state.config.output_dir))

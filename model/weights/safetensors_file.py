@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import xxhash
 
+from model.weights.hub import naming
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -162,9 +164,10 @@ class TensorWriter:
         content = json.dumps(header, separators=(",", ":")).encode()
         content += b" " * (-len(content) % 8)  # the library aligns the data to 8 bytes
         self._begins = {name: 8 + len(content) + begin for name, begin in begins.items()}
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._path, self._descriptor = path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._write(len(content).to_bytes(8, "little") + content, 0)
-        os.ftruncate(self._descriptor, 8 + len(content) + offset)
+        with naming(path):
+            os.ftruncate(self._descriptor, 8 + len(content) + offset)
 
     def write(self, name: str, values: torch.Tensor, first: int = 0) -> None:
         """Write `values` into the flattened tensor, starting with element `first`."""
@@ -172,14 +175,16 @@ class TensorWriter:
 
     def _write(self, content, offset: int) -> None:
         view = memoryview(content)
-        while len(view):
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
+        with naming(self._path):
+            while len(view):
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
 
     def close(self) -> None:
         """Close the file, once it is on disk."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        with naming(self._path):
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:

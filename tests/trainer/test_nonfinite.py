@@ -10,10 +10,6 @@ from safetensors.torch import load_file, save_file
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
 from tests.support.runs import read, run_one
-from tests.support.saved import save
-from tools.inspect_checkpoint.__main__ import main as inspect
-from tools.merge_checkpoint.merging import merge
-from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.names import KINDS, NonFinite, list_checkpoints
 from trainer.checkpoint.reader import Checkpoint
 
@@ -154,7 +150,9 @@ def test_the_layer_where_it_began(inputs, tmp_path):
         spoil(
             directory, "forward", {"model.layers.2.mlp.down_proj.weight": 3e38}
         ): "micro-batch 1: the output of model.layers.2.mlp.down_proj.",
-        spoil(directory, "backward", {value: 1e-38, output: 3e38}): "the backward: the gradients of model.layers.2.",
+        spoil(
+            directory, "backward", {value: 1e-38, output: 3e38}
+        ): "the backward: the gradients of model.layers.2.",
         spoil(directory, "norm", {value: 1e-30, output: 1e27}): "their sum overflows",
     }
     names = ("zero_1", "stages", "stages_in_one_graph", "one_graph")
