@@ -70,7 +70,12 @@ class Metrics:
             for name in ("eval.jsonl", "samples.jsonl"):
                 _keep_until(self._output / name, first_step - 1 if job.eval_rows else first_step)
             self._bar = tqdm(
-                total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True
+                total=job.total_steps,
+                initial=first_step,
+                desc="train",
+                unit="step",
+                dynamic_ncols=True,
+                file=Log(sys.stderr),
             )
             self._host = HostTime()
             runtime.listeners.append(self._host)
@@ -97,11 +102,10 @@ class Metrics:
         (step, seconds, host, learning_rate, waited, stalled, report), self._held = self._held, None
         grad_norm, target_tokens, tokens, *means = self._runtime.read(report)
         figures = dict(zip(FIGURES, means, strict=True))
-        with suppress(OSError):
-            self._bar.update()
-            self._bar.set_postfix(
-                loss=f"{figures['loss']:.4f}", tokens_s=f"{tokens / seconds:.0f}", host_s=f"{host:.3f}"
-            )
+        self._bar.update()
+        self._bar.set_postfix(
+            loss=f"{figures['loss']:.4f}", tokens_s=f"{tokens / seconds:.0f}", host_s=f"{host:.3f}"
+        )
         if step % self._logging_steps == 0:
             self._append(
                 "metrics.jsonl",
@@ -165,8 +169,7 @@ class Metrics:
         not be written."""
         self.flush()
         if self._active:
-            with suppress(OSError):
-                self._bar.close()
+            self._bar.close()
         if self._failed:
             raise self._failed
 
@@ -186,11 +189,28 @@ class Metrics:
             say(f"error: {self._failed}: the run saves its state, and ends", sys.stderr)
 
 
+class Log:
+    """A stream that is written to as far as it can be: a log that takes no more, as on a full disk, is no
+    reason to end a run."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def say(text: str, file=None) -> None:
-    """Print a line above the progress bar, on stdout or `file`. A log that takes no more, as on a full disk,
-    is no reason to end a run."""
-    with suppress(OSError):
-        tqdm.write(text, file)
+    """Print a line above the progress bar, on stdout or `file`."""
+    tqdm.write(text, Log(file or sys.stdout))
 
 
 def _keep_until(path: Path, step: int) -> None:
