@@ -86,7 +86,7 @@ def _check_step(checkpoint: Checkpoint) -> Checkpoint:
 
 def _check_names(output: Path, done: int) -> None:
     """Raise ValueError where the user's own files bear a name that a save after `done` steps needs."""
-    for name in sorted(os.listdir(output) if output.is_dir() else []):
+    for name in sorted(os.listdir(output) if os.path.isdir(output) else []):
         match, path = NAME.fullmatch(name.removesuffix(INCOMPLETE)), output / name
         if not match or int(match[1]) <= done or name == match[0] and path.is_dir():
             continue

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.saved import SHAPES, save
 from tools.inspect_checkpoint.__main__ import main as inspect
-from tools.merge_checkpoint.merging import merge
+from tools.merge_checkpoint.merging import merge, new_directory
 from trainer.checkpoint import writer
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.names import NonFinite, list_checkpoints
@@ -81,6 +81,25 @@ def test_a_model_that_is_not_finite_is_not_merged(tmp_path, monkeypatch, verify)
     with pytest.raises(ValueError, match="checkpoint-1: parameter/.* has values that are not finite"):
         merge(path, tmp_path / "merged", verify=verify)
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_a_merge_touches_only_what_a_merge_has_left(tmp_path):
+    partial = tmp_path / "merged.incomplete"
+    for make, what in ((Path.touch, "a file"), (Path.mkdir, "a directory with config.yaml")):
+        make(partial)
+        if partial.is_dir():
+            (partial / "config.yaml").touch()
+        with (
+            pytest.raises(ValueError, match=f"merged.incomplete is {what}, which no merge has made: move it"),
+            new_directory(tmp_path / "merged"),
+        ):
+            pass
+        (partial / "config.yaml" if partial.is_dir() else partial).unlink()
+    for name in ("model-00001-of-00002.safetensors", "config.json", "tokenizer.json"):
+        (partial / name).touch()
+    with new_directory(tmp_path / "merged"):
+        (partial / "config.json").touch()
+    assert names(tmp_path / "merged") == ["config.json"]
 
 
 @pytest.mark.parametrize("failing", [0, 3])

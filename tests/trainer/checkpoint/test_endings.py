@@ -58,7 +58,7 @@ def the_log_takes_no_more():
 
 def train(output, *flags, but="nothing_is_wrong"):
     """trainer/main.py with flags, after the call of a function of this file."""
-    text = f"import tests.trainer.test_endings as test; test.{but}(); import trainer.main, sys; "
+    text = f"import tests.trainer.checkpoint.test_endings as test; test.{but}(); import trainer.main, sys; "
     text += "sys.exit(trainer.main.main())"
     return run_program(
         ["-c", text, *SHORT.split(), *map(str, flags), "--output_dir", output], ROOT, environment()
