@@ -121,9 +121,14 @@ class Buckets:
         return reduced
 
     @torch.no_grad()
-    def set_parameters(self, weights: list[torch.Tensor]) -> None:
+    def set_parameters(self, weights: list[torch.Tensor], applies: torch.Tensor | None = None) -> None:
         """Give the parameters the values of the master weights [1, columns], rounded to their dtype, from all
-        parts."""
+        parts.
+
+        Where `applies`, one bool on the device, is False, the weights have not changed, and parameters stay.
+        They would not by themselves: to keep collectives in their order, torch_xla adds 0 x the result of the
+        one before to what is gathered, and 0 x NaN is NaN.
+        """
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in self.parameters}
         for bucket, weight in zip(self.buckets, weights, strict=True):
             dtype = self.parameters[bucket.pieces[0][0]].dtype
@@ -134,7 +139,9 @@ class Buckets:
                 offset += stop - start
         for name, parameter in self.parameters.items():
             matrix = columns[name][0] if len(columns[name]) == 1 else torch.cat(columns[name], 1)
-            parameter.copy_(_columns(matrix.view(1, -1), 0, parameter.numel()).view(parameter.shape))
+            value = _columns(matrix.view(1, -1), 0, parameter.numel()).view(parameter.shape)
+            gathered = self.parts > 1 and applies is not None
+            parameter.copy_(torch.where(applies, value, parameter) if gathered else value)
 
     def _flatten(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """fp32 [parts, columns] of each bucket."""

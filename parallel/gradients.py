@@ -53,3 +53,11 @@ def clip_gradients(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: 
     """The gradients times min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ scales them."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return [gradient * factor for gradient in gradients]
+
+
+def all_finite(values: torch.Tensor) -> torch.Tensor:
+    """Whether no value is NaN or infinite: one bool on the device.
+
+    Such a value minus itself is NaN. torch_xla computes torch.isfinite in float64, which NeuronCores lack.
+    """
+    return (values - values == 0).all()

@@ -48,5 +48,8 @@ def fail(error: Exception | str) -> int:
 
 
 def write_json(path: str | Path, values: object) -> None:
-    """Save a tool's result as indented JSON."""
-    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    """Save a tool's result as indented JSON. Where it cannot be written, the tool ends with status 1."""
+    try:
+        Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        sys.exit(fail(f"{path} cannot be written: {error.strerror}"))

@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 
+from model.weights.hub import naming
 from tools import cli
 from tools.extras import require
 
@@ -38,6 +39,7 @@ def read_metrics(path: Path) -> dict[int, dict]:
         try:
             record = json.loads(line)
             step = record["step"]
+            record |= {key: math.nan for key in COMPARED if record[key] is None}  # it was not finite
             good = isinstance(step, int) and all(isinstance(record[key], int | float) for key in COMPARED)
         except (ValueError, KeyError, TypeError):
             good = False
@@ -101,7 +103,8 @@ def draw(a: dict[int, dict], b: dict[int, dict], names: tuple[str, str], differe
         below.set_yscale("log")
         below.set_xlabel("step")
         below.set_ylabel("relative difference")
-    figure.savefig(picture, dpi=110)
+    with naming(picture):
+        figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 
 

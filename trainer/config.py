@@ -164,6 +164,11 @@ class Config:
         "When a step, micro-batch or evaluation has another graph than before: say what changed, or end "
         "the run.",
     )
+    on_nonfinite: Literal["end", "skip", "ignore"] = _flag(
+        "end",
+        "After a step whose loss or gradient norm is not finite: end and say where it began, skip the step, "
+        "or nothing.",
+    )
     seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
     # output
     output_dir: str = _flag("output", "Where checkpoints and metrics.jsonl go.")
@@ -229,6 +234,11 @@ class Config:
         if self.ticks == 1:
             return {"micro_batch": accumulation, "update": 1}
         return {"forward": accumulation * self.ticks, "backward": accumulation * self.ticks, "update": 1}
+
+    def evaluates_after(self, step: int, saves: bool) -> bool:
+        """Whether --do_eval evaluates after so many steps. The best checkpoint of --save_total_limit is known
+        only where every checkpoint has its loss."""
+        return bool(self.eval_steps and step % self.eval_steps == 0 or saves and self.save_total_limit)
 
     @property
     def divides_sequence(self) -> bool:

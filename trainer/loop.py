@@ -12,13 +12,14 @@ import torch
 
 from data.loader import BEGINNING, Loader, Position, Prefetcher
 from parallel.collectives import all_reduce
-from parallel.gradients import clip_gradients, global_norm
+from parallel.gradients import all_finite, clip_gradients, global_norm
 from parallel.runtime import Runtime
 from trainer.build import TrainState, build_state
 from trainer.checkpoint.writer import Saver
 from trainer.evaluation import evaluate
 from trainer.job import Job
 from trainer.metrics import Metrics
+from trainer.nonfinite import FiniteCheck
 from trainer.objective import loss_and_counts
 from trainer.optimizer import learning_rate
 from trainer.pipelined import forward_backward_in_ticks, without_mark_step
@@ -42,6 +43,7 @@ def run(runtime: Runtime, job: Job) -> TrainState:
     metrics = Metrics(runtime, job, first_step, loader)
     saver = Saver(runtime, state.mesh, job, state.optimizer)
     stopping = Stopping(runtime, job)
+    finite = FiniteCheck(runtime, state, loader, saver, forward_backward)
     runtime.mark_step("build")
     if job.resume:
         job.resume.close()  # all ranks have read what they need
@@ -63,14 +65,19 @@ def run(runtime: Runtime, job: Job) -> TrainState:
 
         # Values are read one step late, so that the host waits for the step before and not for this one.
         metrics.hold(step + 1, lr, batches.waited, saver.stalled, report)
+        finite.hold(step + 1, report)  # raises after a step that was not finite: trainer/nonfinite.py
         stop, saver.stalled = stopping.should_stop(stop_requests), 0.0
+        saver.check()  # raises where the save before has failed
+        saves = last or stop or (step + 1) % config.save_steps == 0
+        evaluates = eval_loader and not stop and (last or config.evaluates_after(step + 1, saves))
         eval_loss = None
-        if eval_loader and not stop and (last or config.eval_steps and (step + 1) % config.eval_steps == 0):
+        if saves or evaluates:
             metrics.flush()
+            finite.flush()
+        if evaluates:
             eval_loss, target_tokens = evaluate(runtime, state.model, eval_loader, state.mesh)
             metrics.evaluation(step + 1, eval_loss, target_tokens, samples.generate())
-        if last or stop or (step + 1) % config.save_steps == 0:
-            metrics.flush()
+        if saves:
             saver.save(
                 loader.position(step + 1), eval_loss
             )  # the host waits until it has a copy of the state
@@ -151,9 +158,11 @@ def update(
     grad_norm = global_norm(buckets, gradients)
     if state.config.max_grad_norm:
         gradients = clip_gradients(gradients, grad_norm, state.config.max_grad_norm)
-    optimizer.step(gradients, scalars)
-    buckets.set_parameters(optimizer.weights)
     report = torch.cat([grad_norm, counts[:2], counts[2:] / target_tokens])
+    # A step that is not finite changes neither weights nor moments: --on_nonfinite.
+    applies = None if state.config.on_nonfinite == "ignore" else all_finite(report)
+    optimizer.step(gradients, scalars, applies)
+    buckets.set_parameters(optimizer.weights, applies)
     accumulator.reset()
     return report, all_reduce(stop_request, mesh.world)
 

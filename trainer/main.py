@@ -44,6 +44,7 @@ def main() -> int:
         config = parse()
         world_size = requested_world_size(config.world_size)
         prepare_environment(world_size, config.stochastic_rounding)
+        from trainer.checkpoint.names import NonFinite
         from trainer.job import lock, prepare
         from trainer.loop import run
 
@@ -57,7 +58,7 @@ def main() -> int:
     # From here on, a ValueError is a bug in the loop, not bad input: it keeps its traceback.
     try:
         launch(lambda runtime: run(runtime, job), world_size)
-    except (GraphMismatch, NewGraph, OSError) as error:
+    except (GraphMismatch, NewGraph, NonFinite, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data.loader import Loader
+from model.weights.hub import naming
 from parallel.runtime import GraphListener, Runtime
 from trainer.job import Job
 from trainer.objective import FIGURES
@@ -44,7 +48,8 @@ class Metrics:
     """Rank 0's record of a run; on other ranks, and where no graph is executed, every method does nothing.
 
     `OUT/metrics.jsonl` has a line for each logged step, `OUT/eval.jsonl` one for each evaluation, and
-    `OUT/samples.jsonl` one for each answer that was sampled at an evaluation. A step's values are read after
+    `OUT/samples.jsonl` one for each answer that was sampled at an evaluation. Where a line cannot be written,
+    the run saves its state and ends, and `close` raises the error. A step's values are read after
     the next mark_step, so the host never waits for the step that it has just started. The seconds of a step
     are those between the previous mark_step and its own: tracing, compilation of a new graph, and the wait
     for the previous step. Its host seconds, a part of them, are those inside of mark_step (HostTime). Both
@@ -55,6 +60,7 @@ class Metrics:
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
         self._runtime, self._output = runtime, Path(job.config.output_dir)
         self._active = runtime.rank == 0 and runtime.executes
+        self._failed, self._stop = None, job.terminated  # as SIGTERM: all ranks save, and end
         self._epochs, self._logging_steps = loader.epochs, job.config.logging_steps
         self._held: tuple[int, float, float, float, float, float, torch.Tensor] | None = None
         if runtime.rank == 0:
@@ -64,7 +70,12 @@ class Metrics:
             for name in ("eval.jsonl", "samples.jsonl"):
                 _keep_until(self._output / name, first_step - 1 if job.eval_rows else first_step)
             self._bar = tqdm(
-                total=job.total_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True
+                total=job.total_steps,
+                initial=first_step,
+                desc="train",
+                unit="step",
+                dynamic_ncols=True,
+                file=Log(sys.stderr),
             )
             self._host = HostTime()
             runtime.listeners.append(self._host)
@@ -121,7 +132,7 @@ class Metrics:
         """
         if self._active:
             perplexity = math.exp(min(loss, MOST_NATS))
-            tqdm.write(
+            say(
                 f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} "
                 f"over {target_tokens} target tokens"
             )
@@ -139,7 +150,7 @@ class Metrics:
             for sample in samples:
                 self._append("samples.jsonl", {"step": step} | sample)
             for sample in samples[:1]:
-                tqdm.write(f"step {step}: asked {sample['prompt']!r}, answered {sample['answer']!r}")
+                say(f"step {step}: asked {sample['prompt']!r}, answered {sample['answer']!r}")
             self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -151,24 +162,69 @@ class Metrics:
     def stopped(self, step: int) -> None:
         """Print that the run ends early, after `step` steps."""
         if self._active:
-            tqdm.write(f"stopped after step {step} of {self._bar.total}: --resume latest goes on")
+            say(f"stopped after step {step} of {self._bar.total}: --resume latest goes on")
 
     def close(self) -> None:
-        """Write the values that are held, and end the progress bar."""
+        """Write the values that are held, and end the progress bar. Raises the OSError of a file that could
+        not be written."""
         self.flush()
         if self._active:
             self._bar.close()
+        if self._failed:
+            raise self._failed
 
     def _append(self, name, record):
-        with open(self._output / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }  # JSON has no NaN
+        if self._failed:
+            return
+        try:
+            with open(self._output / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        except OSError as error:
+            self._failed = OSError(f"{self._output / name} could not be written: {error.strerror}")
+            self._stop.set()
+            say(f"error: {self._failed}: the run saves its state, and ends", sys.stderr)
+
+
+class Log:
+    """A stream that is written to as far as it can be: a log that takes no more, as on a full disk, is no
+    reason to end a run."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+def say(text: str, file=None) -> None:
+    """Print a line above the progress bar, on stdout or `file`."""
+    tqdm.write(text, Log(file or sys.stdout))
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a resumed run writes again, and a line that was cut off."""
+    """Drop the lines after `step`, which a resumed run writes again, and a line that was cut off.
+
+    What is kept has its name when it is complete. Raises OSError, and leaves the file, where it cannot be
+    written.
+    """
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        partial = path.with_name(path.name + ".partial")
+        with naming(partial):
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
 
 
 def _step_of(line: str) -> float:

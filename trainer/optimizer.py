@@ -37,19 +37,25 @@ class AdamW:
         return torch.tensor([learning_rate, learning_rate / first, math.sqrt(second)], dtype=torch.float32)
 
     @torch.no_grad()
-    def step(self, gradients: list[torch.Tensor], scalars: torch.Tensor) -> None:
+    def step(
+        self, gradients: list[torch.Tensor], scalars: torch.Tensor, applies: torch.Tensor | None = None
+    ) -> None:
         """Update the weights from the gradients, this rank's part of each bucket; `scalars` [3] on the
-        device."""
+        device.
+
+        Where `applies`, one bool on the device, is False, weights and moments stay as they are.
+        """
         beta1, beta2, decay = self.config.adam_beta1, self.config.adam_beta2, self.config.weight_decay
         learning_rate, step_size, root = scalars[0:1], scalars[1:2], scalars[2:3]
         for bucket, weight, first, second, gradient in zip(
             self.buckets.buckets, self.weights, self.exp_avg, self.exp_avg_sq, gradients, strict=True
         ):
-            first.mul_(beta1).add_(gradient, alpha=1 - beta1)
-            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            update = step_size * first / (second.sqrt() / root + self.config.adam_epsilon)
+            new_first = (first * beta1).add_(gradient, alpha=1 - beta1)
+            new_second = (second * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            update = step_size * new_first / (new_second.sqrt() / root + self.config.adam_epsilon)
             new = weight.float() * (1 - learning_rate * decay) if decay and bucket.decays else weight.float()
-            weight.copy_(new - update)
+            for old, value in ((first, new_first), (second, new_second), (weight, new - update)):
+                old.copy_(value if applies is None else torch.where(applies, value, old))
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

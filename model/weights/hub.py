@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Files of a hub model: weights, settings, the tokenizer, and its chat templates, of which
@@ -50,3 +52,14 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged: a JSON object was expected")
     return values
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within this context an OSError that names no file, as a full disk's does, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise

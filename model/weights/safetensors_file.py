@@ -9,6 +9,7 @@ bytes of the tensors, row-major, without gaps.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from model.weights.hub import in_one_line
+from model.weights.hub import in_one_line, naming
 
 DTYPES = {
     "F64": torch.float64,
@@ -127,10 +128,13 @@ class TensorFile:
         for first in range(0, count, chunk):
             yield self.elements(name, first, min(chunk, count - first))
 
-    def update(self, name: str, digest) -> None:
-        """Update the hash `digest` with the bytes of the tensor, chunk by chunk."""
-        for chunk in self.chunks(name):
-            digest.update(as_bytes(chunk))
+    def update(self, name: str, digest) -> bool:
+        """Update the hash `digest` with the bytes of the tensor; returns whether all values are finite."""
+        finite = True
+        for values in self.chunks(name):
+            digest.update(as_bytes(values))
+            finite = finite and is_finite(values)
+        return finite
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
@@ -181,9 +185,10 @@ class TensorWriter:
         content = json.dumps(header, separators=(",", ":")).encode()
         content += b" " * (-len(content) % 8)  # the library aligns the data to 8 bytes
         self._begins = {name: 8 + len(content) + begin for name, begin in begins.items()}
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._path, self._descriptor = path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._write(len(content).to_bytes(8, "little") + content, 0)
-        os.ftruncate(self._descriptor, 8 + len(content) + offset)
+        with naming(path):
+            os.ftruncate(self._descriptor, 8 + len(content) + offset)
 
     def write(self, name: str, values: torch.Tensor, first: int = 0) -> None:
         """Write `values` into the flattened tensor, starting with element `first`."""
@@ -191,14 +196,16 @@ class TensorWriter:
 
     def _write(self, content, offset: int) -> None:
         view = memoryview(content)
-        while len(view):
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
+        with naming(self._path):
+            while len(view):
+                written = os.pwrite(self._descriptor, view, offset)
+                view, offset = view[written:], offset + written
 
     def close(self) -> None:
         """Close the file, once it is on disk."""
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        with naming(self._path):
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:
@@ -209,6 +216,14 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 def checksum(content) -> str:
     """The 128-bit XXH3 hash (https://xxhash.com) in hexadecimal: it finds damage, at the speed of memory."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value of a tensor on the CPU is NaN or infinite; without a copy of it."""
+    if not values.numel() or not values.is_floating_point():
+        return True
+    least, most = torch.aminmax(values)  # of a NaN, both are NaN
+    return math.isfinite(least) and math.isfinite(most)
 
 
 def bands(shape: tuple[int, ...], itemsize: int, band_bytes: int) -> Iterator[tuple[int, int]]:

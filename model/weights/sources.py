@@ -10,7 +10,7 @@ import xxhash
 from model.config import ModelConfig
 from model.lora import generator_of
 from model.weights.hub import read_json
-from model.weights.safetensors_file import DTYPES, TensorFile, as_bytes, checksum
+from model.weights.safetensors_file import DTYPES, TensorFile, as_bytes, checksum, is_finite
 from model.weights.shapes import base_shapes
 
 INDEX = ".safetensors.index.json"
@@ -121,7 +121,7 @@ class SafetensorsFiles:
 
     def _check_finite(self, name: str, values: torch.Tensor) -> None:
         """Raise ValueError where values of the tensor are not finite; as fast as memory."""
-        if values.numel() and not all(map(torch.isfinite, torch.aminmax(values))):
+        if not is_finite(values):
             raise ValueError(
                 f"{self._file_of[name].path}: the weight {name} has values that are NaN or infinite: the "
                 "file is damaged, or of a training that failed"

@@ -72,7 +72,6 @@ def test_theta_without_scaling(tmp_path, rope, theta):
         ({"attention_dropout": 0.1}, "attention_dropout is '0.1', which markstep does not compute"),
         ({"logit_softcapping": 30.0}, "logit_softcapping is"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads is"),
-        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "auto_map is"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is"),
         ({"original_max_position_embeddings": 64}, "original_max_position_embeddings is"),
         ({"quantization": {"bits": 4}}, "quantization is"),

@@ -75,6 +75,7 @@ def save(
     change=None,
     identity=IDENTITY,
     model=None,
+    on_nonfinite="end",
     **state,
 ):
     """Save the states of `steps` of the tiny model, or of the one in the directory `model`.
@@ -83,7 +84,12 @@ def save(
     """
     directory = model or SAMPLE / "tiny"
     config = replace(
-        Config(), model_id=model and str(model), output_dir=str(output), save_total_limit=limit, zero_1=zero_1
+        Config(),
+        model_id=model and str(model),
+        output_dir=str(output),
+        save_total_limit=limit,
+        zero_1=zero_1,
+        on_nonfinite=on_nonfinite,
     )
     job = SimpleNamespace(
         config=config,

@@ -128,7 +128,6 @@ def test_answers_of_a_batch_are_printed_one_after_the_other(capsys):
 )
 def test_bad_input(tmp_path, capsys, monkeypatch, flags, problem):
     monkeypatch.setattr("tools.generate.prepare_environment", lambda world_size: None)
-    monkeypatch.setattr("tools.generate.signal.signal", lambda *_: None)
     save_llama(tmp_path)
     assert main(["--model", str(tmp_path), *flags]) == 1
     error = capsys.readouterr().err
@@ -137,7 +136,6 @@ def test_bad_input(tmp_path, capsys, monkeypatch, flags, problem):
 
 def test_what_is_no_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tools.generate.prepare_environment", lambda world_size: None)
-    monkeypatch.setattr("tools.generate.signal.signal", lambda *_: None)
     checkpoint = save_lora(tmp_path)
     save_llama(tmp_path / "base", num_key_value_heads=2, num_hidden_layers=2, seed=1)  # no longer the base
     assert main(["--checkpoint", str(checkpoint), "--instruction", "a"]) == 1

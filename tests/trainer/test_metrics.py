@@ -1,6 +1,7 @@
 """The clock of a run: what is in the seconds of a step, with a runtime and a time that are made up."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,9 @@ def test_host_seconds_are_those_of_the_steps_graphs(tmp_path, clock):
         rank=0, executes=True, listeners=[], read=torch.Tensor.tolist, compilations=lambda: 1
     )
     config = SimpleNamespace(output_dir=tmp_path, logging_steps=1)
-    job = SimpleNamespace(config=config, summary="", eval_rows=[1], total_steps=3)
+    job = SimpleNamespace(
+        config=config, summary="", eval_rows=[1], total_steps=3, terminated=threading.Event()
+    )
 
     def mark_step(*seconds):
         """A graph that is recorded, and started."""

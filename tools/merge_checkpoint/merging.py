@@ -21,7 +21,7 @@ from tools.merge_checkpoint.model_files import write_adapter, write_model
 from tools.merge_checkpoint.nxd import NxdCheckpoint
 from tools.merge_checkpoint.sources import AdaptedWeights, TrainedWeights
 from trainer.checkpoint.model_files import check_listed
-from trainer.checkpoint.names import INCOMPLETE
+from trainer.checkpoint.names import INCOMPLETE, not_written
 from trainer.checkpoint.reader import Checkpoint
 from trainer.prompts import generation_config
 from trainer.tokenizer import load_tokenizer
@@ -107,9 +107,12 @@ def open_checkpoint(path: Path, needs_adapter: bool) -> Checkpoint:
 def new_directory(output: Path) -> Iterator[Path]:
     """An empty directory to write into, which is renamed to `output` at the end, or removed after an error.
 
-    Raises ValueError where another process is writing the same output.
+    Raises ValueError where another process is writing the same output, and where the user's own files have
+    the name of the directory.
     """
     partial = output.with_name(output.name + INCOMPLETE)
+    if os.path.lexists(partial) and (what := not_written(partial)):
+        raise ValueError(f"{partial} is {what}, which no merge has made: move it away")
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)  # a merge that was killed leaves its directory, but no lock
     try:

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model.weights.hub import read_json
+from model.weights.hub import naming, read_json
 from model.weights.peft import adapter_config, peft_name
 from model.weights.safetensors_file import TensorWriter
 from model.weights.sources import SafetensorsFiles
@@ -125,7 +126,10 @@ def write_adapter(checkpoint: Checkpoint, output: Path, dtype: torch.dtype | Non
         peft_name(name): torch.cat(list(checkpoint.stream(name))).to(dtype or torch.float32)
         for name in checkpoint.shapes
     }
-    save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{output / 'adapter_model.safetensors'} cannot be written: {error}") from None
     settings = adapter_config(checkpoint.lora, checkpoint.manifest["model"])
     _write_settings(output / "adapter_config.json", settings)
 
@@ -158,4 +162,5 @@ def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _write_settings(path: Path, settings: dict) -> None:
-    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")

@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from model.weights.hub import naming
 from tools.neuron_cache.cache import entries_of, state_of
 
 FORMAT, VERSION, MANIFEST = "markstep neuron cache", 1, "manifest.json"
@@ -31,7 +32,10 @@ def pack(cache: Path, archive: Path, key: dict, compiler: str) -> list[str]:
     if archive.exists():
         raise ValueError(f"{archive} exists: choose another name, or move it away")
     manifest = {"format": FORMAT, "version": VERSION, "compiler": compiler, "key": key, "files": files}
-    with tempfile.NamedTemporaryFile(dir=archive.parent, prefix=archive.name, suffix=".incomplete") as file:
+    with (
+        naming(archive),
+        tempfile.NamedTemporaryFile(dir=archive.parent, prefix=archive.name, suffix=".incomplete") as file,
+    ):
         with tarfile.open(fileobj=file, mode="w") as tar:
             text = json.dumps(manifest, indent=1).encode()
             _add(tar, MANIFEST, len(text), io.BytesIO(text))
@@ -101,7 +105,7 @@ def extract(tar: tarfile.TarFile, files: dict[str, dict], directory: Path, archi
             raise ValueError(f"{archive} is damaged: {member.name} is not what its manifest says")
         path = directory / member.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "xb") as file:
+        with naming(path), open(path, "xb") as file:
             shutil.copyfileobj(tar.extractfile(member), file)
             file.flush()
             os.fsync(file.fileno())

@@ -62,7 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.picture:
         from tools.plan.picture import draw
 
-        draw([(topology_name(one), each) for one, each in pairs[:SHOWN]], title, Path(chosen.picture))
+        try:
+            draw([(topology_name(one), each) for one, each in pairs[:SHOWN]], title, Path(chosen.picture))
+        except OSError as error:
+            return cli.fail(f"{chosen.picture} cannot be written: {error.strerror}")
     return 0
 
 

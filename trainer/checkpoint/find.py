@@ -1,10 +1,9 @@
 """Finding the checkpoint that a run resumes from."""
 
 import os
-import re
 from pathlib import Path
 
-from trainer.checkpoint.names import INCOMPLETE, list_checkpoints
+from trainer.checkpoint.names import INCOMPLETE, NAME, list_checkpoints, not_written
 from trainer.checkpoint.reader import Checkpoint
 
 
@@ -14,7 +13,12 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
     Raises ValueError where the checkpoint is damaged, and where `output_dir` holds files of another run
     (checkpoints, metrics.jsonl): a run either continues them or leaves them alone.
     """
-    output = Path(output_dir)
+    checkpoint = _find(Path(output_dir), resume)
+    _check_names(Path(output_dir), checkpoint.step if checkpoint else 0)
+    return checkpoint
+
+
+def _find(output: Path, resume: str | None) -> Checkpoint | None:
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output_dir {output} is a file: a directory was expected")
     present = list_checkpoints(output)
@@ -22,6 +26,7 @@ def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
         return _latest(output, present)
     checkpoint = None if resume is None else _verified(Path(resume))
     if checkpoint and checkpoint.path.resolve().parent == output.resolve():
+        _check_step(checkpoint)
         if present and present[-1][0] > checkpoint.step:
             raise ValueError(
                 f"--resume {resume}: {output} holds the later {present[-1][1].name}, "
@@ -45,11 +50,11 @@ def _latest(output: Path, present: list[tuple[int, Path]]) -> Checkpoint | None:
     checkpoints are damaged.
     """
     for name in sorted(os.listdir(output) if os.path.isdir(output) else []):
-        if re.fullmatch(r"checkpoint-\d+" + re.escape(INCOMPLETE), name):
+        if name.endswith(INCOMPLETE) and NAME.fullmatch(name.removesuffix(INCOMPLETE)):
             print(f"--resume latest: {output / name} is incomplete, and skipped")
     for _, path in reversed(present):
         try:
-            return _verified(path)
+            return _check_step(_verified(path))
         except ValueError as error:
             problem = error
             print(f"--resume latest: skipped: {error}")
@@ -67,3 +72,27 @@ def _verified(path: Path) -> Checkpoint:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return checkpoint
+
+
+def _check_step(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint; raises ValueError where its name is that of another step."""
+    match, step = NAME.fullmatch(checkpoint.path.name), checkpoint.step
+    if match and int(match[1]) != step:
+        raise ValueError(
+            f"{checkpoint.path} is whole, but was renamed: it holds step {step}, so it was checkpoint-{step}"
+        )
+    return checkpoint
+
+
+def _check_names(output: Path, done: int) -> None:
+    """Raise ValueError where the user's own files bear a name that a save after `done` steps needs."""
+    for name in sorted(os.listdir(output) if os.path.isdir(output) else []):
+        match, path = NAME.fullmatch(name.removesuffix(INCOMPLETE)), output / name
+        if not match or int(match[1]) <= done or name == match[0] and path.is_dir():
+            continue
+        what = not_written(path)
+        if what:
+            raise ValueError(
+                f"{path} is {what}, which no run has made: move it away, for a save of step "
+                f"{match[1]} needs the name"
+            )

@@ -10,7 +10,15 @@ from data.loader import Position
 from model.weights.hub import read_json
 from model.weights.safetensors_file import TensorFile, checksum
 from parallel.mesh import Mesh
-from trainer.checkpoint.names import FORMAT, MANIFEST, VERSION, manifest_checksum, rank_file
+from trainer.checkpoint.names import (
+    FORMAT,
+    INCOMPLETE,
+    MANIFEST,
+    VERSION,
+    NonFinite,
+    manifest_checksum,
+    rank_file,
+)
 
 
 def build_manifest(
@@ -41,7 +49,7 @@ def build_manifest(
 def describe_tensors(directory: Path, writers: Iterable[int]) -> tuple[dict, dict]:
     """(tensors, files) of the manifest, from the headers of the files that the ranks `writers` wrote.
 
-    Raises RuntimeError where replicas of a slice differ.
+    Raises RuntimeError where replicas of a slice differ, and NonFinite for values that are not finite.
     """
     tensors, files, pieces = {}, {}, {}
     for rank in writers:
@@ -55,6 +63,11 @@ def describe_tensors(directory: Path, writers: Iterable[int]) -> tuple[dict, dic
                 raise RuntimeError(
                     f"{key} of rank {rank} is not that of rank {first_rank}, whose replica it is: what they "
                     f"compute has diverged, and {directory.name} stays incomplete"
+                )
+            if values.get("nonfinite"):
+                raise NonFinite(
+                    f"{directory.name.removesuffix(INCOMPLETE)} is not saved: {key} has values that are not "
+                    "finite (NaN or infinite); the checkpoints before it are kept"
                 )
             tensor = tensors.setdefault(
                 key,

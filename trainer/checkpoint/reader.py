@@ -19,7 +19,7 @@ import xxhash
 from data.loader import Position
 from model.lora import LoraConfig
 from model.weights.hub import read_json
-from model.weights.safetensors_file import TensorFile, as_bytes, bands, checksum, read_part
+from model.weights.safetensors_file import TensorFile, as_bytes, bands, checksum, is_finite, read_part
 from parallel.shard import Shard
 from trainer.checkpoint.manifest_checks import check_manifest, check_pieces
 from trainer.checkpoint.names import FORMAT, INCOMPLETE, KINDS, MANIFEST, VERSION, manifest_checksum
@@ -65,7 +65,8 @@ class Checkpoint:
     def stream(self, name: str) -> Iterator[torch.Tensor]:
         """A parameter in consecutive bands of rows, fp32.
 
-        Raises ValueError after the last band where the bytes are not those that were saved.
+        Raises ValueError after the last band where the bytes are not those that were saved, or the values are
+        not finite.
         """
         return self.tensors[f"parameter/{name}"].stream()
 
@@ -75,7 +76,8 @@ class Checkpoint:
             file.close()
 
     def verify(self, kinds: tuple[str, ...] = KINDS) -> None:
-        """Read all tensors of these kinds; raises ValueError that names the first with a wrong checksum."""
+        """Read all tensors of these kinds; raises ValueError that names the first one with a wrong checksum,
+        or with values that are not finite."""
         stored = [each for key, each in self.tensors.items() if key.split("/")[0] in kinds]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for problem in pool.map(Stored.problem, stored):
@@ -241,27 +243,36 @@ class Stored:
 
     def stream(self) -> Iterator[torch.Tensor]:
         """The tensor in bands of rows; see Checkpoint.stream."""
-        digests = {}
+        digests, finite = {}, True
         rest = tuple(slice(0, size) for size in self.shape[1:])
         for first, last in bands(self.shape, 4, BAND_BYTES):
-            yield self.read((slice(first, last), *rest), digests)
+            band = self.read((slice(first, last), *rest), digests)
+            finite = finite and is_finite(band)
+            yield band
         for _, pieces in self._slices:
             for piece in pieces:
                 if digests[id(piece)].hexdigest() != piece.checksum:
                     raise ValueError(self._damaged(piece))
+        if not finite:
+            raise ValueError(self._not_finite(self._slices[0][1][0]))
 
     def problem(self) -> str | None:
-        """What is wrong with the bytes of this tensor; None where they are as saved."""
+        """What is wrong with this tensor; None where its bytes are as saved, and its values finite."""
         for _, pieces in self._slices:
             for piece in pieces:
                 digest = xxhash.xxh3_128()
-                piece.file.update(self._key, digest)
+                finite = piece.file.update(self._key, digest)
                 if digest.hexdigest() != piece.checksum:
                     return self._damaged(piece)
+                if not finite:
+                    return self._not_finite(piece)
         return None
 
     def _damaged(self, piece: Piece) -> str:
         return f"{piece.file.path} is damaged: the bytes of {self._key} are not those that were saved"
+
+    def _not_finite(self, piece: Piece) -> str:
+        return f"{piece.file.path.parent}: {self._key} has values that are not finite (NaN or infinite)"
 
 
 def _within(outer: tuple[slice, ...], inner: list[slice]) -> tuple[slice, ...]:

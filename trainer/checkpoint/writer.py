@@ -12,21 +12,31 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
 
 from data.loader import Position
-from model.weights.safetensors_file import TensorWriter, as_bytes, checksum
+from model.weights.safetensors_file import TensorWriter, as_bytes, checksum, is_finite
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
 from parallel.shard import Shard
 from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors, read_eval_loss
-from trainer.checkpoint.names import INCOMPLETE, KINDS, MANIFEST, list_checkpoints, rank_file
+from trainer.checkpoint.names import (
+    INCOMPLETE,
+    KINDS,
+    MANIFEST,
+    NAME,
+    NonFinite,
+    list_checkpoints,
+    not_written,
+    rank_file,
+)
 
 MODEL_FILES = ("config.json", "generation_config.json")
 POLL_SECONDS, PATIENCE_SECONDS = 0.02, 3600  # how often and how long rank 0 looks for the others' files
+REMOVALS = 3
 SAVE_SECONDS = 30.0  # the assumed duration of a save, until one was measured
 
 
@@ -40,6 +50,7 @@ class Saver:
     def __init__(self, runtime: Runtime, mesh: Mesh, job, optimizer):
         self.runtime, self.mesh, self.job, self.optimizer = runtime, mesh, job, optimizer
         self._output = Path(job.config.output_dir)
+        self._partial: Path | None = None  # the directory of the last save, while it was written
         self._written = self._completed = None
         self.stalled, self.seconds = 0.0, SAVE_SECONDS
         if runtime.rank == 0 and runtime.executes:
@@ -48,13 +59,14 @@ class Saver:
     def _tidy_up(self, first_step: int) -> None:
         """Delete what a killed run left incomplete; rename the checkpoints after `first_step`.
 
-        Those are damaged: --resume latest has skipped them.
+        Those cannot be used: --resume latest has skipped them, and said why.
         """
         for path in self._output.glob("checkpoint-*" + INCOMPLETE):
-            shutil.rmtree(path)
+            if NAME.fullmatch(path.name.removesuffix(INCOMPLETE)) and not not_written(path):
+                shutil.rmtree(path)
         for step, path in list_checkpoints(self._output):
             if step > first_step:
-                _set_aside(path)
+                print(f"{path} is renamed to {_set_aside(path).name}: a save may need its name")
 
     def save(self, position: Position, eval_loss: float | None = None) -> None:
         """Start writing `OUT/checkpoint-<step>`: the state before the step of `position`, after a mark_step.
@@ -67,28 +79,46 @@ class Saver:
         begun = time.perf_counter()
         self.wait()
         copying = time.perf_counter()
-        partial = self._output / f"checkpoint-{position.step}{INCOMPLETE}"
+        self._partial = partial = self._output / f"checkpoint-{position.step}{INCOMPLETE}"
         if self.runtime.rank == 0:
             partial.mkdir(parents=True)
         self.runtime.barrier()
         if self._writes:
             kinds = (self.optimizer.weights, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
             state = [[value.to("cpu", copy=True) for value in each] for each in kinds]
-            self._written = _in_background(partial, lambda: self._write(partial, state))
+            self._written = _in_background(lambda: self._write(partial, state))
         if self.runtime.rank == 0:
             owner = threading.current_thread()
             self._completed = _in_background(
-                partial, lambda: self._complete(partial, position, eval_loss, owner, copying)
+                lambda: self._complete(partial, position, eval_loss, owner, copying)
             )
         self.stalled = time.perf_counter() - begun
 
     def wait(self) -> None:
-        """Wait until the last save is complete on all ranks; raises the error that prevented it."""
+        """Wait until the last save is complete on all ranks; raises as `check`."""
         for future in (self._written, self._completed):
             if future:
-                future.result()
+                wait([future])
+                self.check()
             self.runtime.barrier()
         self._written = self._completed = None
+
+    def check(self) -> None:
+        """Raise the error of the last save, where it has failed on this rank, and delete what it has written.
+
+        To be called after each step: a run ends as soon as a checkpoint could not be written. Of the other
+        ranks, which then lack the directory, only the first error counts.
+        """
+        for future in (self._written, self._completed):
+            error = future.exception() if future and future.done() else None
+            if error and (future is self._completed or self._partial.exists()):
+                for _ in range(REMOVALS):  # another rank may be making a file in it
+                    shutil.rmtree(self._partial, ignore_errors=True)
+                if isinstance(error, OSError):
+                    raise OSError(
+                        f"{self._partial} could not be written: {error}; the checkpoints before it are whole"
+                    )
+                raise error
 
     @property
     def _writes(self) -> bool:
@@ -142,7 +172,7 @@ class Saver:
             "replicas": self.mesh.tp.size() if shard.dim is None else shard.replicas,
             "first": first,
             "checksum": checksum(as_bytes(piece.float())),
-        }
+        } | ({} if is_finite(piece) else {"nonfinite": True})
 
     def _complete(
         self,
@@ -163,7 +193,14 @@ class Saver:
                 shutil.copyfile(self.job.model_directory / name, partial / name)
         self.job.tokenizer.save_pretrained(partial)
         self.job.prompt_format.write(partial)
-        tensors, rank_files = describe_tensors(partial, self._writers)
+        try:
+            tensors, rank_files = describe_tensors(partial, self._writers)
+        except NonFinite as error:  # it must not take the place of a good one
+            if self.job.config.on_nonfinite != "ignore":
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            shutil.rmtree(partial)
+            return
         files = describe_files(partial, rank_files)
         manifest = build_manifest(self.job, self.mesh, position, eval_loss, tensors, files)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -202,7 +239,7 @@ class Saver:
         losses = {path: loss for _, path in present if (loss := read_eval_loss(path)) is not None}
         best = min(losses, key=losses.get, default=None)
         for _, old in present[:-limit]:
-            if old != best:
+            if old != best and not old.is_symlink():  # a link is the user's
                 doomed = old.with_name(old.name + INCOMPLETE)  # a half-deleted one must not look complete
                 try:
                     os.rename(old, doomed)
@@ -211,34 +248,26 @@ class Saver:
                     print(f"warning: {old} cannot be deleted: {error}", file=sys.stderr)
 
 
-def _in_background(partial: Path, work: Callable[[], None]) -> Future:
-    """Run `work()`, a part of writing `partial`, in a thread that does not outlive the program.
-
-    An error is printed at once, and raised by the Future's result().
-    """
+def _in_background(work: Callable[[], None]) -> Future:
+    """Run `work()` in a thread that does not outlive the program; the Future has its error."""
     future = Future()
 
     def run():
         try:
             future.set_result(work())
         except BaseException as error:
-            if isinstance(error, OSError):
-                error = OSError(
-                    f"{partial} could not be written: {error}; the checkpoints before it are whole"
-                )
-            print(f"error: {error}", file=sys.stderr)
-            future.set_exception(error)  # ends the run at the next save
+            future.set_exception(error)  # ends the run: Saver.check
 
     threading.Thread(target=run, daemon=True).start()
     return future
 
 
-def _set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that a new one can have its name."""
+def _set_aside(path: Path) -> Path:
+    """Rename a checkpoint that cannot be used, so that a new one can have its name; returns the new path."""
     number = 1
-    while path.with_name(f"{path.name}.damaged-{number}").exists():
+    while os.path.lexists(path.with_name(f"{path.name}.damaged-{number}")):
         number += 1
-    os.rename(path, path.with_name(f"{path.name}.damaged-{number}"))
+    return path.rename(path.with_name(f"{path.name}.damaged-{number}"))
 
 
 def _flush(path: Path) -> None:
