@@ -60,7 +60,7 @@ def save_lora(directory: Path):
         "base": SafetensorsFiles(base).fingerprint(base_shapes(config)),
         "lora": lora,
         "seed": 1,
-        "data": "",
+        "data": "none",
     }
     return save(directory, 1, shapes=shapes, bucket_bytes=10**6, identity=identity, model=base)
 

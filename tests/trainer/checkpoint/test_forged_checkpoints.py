@@ -102,7 +102,7 @@ FORGED = [
     (put("random_seed", "42"), "'random_seed' is '42'"),
     (put("config", None), "'config' is None"),
     (no_parts, f"'{COLUMN}.parts' is 0"),
-    (fewer_parts, "of parameter/column.weight, the parts hold 48 of 54 elements"),
+    (fewer_parts, "of part 0 of parameter/column.weight, the files hold 24 of 30 elements"),
     (swapped_parts, "rank-00001.safetensors says something else of part 0 of parameter/column.weight"),
     (a_whole_among_parts, f"'{NORM}.dim' is None"),
     (without("tensors", NORM, "dim"), f"'{NORM}.dim' is None"),
