@@ -50,12 +50,15 @@ class AdamW:
         for bucket, weight, first, second, gradient in zip(
             self.buckets.buckets, self.weights, self.exp_avg, self.exp_avg_sq, gradients, strict=True
         ):
-            new_first = (first * beta1).add_(gradient, alpha=1 - beta1)
-            new_second = (second * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            update = step_size * new_first / (new_second.sqrt() / root + self.config.adam_epsilon)
+            state = (weight, first, second)
+            before = [each.clone() for each in state]
+            first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            update = step_size * first / (second.sqrt() / root + self.config.adam_epsilon)
             new = weight.float() * (1 - learning_rate * decay) if decay and bucket.decays else weight.float()
-            for old, value in ((first, new_first), (second, new_second), (weight, new - update)):
-                old.copy_(value if applies is None else torch.where(applies, value, old))
+            weight.copy_(new - update)
+            for new, old in zip(state, before, strict=True) if applies is not None else ():
+                new.copy_(torch.where(applies, new, old))
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
