@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 BEGUN = time.monotonic()  # before the slow imports
@@ -65,4 +66,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status:
+        # After an error ranks may still be computing. XLA may abort a process that is taken down meanwhile,
+        # with a status and a message of its own.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)

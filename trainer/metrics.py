@@ -222,9 +222,12 @@ def _keep_until(path: Path, step: int) -> None:
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
         partial = path.with_name(path.name + ".partial")
-        with naming(partial):
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        try:
+            with naming(partial):
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _step_of(line: str) -> float:
