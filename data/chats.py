@@ -4,10 +4,12 @@ import json
 import os
 from dataclasses import dataclass, replace
 
-from data.messages import SURROGATE, Chat, calls_of, is_written, squeeze
+from data.messages import SURROGATE, Chat, calls_of, is_written, squeeze, texts_in
 from data.sources import BadRecord, in_one_line
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of an answer for what comes before it
+# Keys of messages that decide what is written. Another one is named where the template does not write it.
+READ = ("role", "content", "name", "tool_calls", "tool_call_id", "id", *REASONING)
 INSTEAD = "take a template that does, or write prompt and completion as texts"
 
 
@@ -83,7 +85,7 @@ def _render(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
             messages = [*chat.messages[:number], once, *chat.messages[number + 1 :]]
             return _render(replace(chat, messages=messages), first, where, tokenizer)
     warnings = _check_written(chat, whole, spans, trained, where)
-    _check_tools(chat, whole, where, tokenizer)
+    warnings += _check_tools(chat, whole, where)
     prompted = [spans[number][0] for number in answers if number]
     question = whole[: prompted[0]] if prompted else whole
     return Rendered(
@@ -92,6 +94,7 @@ def _render(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
         question,
         tuple(spans[number] for number in trained),
         tuple(spans[number] for number in answers if number in chat.untrained),
+        unread=_unread_keys(chat, whole),
         warnings=tuple(dict.fromkeys(warnings + _warnings(chat, whole, [ends[n] for n in trained]))),
     )
 
@@ -115,9 +118,9 @@ def _answer_spans(
             before = _opening(chat, where, tokenizer)
         if not (whole.startswith(after) and after.startswith(before)):
             raise BadRecord(
-                f"{where}, message {number - chat.added}: the chat template writes the turns before an "
-                "answer differently once the answer is there, so what it adds cannot be told; "
-                "write prompt and completion instead"
+                f"{_position(chat, number, where)}: the chat template writes the turns before an answer "
+                "differently once the answer is there, or opens a reasoning that the answer lacks, so what "
+                "it adds cannot be told; write prompt and completion instead"
             )
         spans[number] = (len(before), len(after))
     return spans
@@ -158,7 +161,7 @@ def _check_written(
     """
     warnings, everything, since = [], squeeze(whole), 0
     for number, message in enumerate(chat.messages):
-        position, text = f"{where}, message {number - chat.added}", everything
+        position, text = _position(chat, number, where), everything
         if number in spans:
             start, stop = spans[number]
             text, since = squeeze(whole[since:stop]), stop
@@ -191,19 +194,40 @@ def _arguments(call: dict, squeezed: str) -> object:
     return arguments
 
 
-def _check_tools(chat: Chat, whole: str, where: str, tokenizer) -> None:
-    """Raise BadRecord where the template does not write the tools."""
-    if not chat.tools:
-        return
-    try:
-        without = _apply_template(replace(chat, tools=None), where, tokenizer)
-    except BadRecord:  # a template that needs them
-        return
-    if without == whole:
-        raise BadRecord(
-            f"{where}: the field 'tools' decides the answer, and the chat template does not write it; "
-            f"{INSTEAD}"
-        )
+def _check_tools(chat: Chat, whole: str, where: str) -> list[str]:
+    """Raise BadRecord where the template does not write the names of the tools; returns warnings of what else
+    of them it leaves out."""
+    squeezed, warnings = squeeze(whole), []
+    for tool in chat.tools or ():
+        function = tool.get("function", tool)
+        if not is_written(function.get("name", function), squeezed):
+            raise BadRecord(
+                f"{where}: the field 'tools' decides the answer, and the chat template does not write it; "
+                f"{INSTEAD}"
+            )
+        parameters = function.get("parameters")
+        names = parameters.get("properties", parameters) if isinstance(parameters, dict) else parameters
+        names = list(names) if isinstance(names, dict) else names
+        if not is_written([function.get("description"), names], squeezed):
+            warnings.append("the chat template leaves out a part of the tools: a description or parameters")
+    return warnings
+
+
+def _unread_keys(chat: Chat, whole: str) -> tuple[str, ...]:
+    """The keys of messages that the template does not write."""
+    squeezed = squeeze(whole)
+    unread = [
+        f"{key} of a message"
+        for message in chat.messages
+        for key, value in message.items()
+        if key not in READ and any(texts_in(value)) and not is_written(value, squeezed)
+    ]
+    return tuple(dict.fromkeys(unread))
+
+
+def _position(chat: Chat, number: int, where: str) -> str:
+    """Where message `number` of a chat is, in words."""
+    return f"{where}, message {number - chat.added}" if number >= chat.added else f"{where}, its system field"
 
 
 def _end_token(text: str, tokenizer) -> str:

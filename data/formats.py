@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 from data.chats import Rendered, render_chat
-from data.messages import Chat, is_quoted, read_chat, read_text, texts_in
+from data.messages import WEIGHTS, Chat, is_quoted, read_chat, read_text, texts_in
 from data.sources import BadRecord
 
 SYSTEM, TOOLS = ("system", "system_prompt"), ("tools",)
@@ -21,6 +22,7 @@ FORMATS = {
     "alpaca": ((("instruction",), ("output",)), (("input", "context"),)),
     "text": ((("text",),), ()),
 }
+OURS = ("data", "model", "parallel", "tools", "trainer")
 DECISIVE = (*SYSTEM, "history", *TOOLS, "functions", "input", "context")  # an answer depends on these fields
 
 
@@ -63,8 +65,7 @@ def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
         found = getattr(imported, function)
         if not callable(found):
             raise TypeError(f"it is {type(found).__name__}")
-        modules = dict.fromkeys([imported, inspect.getmodule(found) or imported])
-        return found, "".join(map(inspect.getsource, modules))
+        return found, "".join(map(inspect.getsource, _modules_of(imported, found)))
     except (Exception, SystemExit) as error:  # importing runs the user's code
         file = getattr(imported, "__file__", None)
         raise ValueError(
@@ -75,6 +76,20 @@ def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
         sys.path.remove(here)
         if here not in sys.path:
             sys.path.append(here)  # last, for what the function itself imports
+
+
+def _modules_of(imported: ModuleType, function: Callable) -> list[ModuleType]:
+    """The module of a function, the one that names it, and what was imported from the folder of that one."""
+    folder = os.path.dirname(imported.__file__) + os.sep
+    beside = [
+        module
+        for name, module in sorted(sys.modules.items())
+        if (getattr(module, "__file__", None) or "").startswith(folder)
+        and "site-packages" not in module.__file__
+        and name.split(".")[0] not in OURS
+        and module.__file__.endswith(".py")
+    ]
+    return list(dict.fromkeys([imported, inspect.getmodule(function) or imported, *beside]))
 
 
 def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
@@ -102,12 +117,18 @@ def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
     unread = [name for name in record if name not in fields and any(texts_in(record[name]))]
     decisive = [name for name in unread if name in DECISIVE]
     for name in decisive:
-        if not is_quoted(record[name], rendered.prompt + rendered.text):
+        if not is_quoted(record[name], rendered.question):
             raise BadRecord(
                 f"{where}: the field {name!r} decides the answer, and --format {format_name} does not read "
                 "it: write messages, or put it into the prompt by a function (--format module:function)"
             )
-    return replace(rendered, unread=tuple(name for name in unread if not isinstance(record[name], int)))
+    for name in WEIGHTS:
+        if name in record and not record[name] and name not in fields:
+            raise BadRecord(
+                f"{where}: {name!r} is {record[name]!r}, so it is not to be trained on: leave it out"
+            )
+    unread = [name for name in unread if not isinstance(record[name], int)]
+    return replace(rendered, unread=(*unread, *rendered.unread))
 
 
 def chat_of(record: dict, where: str) -> Chat | None:

@@ -10,7 +10,8 @@ from data.sources import BadRecord
 ROLES = ("system", "user", "assistant", "tool", "ipython")  # the last: Llama 3's name for a tool's result
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MAY_BE_EMPTY = ("system", "tool", "ipython")
-WEIGHTS = ("weight", "train")  # keys of an answer that say whether it trains: OpenAI's, and axolotl's
+# Keys of an answer that say whether it trains, as OpenAI, axolotl and others call it.
+WEIGHTS = ("weight", "train", "trainable", "loss")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -141,6 +142,8 @@ def _read_message(message: object, position: str) -> dict:
     role = message.get("role")
     if role not in ROLES:
         raise BadRecord(f"{position}: the role is {role!r}; {', '.join(ROLES)} are known")
+    if "function_call" in message:
+        raise BadRecord(f"{position}: 'function_call' is an older form, which is not read; write tool_calls")
     calls = _read_objects(message.pop("tool_calls", None), "tool_calls", position)
     if calls and not all(isinstance(call.get("function", call), dict) for call in calls):
         raise BadRecord(f"{position}: a function in 'tool_calls' is no object with name and arguments")

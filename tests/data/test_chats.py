@@ -204,3 +204,43 @@ def test_answers_of_weight_0_do_not_train(tmp_path):
         rendered({"messages": [QUESTION, ANSWER | {"weight": 0}]}, PLAIN)
     with pytest.raises(BadRecord, match="message 1: 'weight' is 0.5; 0 .not trained. or 1 was expected"):
         rendered({"messages": [QUESTION, ANSWER | {"weight": 0.5}]}, PLAIN)
+
+
+def test_tools_that_the_template_writes_in_part():
+    template = PLAIN.replace(
+        "{{ bos_token }}",
+        "{{ bos_token }}{% for each in tools %}{{ each.name }}:{{ each.description }}{% endfor %}",
+    )
+    flat = {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"term": {}}},
+    }
+    record = {"messages": [QUESTION, ANSWER]}
+    assert "a part of the tools" in rendered(record | {"tools": [flat]}, template).warnings[0]
+    without = flat | {"parameters": {"type": "object", "properties": {}}}
+    assert not rendered(record | {"tools": [without]}, template).warnings
+    with pytest.raises(
+        BadRecord, match="'tools' decides the answer, and the chat template does not write it"
+    ):
+        rendered(record | {"tools": [{"type": "function", "function": flat}]}, template)
+
+
+def test_tools_that_a_message_writes():
+    system = {"role": "system", "content": json.dumps(ADD)}
+    assert not rendered({"messages": [system, QUESTION, ANSWER], "tools": ADD}, PLAIN).warnings
+
+
+def test_keys_of_messages_that_are_not_read_are_named():
+    chat = rendered({"messages": [QUESTION, ANSWER | {"thought": "Count on.", "id": "7"}]}, PLAIN)
+    assert chat.unread == ("thought of a message",)
+
+
+def test_a_record_that_is_not_to_be_trained_on():
+    with pytest.raises(BadRecord, match="'weight' is 0, so it is not to be trained on: leave it out"):
+        rendered({"messages": [QUESTION, ANSWER], "weight": 0}, PLAIN)
+    assert trained({"messages": [QUESTION, ANSWER | {"loss": False}, QUESTION, ANSWER]}, PLAIN) == [
+        ANSWER["content"] + "</s>"
+    ]
+    with pytest.raises(BadRecord, match="'function_call' is an older form"):
+        rendered({"messages": [QUESTION, ANSWER | {"function_call": {"name": "add"}}]}, PLAIN)

@@ -229,6 +229,13 @@ def test_fields_that_decide_the_answer_and_are_not_read_are_refused(tokenizer, n
         render(record, "file:3", name, tokenizer)
 
 
+def test_what_only_the_answer_quotes_is_not_read(tokenizer):
+    record = {"prompt": "Cite.", "completion": "It says: Rome burned.", "context": "Rome burned."}
+    with pytest.raises(BadRecord, match="the field 'context' decides the answer"):
+        render(record, "file:1", "prompt_completion", tokenizer)
+    assert render(record | {"prompt": "Cite: Rome burned."}, "file:1", "prompt_completion", tokenizer)
+
+
 def test_the_system_field_of_messages_is_their_first(tokenizer):
     expected = render({"messages": CHAT}, "here", "messages", tokenizer)
     for field in ("system", "system_prompt"):

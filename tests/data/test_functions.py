@@ -79,6 +79,18 @@ def test_a_change_of_its_module_is_seen(here):
     assert tokens_of(here, "made18:record") == "<s>1three</s>"
 
 
+def test_a_change_beside_its_module_is_seen(here, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one size, made within a second
+    (here / "mine19.py").write_text(
+        "import beside19\ndef record(it):\n    return {'prompt': it['q'], 'completion': beside19.END}\n"
+    )
+    for end in "56":
+        (here / "beside19.py").write_text(f"END = '{end}'\n")
+        for name in ("mine19", "beside19"):
+            sys.modules.pop(name, None)  # as in a new process
+        assert tokens_of(here, "mine19:record") == f"<s>1{end}</s>"
+
+
 @pytest.mark.parametrize(
     "returned, problem",
     [
