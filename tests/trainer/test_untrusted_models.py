@@ -133,9 +133,9 @@ def test_other_names_are_not_copied(tmp_path, capsys):
     (checkpoint / "notes.txt").write_text("mine")
     merge(checkpoint, tmp_path / "merged")
     names = {path.name for path in (tmp_path / "merged").iterdir()}
-    assert names == {
+    assert names - {"special_tokens_map.json"} == {  # which transformers 5 does not write
         *("config.json", "generation_config.json", "model.safetensors", "prompt_format.json"),
-        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
     }
     list_files(checkpoint)
     capsys.readouterr()
