@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 from data.chats import Rendered, render_chat
@@ -65,7 +66,8 @@ def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
         found = getattr(imported, function)
         if not callable(found):
             raise TypeError(f"it is {type(found).__name__}")
-        return found, "".join(map(inspect.getsource, _modules_of(imported, found)))
+        modules = dict.fromkeys([imported, inspect.getmodule(found) or imported])
+        return found, "".join([*map(inspect.getsource, modules), *_sources_beside(imported)])
     except (Exception, SystemExit) as error:  # importing runs the user's code
         file = getattr(imported, "__file__", None)
         raise ValueError(
@@ -78,18 +80,19 @@ def load_function(name: str) -> tuple[Callable[[dict], dict], str]:
             sys.path.append(here)  # last, for what the function itself imports
 
 
-def _modules_of(imported: ModuleType, function: Callable) -> list[ModuleType]:
-    """The module of a function, the one that names it, and what was imported from the folder of that one."""
-    folder = os.path.dirname(imported.__file__) + os.sep
-    beside = [
-        module
-        for name, module in sorted(sys.modules.items())
-        if (getattr(module, "__file__", None) or "").startswith(folder)
-        and "site-packages" not in module.__file__
-        and name.split(".")[0] not in OURS
-        and module.__file__.endswith(".py")
+def _sources_beside(module: ModuleType) -> list[str]:
+    """The source code of what was imported from a module's folder, or from one within it."""
+    folder = os.path.dirname(module.__file__) + os.sep
+    files = {
+        file
+        for name, each in list(sys.modules.items())
+        if (file := getattr(each, "__file__", None)) and name.split(".")[0] not in OURS
+    }
+    return [
+        Path(file).read_text(encoding="utf-8")
+        for file in sorted(files)
+        if file.startswith(folder) and file.endswith(".py") and "site-packages" not in file
     ]
-    return list(dict.fromkeys([imported, inspect.getmodule(function) or imported, *beside]))
 
 
 def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:

@@ -48,6 +48,9 @@ WITHOUT_EFFECT = frozenset(
         "tokenizer_padding_side",
         # what a forward pass returns, and by which implementation
         "use_cache",
+        "gradient_checkpointing",
+        "use_flash_attention",
+        "keys_to_ignore_at_inference",
         "return_dict",
         "output_hidden_states",
         "output_attentions",
