@@ -84,8 +84,9 @@ def _render(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
             once = message | {"content": message["content"].rstrip().removesuffix(ends[number])}
             messages = [*chat.messages[:number], once, *chat.messages[number + 1 :]]
             return _render(replace(chat, messages=messages), first, where, tokenizer)
-    warnings = _check_written(chat, whole, spans, trained, where)
-    warnings += _check_tools(chat, whole, where)
+    squeezed = squeeze(whole)
+    warnings = _check_written(chat, whole, squeezed, spans, trained, where)
+    warnings += _check_tools(chat, squeezed, where)
     prompted = [spans[number][0] for number in answers if number]
     question = whole[: prompted[0]] if prompted else whole
     return Rendered(
@@ -94,7 +95,7 @@ def _render(chat: Chat, first: int, where: str, tokenizer) -> Rendered:
         question,
         tuple(spans[number] for number in trained),
         tuple(spans[number] for number in answers if number in chat.untrained),
-        unread=_unread_keys(chat, whole),
+        unread=_unread_keys(chat, squeezed),
         warnings=tuple(dict.fromkeys(warnings + _warnings(chat, whole, [ends[n] for n in trained]))),
     )
 
@@ -150,18 +151,18 @@ def _apply_template(chat: Chat, where: str, tokenizer, add_generation_prompt: bo
 
 
 def _check_written(
-    chat: Chat, whole: str, spans: dict[int, tuple[int, int]], trained: list[int], where: str
+    chat: Chat, whole: str, squeezed: str, spans: dict[int, tuple[int, int]], trained: list[int], where: str
 ) -> list[str]:
-    """Compare what the messages say with what the template writes; returns warnings.
+    """Compare what the messages say with what the template writes, `whole`; returns warnings.
 
     What an answer says (content, reasoning, calls) has to be in what is written since the answer before, the
     content of other messages anywhere. A message of which nothing is written as it is raises BadRecord, and
     one of which a part is not is a warning; so is an answer that is not trained, as some templates leave out
     the reasoning of earlier turns.
     """
-    warnings, everything, since = [], squeeze(whole), 0
+    warnings, since = [], 0
     for number, message in enumerate(chat.messages):
-        position, text = _position(chat, number, where), everything
+        position, text = _position(chat, number, where), squeezed
         if number in spans:
             start, stop = spans[number]
             text, since = squeeze(whole[since:stop]), stop
@@ -194,10 +195,10 @@ def _arguments(call: dict, squeezed: str) -> object:
     return arguments
 
 
-def _check_tools(chat: Chat, whole: str, where: str) -> list[str]:
+def _check_tools(chat: Chat, squeezed: str, where: str) -> list[str]:
     """Raise BadRecord where the template does not write the names of the tools; returns warnings of what else
     of them it leaves out."""
-    squeezed, warnings = squeeze(whole), []
+    warnings = []
     for tool in chat.tools or ():
         function = tool.get("function", tool)
         if not is_written(function.get("name", function), squeezed):
@@ -213,9 +214,8 @@ def _check_tools(chat: Chat, whole: str, where: str) -> list[str]:
     return warnings
 
 
-def _unread_keys(chat: Chat, whole: str) -> tuple[str, ...]:
+def _unread_keys(chat: Chat, squeezed: str) -> tuple[str, ...]:
     """The keys of messages that the template does not write."""
-    squeezed = squeeze(whole)
     unread = [
         f"{key} of a message"
         for message in chat.messages

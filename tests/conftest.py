@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -83,3 +84,20 @@ def recorded_seconds() -> Iterator[tuple[str, float]]:
     for line in Path(__file__).with_name("seconds.txt").read_text().splitlines():
         duration, _, test = line.split(maxsplit=2)
         yield test, float(duration.removesuffix("s"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The directory of a model that a module's tests share."""
+    from tests.support.models import save_llama
+
+    directory = tmp_path_factory.mktemp("base")
+    save_llama(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(base, tmp_path):
+    """A copy of `base` that a test may change."""
+    shutil.copytree(base, tmp_path / "model")
+    return tmp_path / "model"

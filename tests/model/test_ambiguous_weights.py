@@ -1,7 +1,6 @@
 """Weights that can be read in two ways, or that are not finite, are refused; a stale copy is not read."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -17,19 +16,6 @@ from tests.support.models import save_adapter, save_llama
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    save_llama(directory)
-    return directory
-
-
-@pytest.fixture
-def copy(base, tmp_path):
-    shutil.copytree(base, tmp_path / "model")
-    return tmp_path / "model"
 
 
 def edit(directory, name, change):

@@ -11,19 +11,6 @@ from tests.support.models import LLAMA3, save_adapter, save_llama
 from trainer.config import SAMPLE
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    save_llama(directory)
-    return directory
-
-
-@pytest.fixture
-def copy(base, tmp_path):
-    shutil.copytree(base, tmp_path / "model")
-    return tmp_path / "model"
-
-
 def refused(tmp_path, *flags, world_size=1, model=None):
     """The error of preparing a run in this process; nothing may have been written."""
     from trainer.config import Config, parse
