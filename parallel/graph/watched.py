@@ -37,6 +37,7 @@ class Watched:
         self._hooks: list[dict] = []  # dictionaries of modules
         self._hook_id = RemovableHandle.next_id
         self._dictionaries: list[dict] = []
+        self._empty: list[dict] = []  # whose versions do not show an update of theirs (Python 3.12)
         self._owners: dict[int, str] = {}  # by the id of a dictionary
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in OURS:
@@ -70,15 +71,17 @@ class Watched:
             return self._enter_module(thing)
         if isinstance(thing, tuple):
             return thing
-        if isinstance(thing, dict):
+        if isinstance(thing, dict) and not thing:
+            self._empty.append(thing)
+        elif isinstance(thing, dict):
             self._note(thing, "a dictionary")
             return thing.values()
-        if isinstance(thing, list):
+        elif isinstance(thing, list):
             self._lists.append(thing)
             return thing
-        if callable(thing):
+        elif callable(thing):
             return _carried(thing)
-        if hasattr(thing, "__dict__"):
+        elif hasattr(thing, "__dict__"):
             if not _is_frozen(thing):
                 self._note(vars(thing), type(thing).__name__)
             return vars(thing).values()
@@ -113,6 +116,8 @@ class Watched:
         return self._change_in_dictionaries() or self._change_in_lists() or self._change_of_tensors()
 
     def _change_in_dictionaries(self):
+        if any(self._empty):
+            return "what a dictionary holds"
         # Versions only rise. So their sum, which takes no list of them, shows whether any one did.
         if sum(map(dict_version, self._dictionaries)) == self._version_sum:
             return ""
