@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, column_parallel
+from parallel.linear import linear
 from parallel.mesh import Group
+from parallel.recomputed import recompute
 from parallel.shard import Shard
 
 MASK = 0x7FFFFFFF  # the 31 bits of an int32 that is not negative
@@ -117,9 +118,9 @@ class LoraLinear(nn.Module):
         Without dropout it is one product for all layers: r alone is too narrow for a fast one.
         """
         if len(layers) == 1 or layers[0].drops:
-            return [F.linear(layer._drop(x), layer.lora_A.weight) for layer in layers]
+            return [linear(layer._drop(x), layer.lora_A.weight) for layer in layers]
         factors = [layer.lora_A.weight for layer in layers]
-        return list(F.linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
+        return list(linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
 
     def gather_input(self, x: torch.Tensor, group: Group) -> torch.Tensor:
         """As the base layer's: x of this rank's positions -> x of all positions (column-parallel layers
@@ -149,8 +150,29 @@ class LoraLinear(nn.Module):
         if self.sequence_parallel_enabled and not self.by_row:  # x has this rank's positions only
             size = self.tensor_parallel_group.size()
             seeds = seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index)
-        keep = keep_mask(seeds.flatten(), self.feature_seeds, self.dropout)
-        return x * keep.to(x.dtype) / (1 - self.dropout)
+        return _Dropout.apply(x, seeds.flatten(), self.feature_seeds, self.dropout)
+
+
+class _Dropout(torch.autograd.Function):
+    """x [tokens, features] with features zeroed by keep_mask, whose backward computes the mask again."""
+
+    @staticmethod
+    def forward(ctx, x, token_seeds, feature_seeds, probability):
+        def drop(x, token_seeds, feature_seeds):
+            keep = keep_mask(token_seeds, feature_seeds, probability)
+            return x * keep.to(x.dtype) / (1 - probability)
+
+        y = drop(x, token_seeds, feature_seeds)
+        ctx.recomputed, kept = recompute(y, drop, x, token_seeds, feature_seeds)
+        ctx.save_for_backward(*kept)
+        ctx.drop = drop
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        *_, token_seeds, feature_seeds = ctx.recomputed.sources(ctx.saved_tensors, grad)
+        ctx.recomputed.forget()
+        return ctx.drop(grad, token_seeds, feature_seeds), None, None, None
 
 
 def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:

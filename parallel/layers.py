@@ -26,6 +26,7 @@ from parallel.collectives import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from parallel.linear import linear
 from parallel.mesh import ALONE, Group, Mesh
 from parallel.shard import Shard, divide
 
@@ -130,7 +131,7 @@ class ColumnParallelLinear(ParallelLayer):
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """y of an x of all positions. The caller sums the gradient of x over the group (gather_input)."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return column_parallel(x, [self])[0]
@@ -192,7 +193,7 @@ class RowParallelLinear(ParallelLayer):
 
     def forward(self, x: torch.Tensor, *partial_sums: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """y; or [y, sums] where `partial_sums` [tokens, n] are summed over the group in the same message."""
-        y, *sums = reduce_output([F.linear(x, self.weight), *partial_sums], self)
+        y, *sums = reduce_output([linear(x, self.weight), *partial_sums], self)
         y = y if self.bias is None else y + self.bias
         return [y, *sums] if partial_sums else y
 
