@@ -144,35 +144,32 @@ class LoraLinear(nn.Module):
         return torch.addmm(y, low_rank, self.lora_B.weight.t() * self.scaling)
 
     def _drop(self, x):
-        if not self.drops:
-            return x
-        seeds = self.seeds.values
+        return _Dropout.apply(x, self.seeds.values, self._zero_features) if self.drops else x
+
+    def _zero_features(self, x, token_seeds):
         if self.sequence_parallel_enabled and not self.by_row:  # x has this rank's positions only
             size = self.tensor_parallel_group.size()
-            seeds = seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index)
-        return _Dropout.apply(x, seeds.flatten(), self.feature_seeds, self.dropout)
+            token_seeds = token_seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index)
+        keep = keep_mask(token_seeds.flatten(), self.feature_seeds, self.dropout)
+        return x * keep.to(x.dtype) / (1 - self.dropout)
 
 
 class _Dropout(torch.autograd.Function):
-    """x [tokens, features] with features zeroed by keep_mask, whose backward computes the mask again."""
+    """zero_features(x, token_seeds), whose backward computes the mask again from the seeds."""
 
     @staticmethod
-    def forward(ctx, x, token_seeds, feature_seeds, probability):
-        def drop(x, token_seeds, feature_seeds):
-            keep = keep_mask(token_seeds, feature_seeds, probability)
-            return x * keep.to(x.dtype) / (1 - probability)
-
-        y = drop(x, token_seeds, feature_seeds)
-        ctx.recomputed, kept = recompute(y, drop, x, token_seeds, feature_seeds)
+    def forward(ctx, x, token_seeds, zero_features):
+        y = zero_features(x, token_seeds)
+        ctx.recomputed, kept = recompute(y, zero_features, x, token_seeds)
         ctx.save_for_backward(*kept)
-        ctx.drop = drop
+        ctx.zero_features = zero_features
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        *_, token_seeds, feature_seeds = ctx.recomputed.sources(ctx.saved_tensors, grad)
+        *_, token_seeds = ctx.recomputed.sources(ctx.saved_tensors, grad)
         ctx.recomputed.forget()
-        return ctx.drop(grad, token_seeds, feature_seeds), None, None, None
+        return ctx.zero_features(grad, token_seeds), None, None
 
 
 def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:
