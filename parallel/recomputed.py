@@ -61,13 +61,12 @@ def recompute(
     again itself, it is not saved, but what it is made of.
     """
     inner, sources = kept_for(first)
-    if inner:
-        parts, make_first, outer = len(sources), inner.function, function
+    parts = len(sources)
 
-        def function(*saved):
-            return outer(make_first(*saved[:parts]), *saved[parts:])
+    def function_of_parts(*saved):
+        return function(inner.function(*saved[:parts]), *saved[parts:])
 
-    tensor.recomputed = Recomputed(function), (*sources, *others)
+    tensor.recomputed = Recomputed(function_of_parts if inner else function), (*sources, *others)
     return tensor.recomputed
 
 
