@@ -33,8 +33,8 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.float()
         scale = torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + eps)
         y = _norm(x, weight, scale)
-        ctx.recomputed, kept = recompute(y, _norm, x, weight, scale)
-        ctx.save_for_backward(*kept)
+        ctx.recomputed = recompute(y, _norm, x, weight, scale)
+        ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod

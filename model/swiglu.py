@@ -16,8 +16,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         y = _swiglu(gate, up)
-        ctx.recomputed, kept = recompute(y, _swiglu, gate, up)
-        ctx.save_for_backward(*kept)
+        ctx.recomputed = recompute(y, _swiglu, gate, up)
+        ctx.save_for_backward(gate, up)
         return y
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Tensors that the backward computes again from others that are kept anyway.
 
-A product needs its input in the backward where its weight trains. Where a norm, SwiGLU or dropout made that
-input, what it was made of is kept for their own backward: the product keeps that, and no tensor more.
+A product needs its input in the backward where its weight trains. Where a norm or SwiGLU made that input,
+what it was made of is kept for their own backward: the product keeps that, and no tensor more.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,25 +52,22 @@ class Recomputed:
 
 
 def recompute(
-    tensor: torch.Tensor, function: Callable[..., torch.Tensor], first: torch.Tensor, *others: torch.Tensor
-) -> tuple[Recomputed, Kept]:
-    """Let the backward compute `tensor`, which is function(first, *others), again; returns how, and what to
-    save for it.
+    tensor: torch.Tensor, function: Callable[..., torch.Tensor], *sources: torch.Tensor
+) -> Recomputed:
+    """Let the backward compute `tensor`, which is function(*sources), again; returns how.
 
-    To be called in the forward of the autograd function that makes the tensor. Where `first` is computed
-    again itself, it is not saved, but what it is made of.
+    To be called in the forward of the autograd function that makes the tensor, which saves the sources, too.
     """
-    inner, sources = kept_for(first)
-    parts = len(sources)
-
-    def function_of_parts(*saved):
-        return function(inner.function(*saved[:parts]), *saved[parts:])
-
-    tensor.recomputed = Recomputed(function_of_parts if inner else function), (*sources, *others)
-    return tensor.recomputed
+    tensor.recomputed = Recomputed(function), sources
+    return tensor.recomputed[0]
 
 
 def kept_for(tensor: torch.Tensor) -> tuple[Recomputed | None, Kept]:
     """(how the backward computes `tensor` again, what to save for it); (None, the tensor) where it is
     saved."""
     return getattr(tensor, "recomputed", (None, (tensor,)))
+
+
+def restore(how: Recomputed | None, saved: Kept, grad: torch.Tensor) -> torch.Tensor:
+    """The tensor, of what `kept_for` gave, in the backward of `grad`."""
+    return how.tensor(saved, grad) if how else saved[0]

@@ -45,21 +45,16 @@ def seeds(tokens, features):
     ) * 997
 
 
-def chains(norm, swiglu, drop, linear):
+def chains(norm, swiglu, linear, dropped_linear):
     """Outputs [tokens, OUTPUTS] of products whose inputs are computed in different ways from `values`."""
 
-    def two(x, *weights):  # products that share their input
-        return sum(linear(x, weight).square() for weight in weights)
+    def products(x, *weights):  # they share their input, the last one a part of it
+        return sum(y.square() for y in linear(x, *weights)) * dropped_linear(x, weights[0])
 
     return {
-        "plain": lambda x, y, scale, a, b, bias: linear(x + y, a, bias) + linear(x * scale, b),
-        "norm": lambda x, y, scale, a, b, bias: two(norm(x + y, scale), a, b) + bias,
-        "swiglu": lambda x, y, scale, a, b, bias: two(swiglu(x * scale, y), a, b) + bias,
-        "dropout": lambda x, y, scale, a, b, bias: two(drop(x + y * scale), a, b) + bias,
-        "norm and dropout": lambda x, y, scale, a, b, bias: (
-            two(norm(x + y, scale), a) * two(drop(norm(y, scale)), b) + bias
-        ),
-        "swiglu and dropout": lambda x, y, scale, a, b, bias: two(drop(swiglu(x, y * scale)), a, b) + bias,
+        "plain": lambda x, y, scale, a, b, bias: products(x * scale + y, a, b) + bias,
+        "norm": lambda x, y, scale, a, b, bias: products(norm(x + y, scale), a, b) + bias,
+        "swiglu": lambda x, y, scale, a, b, bias: products(swiglu(x * scale, y), a, b) + bias,
     }
 
 
@@ -73,7 +68,7 @@ def results(chain, inputs):
 
 def ours(runtime):
     """{(tokens, features): {chain: [output, *gradients]}}, fp32 on the device."""
-    from model.lora import _Dropout
+    from model.lora import _DroppedLinear
     from model.norm import _RMSNorm
     from model.swiglu import swiglu
     from parallel.linear import linear
@@ -82,14 +77,14 @@ def ours(runtime):
     for size in SIZES:
         tokens, features = (each.to(runtime.device) for each in seeds(*size))
 
-        def zero_features(x, tokens, features=features):
-            return x * keep_mask(tokens, features, DROPOUT).to(x.dtype) / (1 - DROPOUT)
+        def keep(tokens, features=features):
+            return keep_mask(tokens, features, DROPOUT)
 
         functions = chains(
             lambda x, weight: _RMSNorm.apply(x, weight, EPS),
             swiglu,
-            lambda x, tokens=tokens, drop=zero_features: _Dropout.apply(x, tokens, drop),
             linear,
+            lambda *operands, more=(tokens, keep, 1 - DROPOUT): _DroppedLinear.apply(*operands, *more),
         )
         inputs = [each.float() for each in values(*size)]
         here = {
@@ -110,8 +105,8 @@ def test_gradients_are_those_of_float64():
         reference = chains(
             lambda x, weight: F.rms_norm(x, weight.shape, weight, EPS),
             lambda gate, up: F.silu(gate) * up,
-            lambda x, keep=keep: x * keep,
-            F.linear,
+            lambda x, *weights: [F.linear(x, weight) for weight in weights],
+            lambda x, weight, keep=keep: F.linear(x * keep, weight),
         )
         for name, tensors in chains_of_size.items():
             for one, other in zip(tensors, results(reference[name], values(*size)), strict=True):
