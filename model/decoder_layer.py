@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from model.attention.blockwise import attend
@@ -13,6 +12,7 @@ from model.attention.flash_nki import flash_attend
 from model.attention.rotary import apply_rotary
 from model.config import ModelConfig
 from model.norm import LlamaRMSNorm
+from model.swiglu import swiglu
 from parallel.layers import column_parallel
 
 
@@ -90,7 +90,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x):
         gate, up = column_parallel(x, [self.gate_proj, self.up_proj])
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 class LlamaDecoderLayer(nn.Module):

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from model.attention.blockwise import segment_masks
 from model.attention.rotary import rotary_cos_sin
 from model.cache import CacheUpdate
 from model.decoder_layer import LayerInputs
-from model.linear import ReplacesLinear
 from model.llama import Llama
 from model.sampling import GREEDY, Sampling
 from parallel.collectives import all_gather, permute
@@ -52,7 +52,7 @@ def capacity_for(longest_prompt: int, max_new_tokens: int, positions: int) -> in
     return -(-needed // ROUNDED_TO) * ROUNDED_TO
 
 
-class WeightFirst(ReplacesLinear):
+class WeightFirst(TorchFunctionMode):
     """Within this context F.linear of an x [rows, features] of up to MOST_ROWS rows is computed as weight
     times x^T. On a CPU it takes as little as a third of the time.
 
@@ -60,8 +60,11 @@ class WeightFirst(ReplacesLinear):
     of one row XLA makes a loop that is not vectorised.
     """
 
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        return (self._linear if function is F.linear else function)(*arguments, **(keywords or {}))
+
     @staticmethod
-    def linear(x, weight, bias=None):
+    def _linear(x, weight, bias=None):
         if len(x) > MOST_ROWS or len(weight) % 2:
             return F.linear(x, weight, bias)
         # In halves: a plain product and its transpose XLA would turn into the product with x on the left.

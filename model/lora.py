@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from parallel.collectives import keep_apart
 from parallel.layers import ColumnParallelLinear, ParallelLayer, RowParallelLinear, column_parallel
+from parallel.linear import linear
 from parallel.mesh import Group
+from parallel.recomputed import kept_for, restore
 from parallel.shard import Shard
 
 MASK = 0x7FFFFFFF  # the 31 bits of an int32 that is not negative
@@ -117,40 +120,58 @@ class LoraLinear(nn.Module):
         Without dropout it is one product for all layers: r alone is too narrow for a fast one.
         """
         if len(layers) == 1 or layers[0].drops:
-            return [F.linear(layer._drop(x), layer.lora_A.weight) for layer in layers]
+            return [layer._low_rank_input(x) for layer in layers]
         factors = [layer.lora_A.weight for layer in layers]
-        return list(F.linear(x, torch.cat(factors)).split([len(factor) for factor in factors], -1))
+        return list(linear(x, torch.cat(factors))[0].split([len(factor) for factor in factors], -1))
 
     def gather_input(self, x: torch.Tensor, group: Group) -> torch.Tensor:
         """As the base layer's: x of this rank's positions -> x of all positions (column-parallel layers
         only)."""
         return self.base_layer.gather_input(x, group)
 
-    def matmul(self, x: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
-        """y of x [tokens, in] and `low_rank` [tokens, r], both of all positions (column-parallel layers
-        only)."""
-        return self._add_update(self.base_layer.matmul(x), low_rank)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.by_row:
             y, low_rank = self.base_layer(x, *self.low_rank_inputs(x, [self]))
-            return self._add_update(y, low_rank)
+            return self.add_update(y, low_rank)
         return column_parallel(x, [self])[0]
 
-    def _add_update(self, y, low_rank):
+    def add_update(self, y: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
+        """The base layer's y [tokens, out] and the update of `low_rank` [tokens, r], both of all
+        positions."""
         # B is scaled because it is small, and transposed before: then the product that gives its gradient is
         # [r, out], which is fast.
         return torch.addmm(y, low_rank, self.lora_B.weight.t() * self.scaling)
 
-    def _drop(self, x):
+    def _low_rank_input(self, x):
         if not self.drops:
-            return x
-        seeds = self.seeds.values
+            return linear(x, self.lora_A.weight)[0]
+        return _DroppedLinear.apply(x, self.lora_A.weight, self.seeds.values, self._keep, 1 - self.dropout)
+
+    def _keep(self, token_seeds):
         if self.sequence_parallel_enabled and not self.by_row:  # x has this rank's positions only
             size = self.tensor_parallel_group.size()
-            seeds = seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index)
-        keep = keep_mask(seeds.flatten(), self.feature_seeds, self.dropout)
-        return x * keep.to(x.dtype) / (1 - self.dropout)
+            token_seeds = token_seeds.unflatten(0, (size, -1)).index_select(0, self.base_layer.rank_index)
+        return keep_mask(token_seeds.flatten(), self.feature_seeds, self.dropout)
+
+
+class _DroppedLinear(torch.autograd.Function):
+    """dropout(x) W^T, whose backward computes what is kept, the mask keep(token_seeds), again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, token_seeds, keep, probability):
+        ctx.recomputed, kept = kept_for(x)
+        ctx.save_for_backward(weight, token_seeds, *kept)
+        ctx.keep, ctx.probability = keep, probability
+        return F.linear(x * keep(token_seeds).to(x.dtype) / probability, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, token_seeds, *kept = ctx.saved_tensors
+        token_seeds = token_seeds.clone()
+        keep_apart([grad.clone(), token_seeds])  # or the compiler would keep the forward's mask
+        mask, x = ctx.keep(token_seeds).to(grad.dtype), restore(ctx.recomputed, kept, grad)
+        of_weight = grad.t() @ (x * mask / ctx.probability)
+        return (grad @ weight) * mask / ctx.probability, of_weight, None, None, None
 
 
 def keep_mask(token_seeds: torch.Tensor, feature_seeds: torch.Tensor, probability: float) -> torch.Tensor:

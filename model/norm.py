@@ -4,6 +4,7 @@ import torch
 
 from parallel.layers import ParallelLayer
 from parallel.mesh import Group
+from parallel.recomputed import recompute
 
 
 class LlamaRMSNorm(ParallelLayer):
@@ -31,12 +32,15 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         wide = x.float()
         scale = torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + eps)
+        y = _norm(x, weight, scale)
+        ctx.recomputed = recompute(y, _norm, x, weight, scale)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale * weight.float()).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
+        x, weight, scale = ctx.recomputed.sources(ctx.saved_tensors, grad)
+        ctx.recomputed.forget()
         grad, normed, grad_x, grad_weight = grad.float(), x.float() * scale, None, None
         if ctx.needs_input_grad[0]:
             grad_normed = grad * weight.float()
@@ -45,3 +49,7 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normed).sum(0).to(weight.dtype)
         return grad_x, grad_weight, None
+
+
+def _norm(x, weight, scale):
+    return (x.float() * scale * weight.float()).to(x.dtype)

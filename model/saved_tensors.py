@@ -4,11 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from model.decoder_layer import LayerInputs
-from model.linear import ReplacesLinear
 from parallel.graph import backend
 
 
@@ -122,29 +120,3 @@ class _StageInput(torch.autograd.Function):
     def backward(ctx, grad):
         ctx.record._input_grad = grad
         return None, None, None
-
-
-class _Linear(torch.autograd.Function):
-    """x W^T + b of x [tokens, features], whose backward keeps x and W. torch_xla's own keeps a transposed
-    copy of W, and of x one more for each layer with that input."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias=None):
-        trains_x, trains_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if trains_weight else None, weight if trains_x else None)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return (
-            None if weight is None else grad @ weight,
-            None if x is None else grad.t() @ x,
-            grad.sum(0) if any(ctx.needs_input_grad[2:]) else None,
-        )
-
-
-class SavesOperands(ReplacesLinear):
-    """Within this context F.linear saves its operands as they are, and no transposed copies of them."""
-
-    linear = staticmethod(_Linear.apply)

@@ -3,8 +3,8 @@
 
 What differs from rank to rank or from tick to tick is data, so one graph serves all forward ticks and another
 one all backward ticks. What autograd saves in a forward tick is the result of the one graph and an input of
-the other. So as little as possible is saved: masks and rotary angles are computed again, and a matrix product
-saves its operands and no transposed copies of them (model/saved_tensors.py).
+the other. So as little as possible is saved: masks and rotary angles are computed again
+(model/saved_tensors.py).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 
 from model.decoder_layer import LayerInputs
 from model.llama import Llama
-from model.saved_tensors import BackwardRecord, SavesOperands
+from model.saved_tensors import BackwardRecord
 from parallel.collectives import permute
 
 
@@ -40,7 +40,7 @@ def forward_tick(
     (torch.no_grad) nothing is saved for a backward.
     """
     pipeline, record, saved = model.pipeline, BackwardRecord(), []
-    with record.saving(_stage_layer_inputs(model, batch, tick), saved) as inputs, SavesOperands():
+    with record.saving(_stage_layer_inputs(model, batch, tick), saved) as inputs:
         embedded = model.embed(pipeline.microbatch(batch, tick)["input_ids"])
         stage_input = pipeline.stage_input(embedded.detach(), previous_output.detach(), model.stage_index)
         output = model.stage(record.stage_input(stage_input), inputs)

@@ -26,6 +26,7 @@ from parallel.collectives import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from parallel.linear import linear
 from parallel.mesh import ALONE, Group, Mesh
 from parallel.shard import Shard, divide
 
@@ -128,9 +129,14 @@ class ColumnParallelLinear(ParallelLayer):
             return gather_from_sequence_parallel_region(x, group)
         return copy_to_tensor_model_parallel_region(x, group)
 
-    def matmul(self, x: torch.Tensor) -> torch.Tensor:
-        """y of an x of all positions. The caller sums the gradient of x over the group (gather_input)."""
-        return F.linear(x, self.weight, self.bias)
+    @staticmethod
+    def matmul(x: torch.Tensor, layers: list["ColumnParallelLinear"]) -> list[torch.Tensor]:
+        """The y of each layer, of an x of all positions. The caller sums the gradient of x over the group
+        (gather_input)."""
+        products = linear(x, *(layer.weight for layer in layers))
+        return [
+            y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True)
+        ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return column_parallel(x, [self])[0]
@@ -143,9 +149,9 @@ def column_parallel(
     them.
 
     A layer that `has_adapter` (LoRA's) computes a narrow tensor from this rank's positions of x first, by
-    `low_rank_inputs(x, layers)`. It is gathered in the same message as x, and is the second argument of its
-    `matmul`. `receive` is applied to the message before it is gathered: it brings it from another pipeline
-    stage.
+    `low_rank_inputs(x, layers)`. It is gathered in the same message as x, and its `add_update` adds what
+    comes of it to the output of its `base_layer`. `receive` is applied to the message before it is gathered:
+    it brings it from another pipeline stage.
     """
     adapted = [layer for layer in layers if layer.has_adapter]
     low_rank = adapted[0].low_rank_inputs(x, adapted) if adapted else []
@@ -154,10 +160,11 @@ def column_parallel(
         return layers[0].gather_input(receive(message) if receive else message, group)
 
     x, *low_rank = coalesced(gather, [x, *low_rank], layers[0].tensor_parallel_group)
-    low_rank_of = dict(zip(adapted, low_rank, strict=True))
-    return [
-        layer.matmul(x, low_rank_of[layer]) if layer in low_rank_of else layer.matmul(x) for layer in layers
-    ]
+    bases = [layer.base_layer if layer.has_adapter else layer for layer in layers]
+    outputs = dict(zip(layers, bases[0].matmul(x, bases), strict=True))
+    for layer, narrow in zip(adapted, low_rank, strict=True):
+        outputs[layer] = layer.add_update(outputs[layer], narrow)
+    return list(outputs.values())
 
 
 class RowParallelLinear(ParallelLayer):
@@ -192,7 +199,7 @@ class RowParallelLinear(ParallelLayer):
 
     def forward(self, x: torch.Tensor, *partial_sums: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """y; or [y, sums] where `partial_sums` [tokens, n] are summed over the group in the same message."""
-        y, *sums = reduce_output([F.linear(x, self.weight), *partial_sums], self)
+        y, *sums = reduce_output([*linear(x, self.weight), *partial_sums], self)
         y = y if self.bias is None else y + self.bias
         return [y, *sums] if partial_sums else y
 

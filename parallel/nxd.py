@@ -146,9 +146,12 @@ class ColumnParallelLinear(_Lending, layers.ColumnParallelLinear):
             return mappings.gather_from_sequence_parallel_region(tensor, process_group=group.process_group)
         return mappings.copy_to_tensor_model_parallel_region(tensor, process_group=group.process_group)
 
-    def matmul(self, x):
-        y = self.multiply(x)
-        return y if self.bias is None else y + self.bias
+    @staticmethod
+    def matmul(x, layers):
+        products = [layer.multiply(x) for layer in layers]
+        return [
+            y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True)
+        ]
 
     def forward(self, x):
         return self.lent(x.unsqueeze(1)).squeeze(1)
