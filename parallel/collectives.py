@@ -120,9 +120,3 @@ def coalesced(
     if group.size() == 1 or len(tensors) == 1:
         return [collective(tensor, group) for tensor in tensors]
     return list(collective(torch.cat(tensors, -1), group).split([tensor.shape[-1] for tensor in tensors], -1))
-
-
-def keep_apart(tensors: list[torch.Tensor]) -> None:
-    """Let the compiler not merge what was computed of the tensors before with the same computed of them from
-    here."""
-    xm.optimization_barrier_(tensors)
