@@ -35,7 +35,7 @@ class CacheUpdate:
             return attend(query, key, value, self._masks)
         batch, _, head_dim = query.shape[1:]
         query = query.reshape(len(keys), -1, head_dim)  # [batch * kv_heads, heads that share one, head_dim]
-        scores = torch.bmm(query, keys).float() * head_dim**-0.5
+        scores = torch.bmm(query, keys).float()
         scores = scores.masked_fill(~self._masks[0], torch.finfo(torch.float32).min)
         return torch.bmm(scores.softmax(-1).to(values.dtype), values).reshape(batch, -1)
 

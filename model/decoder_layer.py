@@ -21,7 +21,8 @@ class LayerCache(Protocol):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Keep new keys and values [sequence, batch, kv_heads, head_dim], and attend to all that the query
-        [sequence, batch, heads, head_dim] sees of them; returns [sequence * batch, heads * head_dim]."""
+        [sequence, batch, heads, head_dim], which is scaled already, sees of them; returns [sequence * batch,
+        heads * head_dim]."""
 
 
 @dataclass
@@ -43,9 +44,9 @@ class LlamaAttention(nn.Module):
     """Self-attention with this rank's heads. Where there are more ranks than KV heads, neighbours hold the
     same KV head."""
 
-    def __init__(self, config: ModelConfig, gradient_checkpointing: str, layers: ModuleType, **layout):
+    def __init__(self, config: ModelConfig, layers: ModuleType, **layout):
         super().__init__()
-        self.head_dim, self.gradient_checkpointing = config.head_dim, gradient_checkpointing
+        self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         column = {"bias": config.attention_bias, **layout}
@@ -63,13 +64,14 @@ class LlamaAttention(nn.Module):
             each.view(*inputs.cos.shape[:2], -1, self.head_dim)  # [sequence, batch, heads, head_dim]
             for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj])
         )
-        query, key = (apply_rotary(each, inputs.cos, inputs.sin) for each in (query, key))
+        key = apply_rotary(key, inputs.cos, inputs.sin)
+        if cache is None and inputs.masks is None:
+            return self.o_proj(flash_attend(apply_rotary(query, inputs.cos, inputs.sin), key, value))
+        # Scaled before it is rounded: no pass over the scores, and no rounding more.
+        query = apply_rotary(query, inputs.cos, inputs.sin, self.head_dim**-0.5)
         if cache is not None:
             return self.o_proj(cache.attend(query, key, value))
-        if inputs.masks is None:
-            return self.o_proj(flash_attend(query, key, value))
-        checkpointing = self.gradient_checkpointing == "selective" and torch.is_grad_enabled()
-        return self.o_proj(attend(query, key, value, inputs.masks, checkpointing))
+        return self.o_proj(attend(query, key, value, inputs.masks))
 
 
 class LlamaMLP(nn.Module):
@@ -96,9 +98,9 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each after a norm and added to the residual."""
 
-    def __init__(self, config: ModelConfig, gradient_checkpointing: str, layers: ModuleType, **layout):
+    def __init__(self, config: ModelConfig, layers: ModuleType, **layout):
         super().__init__()
-        self.self_attn = LlamaAttention(config, gradient_checkpointing, layers, **layout)
+        self.self_attn = LlamaAttention(config, layers, **layout)
         self.mlp = LlamaMLP(config, layers, **layout)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)

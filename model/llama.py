@@ -27,23 +27,14 @@ from parallel.pipeline import ONE_STAGE, Pipeline
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the last norm (the name prefix `model.`)."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        gradient_checkpointing: str,
-        layers: ModuleType,
-        pipeline: Pipeline,
-        **layout,
-    ):
+    def __init__(self, config: ModelConfig, layers: ModuleType, pipeline: Pipeline, **layout):
         super().__init__()
         self.embed_tokens = layers.ParallelEmbedding(
             config.vocab_size, config.hidden_size, parameter_group=pipeline.vocabulary, pad=True, **layout
         )
         self.layers = nn.ModuleList()  # this stage's, by their ids in the whole model
         for layer_id in pipeline.layer_ids(config.num_hidden_layers):
-            self.layers.add_module(
-                str(layer_id), LlamaDecoderLayer(config, gradient_checkpointing, layers, **layout)
-            )
+            self.layers.add_module(str(layer_id), LlamaDecoderLayer(config, layers, **layout))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
 
@@ -64,12 +55,11 @@ class Llama(nn.Module):
     ):
         """Build the modules with uninitialised parameters, which model/weights/loading.py fills.
 
-        group: the tensor parallel ranks. dtype: of parameters and activations. gradient_checkpointing: what
-        the backward computes again: none, selective (attention scores) or full (decoder layers).
-        sequence_parallel: norms and residuals are divided over `group`, too. layers: the module of the
-        parallel layers, parallel.layers or parallel.nxd. flash_attention: to be used where
-        model/attention/flash_nki.py says that it is right. Raises ValueError where the groups cannot divide
-        the model.
+        group: the tensor parallel ranks. dtype: of parameters and activations. gradient_checkpointing: full,
+        where the backward computes decoder layers again. sequence_parallel: norms and residuals are divided
+        over `group`, too. layers: the module of the parallel layers, parallel.layers or parallel.nxd.
+        flash_attention: to be used where model/attention/flash_nki.py says that it is right. Raises
+        ValueError where the groups cannot divide the model.
         """
         super().__init__()
         check_divisible(config, group, pipeline)
@@ -82,7 +72,7 @@ class Llama(nn.Module):
             "sequence_parallel_enabled": sequence_parallel,
             "tensor_model_parallel_group": group,
         }
-        self.model = LlamaModel(config, gradient_checkpointing, layers, pipeline, **layout)
+        self.model = LlamaModel(config, layers, pipeline, **layout)
         self.lm_head = layers.ColumnParallelLinear(
             config.hidden_size,
             config.vocab_size,

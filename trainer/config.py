@@ -50,8 +50,8 @@ class Config:
     )
     gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
         "none",
-        "What the backward computes again instead of keeping it: attention scores (selective), "
-        "decoder layers (full).",
+        "What the backward computes again instead of keeping it: decoder layers (full), or no layer (none). "
+        "Attention's scores are never kept: selective, which asks for that elsewhere, means none.",
         nargs="?",
         const="full",
     )
@@ -256,8 +256,8 @@ class Config:
 
     @property
     def checkpointing_mode(self) -> str:
-        """The value of --gradient_checkpointing as none, selective or full."""
-        return {"true": "full", "false": "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing)
+        """The value of --gradient_checkpointing as none or full."""
+        return "full" if self.gradient_checkpointing in ("full", "true") else "none"
 
     @property
     def model_directory(self) -> str:

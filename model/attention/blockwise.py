@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from parallel.collectives import keep_apart
-
 BLOCKS = (
     256,
     1024,
@@ -15,131 +13,126 @@ def block_size(sequence: int) -> int:
     """Queries that attend at once: half a row, within BLOCKS.
 
     Smaller ones skip more of the square above the diagonal (two blocks leave 3/4 of it, four 5/8), and each
-    adds some fifty operations a layer to the graph.
+    adds some hundred operations a layer to the graph.
     """
     fewest, most = BLOCKS
     return min(max(sequence // 2, fewest), most)
 
 
 def segment_masks(segment_ids: torch.Tensor) -> list[torch.Tensor]:
-    """For each block of queries, bool [batch, queries, keys]; the keys are those up to the block's end.
+    """For each block of queries, what is added to scores: 0, or the least number where a key is not seen.
 
-    Position i sees j when both belong to one segment and j is not later than i. segment_ids [batch,
-    sequence]; padding is segment 0 and sees itself only, so no row of the softmax is empty.
+    fp32 [batch, 1, queries, 1, keys]; the keys are those up to the block's end. Position i sees j when both
+    belong to one segment and j is not later than i. segment_ids [batch, sequence]; padding is segment 0 and
+    sees itself only, so no row of the softmax is empty.
     """
-    sequence = segment_ids.shape[1]
-    order = torch.arange(sequence, device=segment_ids.device)
+    sequence, segment_ids = segment_ids.shape[1], segment_ids.to(torch.int32)
+    order = torch.arange(sequence, dtype=torch.int32, device=segment_ids.device)
+    least = torch.full((), torch.finfo(torch.float32).min, device=segment_ids.device)
     masks = []
     for first in range(0, sequence, block_size(sequence)):
         last = min(first + block_size(sequence), sequence)
         same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, :last].unsqueeze(1)
-        masks.append(same & (order[first:last].unsqueeze(1) >= order[:last].unsqueeze(0)))
+        seen = same & (order[first:last].unsqueeze(1) >= order[:last].unsqueeze(0))
+        masks.append(torch.where(seen, torch.zeros_like(least), least)[:, None, :, None])
     return masks
 
 
 def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    masks: list[torch.Tensor],
-    gradient_checkpointing: bool = False,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, masks: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Scaled dot-product attention with grouped queries; softmax in fp32.
+    """Dot-product attention with grouped queries, which are scaled already; softmax in fp32.
 
     query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of
     segment_masks. Returns [sequence * batch, heads * head_dim]. Block by block of queries, with the keys up
     to its end: blocks above the diagonal are not computed, and no tensor holds the scores of all queries.
-    With `gradient_checkpointing` the backward computes scores again, and holds one block's at a time. The
-    query heads that share a KV head form one product: nothing is repeated.
+    The query heads that share a KV head form one product: nothing is repeated.
     """
-    sequence, batch, heads, head_dim = query.shape
-    # [batch * kv_heads, sequence, head_dim], of queries [batch * kv_heads, shared, sequence, head_dim]
-    query = query.unflatten(2, (key.shape[2], -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
-    key, value = (each.permute(1, 2, 0, 3).flatten(0, 1) for each in (key, value))
-    mixed = _Attention.apply(query, key, value, gradient_checkpointing, *masks).view(
-        batch, -1, *query.shape[1:]
-    )
-    return mixed.permute(3, 0, 1, 2, 4).reshape(sequence * batch, heads * head_dim)
+    return _Attention.apply(query, key, value, *masks)
 
 
 class _Attention(torch.autograd.Function):
-    """Attention of a query [batch * kv_heads, shared, sequence, head_dim], of which the output has the shape,
-    to key and value [batch * kv_heads, sequence, head_dim], by blocks of queries.
+    """Attention whose backward computes the scores again (FlashAttention-2,
+    https://arxiv.org/abs/2307.08691, section 3.1): of the softmax only the logarithm of each query's sum is
+    kept, and exp(score - it) is the probability.
 
-    The softmax is divided by its sum behind the product with the values, where it is head_dim wide, and its
-    backward sums there too, over output and gradient (FlashAttention-2, https://arxiv.org/abs/2307.08691,
-    section 3.1): the scores, which are most of what attention reads and writes, are passed over as little as
-    can be.
+    Products are by KV heads: the rows of a query are [batch * kv_heads, sequence * heads that share one,
+    head_dim]. The backward has scores as [keys, queries]: gradients of keys and values are then products
+    without a transposed operand, and no compiler takes the forward's scores for them, which it would have to
+    keep.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, recompute, *masks):
-        mixed, kept = [], []
-        for part, keys, mask in _blocks(query, masks):
-            exponentials, total = _exponentials(query[:, :, part], key[:, keys], mask)
-            one = torch.bmm(exponentials, value[:, keys]).float() / total
-            mixed.append(one.to(value.dtype).view(*query.shape[:2], -1, query.shape[-1]))
-            kept += [total] if recompute else [total, exponentials]
-        mixed = torch.cat(mixed, 2)
-        ctx.recompute, ctx.blocks = recompute, len(masks)
-        ctx.save_for_backward(query, key, value, mixed, *masks, *kept)
+    def forward(ctx, query, key, value, *masks):
+        tokens, kv_heads = query.shape, key.shape[2]
+        query, key, value = (_by_heads(each, kv_heads) for each in (query, key, value))
+        mixed, largest, total = [], [], []
+        for queries, keys, mask in _blocks(query, masks):
+            scores = torch.bmm(query[:, queries], key[:, keys].transpose(1, 2)).float()
+            scores = _add_mask(scores, mask, -2)
+            largest.append(scores.amax(-1, keepdim=True))
+            exponentials = (scores - largest[-1]).exp()
+            total.append(exponentials.sum(-1, keepdim=True))
+            mixed.append(torch.bmm(exponentials.to(value.dtype), value[:, keys]))
+        mixed, largest, total = (torch.cat(each, 1) for each in (mixed, largest, total))
+        mixed = _by_tokens((mixed.float() / total).to(value.dtype), tokens).flatten(0, 1).flatten(1)
+        ctx.tokens = tokens
+        ctx.save_for_backward(query, key, value, mixed, (largest + total.log()).transpose(1, 2), *masks)
         return mixed
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, mixed, *rest = ctx.saved_tensors
-        masks, kept = rest[: ctx.blocks], rest[ctx.blocks :]
-        wants = ctx.needs_input_grad[:3]
-        scale, sums, of_query = query.shape[-1] ** -0.5, [None, None], []
-        for part, keys, mask in _blocks(query, masks):
-            total, block, outer = kept.pop(0), query[:, :, part], grad[:, :, part]
-            if ctx.recompute:
-                block, outer = block.contiguous(), outer.contiguous()
-                keep_apart([block, outer])  # or the compiler would keep the forward's
-                exponentials, _ = _exponentials(block, key[:, keys], mask)
-            else:
-                exponentials = kept.pop(0)
-            block, outer = block.flatten(1, 2), outer.flatten(1, 2).float()
-            inner = (outer * mixed[:, :, part].flatten(1, 2).float()).sum(-1, keepdim=True) / total
-            outer = (outer / total).to(value.dtype)
-            # Sums as [head_dim, keys]: of the same products as [keys, head_dim], XLA:CPU takes twice the
-            # time.
-            if wants[2]:
-                sums[1] = _add_to_first(torch.bmm(outer.transpose(1, 2), exponentials), sums[1])
-            if wants[0] or wants[1]:
-                scores = (torch.bmm(outer, value[:, keys].transpose(1, 2)).float() - inner) * (
-                    exponentials.float() * scale
-                )
-                scores = scores.to(value.dtype)
-            if wants[0]:
-                of_query.append(torch.bmm(scores, key[:, keys]).view(*query.shape[:2], -1, query.shape[-1]))
-            if wants[1]:
-                sums[0] = _add_to_first(torch.bmm(block.transpose(1, 2), scores), sums[0])
-        of_key, of_value = (total if total is None else total.transpose(1, 2) for total in sums)
-        return torch.cat(of_query, 2) if wants[0] else None, of_key, of_value, None, *(None for _ in masks)
+        query, key, value, mixed, log_sums, *masks = ctx.saved_tensors
+        kv_heads = len(key) // ctx.tokens[1]
+        inner = (grad.float() * mixed.float()).view(ctx.tokens).sum(-1, keepdim=True)
+        inner = _by_heads(inner, kv_heads).transpose(1, 2)  # [batch * kv_heads, 1, rows of the query]
+        grad = _by_heads(grad.view(ctx.tokens), kv_heads)
+        of_query, of_key, of_value = [], None, None
+        for queries, keys, mask in _blocks(query, masks):
+            block, outer = query[:, queries], grad[:, queries]
+            scores = torch.bmm(key[:, keys], block.transpose(1, 2)).float()
+            scores = _add_mask(scores, mask.permute(0, 1, 4, 2, 3), -1)
+            probabilities = (scores - log_sums[:, :, queries]).exp()
+            scores = torch.bmm(value[:, keys], outer.transpose(1, 2)).float() - inner[:, :, queries]
+            scores = (probabilities * scores).to(value.dtype)
+            of_value = _add_to_first(torch.bmm(probabilities.to(value.dtype), outer), of_value)
+            of_key = _add_to_first(torch.bmm(scores, block), of_key)
+            of_query.append(torch.bmm(scores.transpose(1, 2), key[:, keys]))
+        of_three = torch.cat(of_query, 1), of_key, of_value
+        return *(_by_tokens(each, ctx.tokens) for each in of_three), *(None for _ in masks)
+
+
+def _by_heads(x, kv_heads):
+    """[sequence, batch, heads, n] -> [batch * kv_heads, sequence * heads that share one, n]."""
+    sequence, batch, _, n = x.shape
+    return x.view(sequence, batch * kv_heads, -1, n).transpose(0, 1).reshape(batch * kv_heads, -1, n)
+
+
+def _by_tokens(x, tokens):
+    """The reverse of `_by_heads`; tokens: (sequence, batch, ...)."""
+    sequence, batch = tokens[:2]
+    apart = x.view(len(x), sequence, -1, x.shape[-1]).transpose(0, 1)
+    return apart.reshape(sequence, batch, -1, x.shape[-1])
 
 
 def _blocks(query, masks):
-    """(which queries, which keys, mask) of each block."""
-    first = 0
+    """(which rows of the query, which keys, mask) of each block."""
+    first, shared = 0, query.shape[1] // masks[-1].shape[4]
     for mask in masks:
-        queries, keys = mask.shape[1:]
-        yield slice(first, first + queries), slice(0, keys), mask
-        first += queries
+        last = first + mask.shape[2] * shared
+        yield slice(first, last), slice(0, mask.shape[4]), mask
+        first = last
+
+
+def _add_mask(scores, mask, shared):
+    """scores [batch * kv_heads, ...] + mask, of which dimension `shared` stands for the heads that share a KV
+    head."""
+    sizes = list(mask.shape[2:])
+    sizes[shared] = -1
+    kv_heads = len(scores) // len(mask)
+    return (scores.view(len(mask), kv_heads, *sizes) + mask).view(scores.shape)
 
 
 def _add_to_first(more, sums):
-    """`more` [..., head_dim, keys] with the sums of fewer keys, or None, added to its first."""
-    return more if sums is None else F.pad(sums, (0, more.shape[2] - sums.shape[2])) + more
-
-
-def _exponentials(query, key, mask):
-    """(exp(scores - their maximum) in key's dtype, [batch * kv_heads, shared * queries, keys]; its sum over
-    the keys, fp32)."""
-    scores = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).float() * query.shape[-1] ** -0.5
-    apart = scores.view(
-        mask.shape[0], -1, query.shape[1], *mask.shape[1:]
-    )  # [batch, kv_heads, shared, queries, keys]
-    apart = apart.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
-    exponentials = (apart - apart.amax(-1, keepdim=True)).exp().view(scores.shape)
-    return exponentials.to(key.dtype), exponentials.sum(-1, keepdim=True)
+    """`more` [..., keys, n] with the sums of fewer keys, or None, added to its first."""
+    return more if sums is None else F.pad(sums, (0, 0, 0, more.shape[1] - sums.shape[1])) + more

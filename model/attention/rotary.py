@@ -39,22 +39,24 @@ def rotary_cos_sin(
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, scale):
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        ctx.scale = scale
+        return _rotate(x, cos, sin, scale)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
+        return _rotate(grad, cos, -sin, ctx.scale), None, None, None
 
 
-def _rotate(x, cos, sin):
+def _rotate(x, cos, sin, scale):
     wide = x.float()
-    return (wide * cos + wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin).to(x.dtype)
+    rotated = wide * cos + wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin
+    return (rotated if scale == 1 else rotated * scale).to(x.dtype)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [sequence, batch, heads, head_dim] rotated by its position, in fp32 and in x's dtype. The gradient is
-    rotated back."""
-    return _Rotary.apply(x, cos, sin)
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """x [sequence, batch, heads, head_dim] rotated by its position and times `scale`, in fp32, then rounded
+    to x's dtype. The gradient is rotated back."""
+    return _Rotary.apply(x, cos, sin, scale)

@@ -81,7 +81,9 @@ def test_what_trains_does_not_see_padding(kernel):
     *three, weight = inputs(24)
     weight = weight * segments.t()[:, :, None, None]  # the loss reads the example's positions
     masks = segment_masks(segments)
-    expected = outputs(lambda query, key, value: attend(query, key, value, masks), *three, weight)
+    expected = outputs(
+        lambda query, key, value: attend(query * query.shape[-1] ** -0.5, key, value, masks), *three, weight
+    )
     found = outputs(flash_attend, *three, weight)
     found[0], expected[0] = (each * segments.t().reshape(-1, 1) for each in (found[0], expected[0]))
     for ours, theirs in zip(found, expected, strict=True):

@@ -17,7 +17,7 @@ def test_presets_are_the_flags_of_the_published_jobs():
         1024,
     )
     assert job.random_weights and job.zero_1 and job.bf16 and job.lora_r == 0
-    assert job.checkpointing_mode == "selective"
+    assert job.checkpointing_mode == "none"
     assert (
         job.for_ranks(4).gradient_accumulation_steps == 256
         and job.for_ranks(16).gradient_accumulation_steps == 64

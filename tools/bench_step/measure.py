@@ -251,7 +251,9 @@ def _micro_batch_flops(job, mesh) -> tuple[float, float]:
     one_stage = replace(mesh, pp=ALONE, model=mesh.tp)
     stage = build_model(config, job.model_config, mesh, job.lora)
     whole = build_model(plain, job.model_config, one_stage, job.lora)
-    return micro_batch_flops(whole, plain) / mesh.pp.size(), micro_batch_flops(stage, config)
+    return micro_batch_flops(whole, plain, recomputation=False) / mesh.pp.size(), micro_batch_flops(
+        stage, config
+    )
 
 
 def peak_memory() -> int:

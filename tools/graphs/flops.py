@@ -14,13 +14,14 @@ from model.lora import LoraLinear
 from trainer.config import Config
 
 
-def micro_batch_flops(model: Llama, config: Config) -> int:
-    """FLOPs of the forward and backward of one accumulation step on the rank that has this part of the model.
+def micro_batch_flops(model: Llama, config: Config, recomputation: bool = True) -> int:
+    """FLOPs of the forward and backward of one accumulation step on the rank that has this part of the model,
+    with or without what the backward computes again.
 
     Parameters may be on any device; their requires_grad says what is trained. A pipeline stage computes its
     layers, padding layers included, and its part of the head in each of its M + P - 1 ticks, idle or not.
     """
-    count = _Count(config)
+    count = _Count(config, recomputation)
     for tick in range(config.ticks):
         # A tick sends the gradient of its input to the stage before. In the first tick that input is a
         # constant; but ticks that share a graph compute what any of them needs.
@@ -28,7 +29,7 @@ def micro_batch_flops(model: Llama, config: Config) -> int:
         needs_grad = receives or model.model.embed_tokens.weight.requires_grad
         for layer in model.model.layers:
             needs_grad = count.layer(layer, needs_grad)
-            if config.checkpointing_mode == "full":
+            if recomputation and config.checkpointing_mode == "full":
                 count.layer(layer, False, recomputed=True)
         count.column_parallel([model.lm_head], needs_grad)
     return count.total
@@ -42,8 +43,8 @@ class _Count:
     input; the method returns whether it computes that of the output.
     """
 
-    def __init__(self, config: Config):
-        self.config, self.total = config, 0
+    def __init__(self, config: Config, recomputation: bool):
+        self.config, self.recomputation, self.total = config, recomputation, 0
         self.has_collectives = config.tensor_parallel_size > 1
         self.rows = config.per_device_train_batch_size // config.pipeline_microbatches
 
@@ -51,8 +52,7 @@ class _Count:
         """A decoder layer. S is scores(): one product of attention, of all its blocks.
 
         The forward takes S for the scores and S for the weighted sum of the values, the backward S for each
-        of the gradients of queries, keys, probabilities and values. Under selective recomputation it also
-        computes the scores again.
+        of the gradients of queries, keys, probabilities and values, after it has computed the scores again.
         """
         attention, mlp = layer.self_attn, layer.mlp
         query, key, value = self.column_parallel(
@@ -62,7 +62,7 @@ class _Count:
         products = 2
         if not recomputed:
             products += query + key + (query or key) + value
-            products += mixed and self.config.checkpointing_mode == "selective"
+            products += mixed and self.recomputation
         self.total += products * self.scores(attention)
         needs_grad = self.linear(attention.o_proj, mixed, recomputed) or needs_grad
         inner = any(self.column_parallel([mlp.gate_proj, mlp.up_proj], needs_grad, recomputed))

@@ -71,7 +71,7 @@ def _divided(config, tp: int, pp: int) -> Iterator:
         return
     most = min(rows // dp, MICRO_BATCHES_A_STAGE * pp) if pp > 1 else 1
     micro_batches = max(count for count in range(1, most + 1) if rows // dp % count == 0)
-    for checkpointing in ("none", "selective", "full"):
+    for checkpointing in ("none", "full"):
         yield replace(
             config,
             tensor_parallel_size=tp,

@@ -15,9 +15,9 @@ def topology_name(config) -> str:
         f"{config.per_device_train_batch_size // config.pipeline_microbatches} x "
         f"{ticks}{config.gradient_accumulation_steps} rows"
     )
-    recomputed = {"none": "", "selective": ", scores recomputed", "full": ", layers recomputed"}
+    recomputed = ", layers recomputed" if config.checkpointing_mode == "full" else ""
     zero_1 = ", ZeRO-1" if config.zero_1 else ""
-    return f"TP{tp}{stages} x DP{dp}, {rows}{recomputed[config.checkpointing_mode]}{zero_1}"
+    return f"TP{tp}{stages} x DP{dp}, {rows}{recomputed}{zero_1}"
 
 
 def rows_per_step(config) -> int:
