@@ -132,15 +132,25 @@ class ColumnParallelLinear(ParallelLayer):
         """y of an x of all positions. The caller sums the gradient of x over the group (gather_input)."""
         return F.linear(x, self.weight, self.bias)
 
+    def factors(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`matmul` of a layer without bias, in parts: it is the sum of a W^T over these (a, W)."""
+        return [(x, self.weight)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return column_parallel(x, [self])[0]
 
 
-def column_parallel(
-    x: torch.Tensor, layers: list[nn.Module], receive: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> list[torch.Tensor]:
+def column_parallel(x: torch.Tensor, layers: list[nn.Module]) -> list[torch.Tensor]:
     """The outputs of several column-parallel layers with the same input x, which is gathered once for all of
-    them.
+    them."""
+    inputs = column_parallel_inputs(x, layers)
+    return [layer.matmul(*each) for layer, each in zip(layers, inputs, strict=True)]
+
+
+def column_parallel_inputs(
+    x: torch.Tensor, layers: list[nn.Module], receive: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> list[tuple[torch.Tensor, ...]]:
+    """The arguments of each layer's `matmul`, of all positions: x of this rank's positions, gathered.
 
     A layer that `has_adapter` (LoRA's) computes a narrow tensor from this rank's positions of x first, by
     `low_rank_inputs(x, layers)`. It is gathered in the same message as x, and is the second argument of its
@@ -155,9 +165,7 @@ def column_parallel(
 
     x, *low_rank = coalesced(gather, [x, *low_rank], layers[0].tensor_parallel_group)
     low_rank_of = dict(zip(adapted, low_rank, strict=True))
-    return [
-        layer.matmul(x, low_rank_of[layer]) if layer in low_rank_of else layer.matmul(x) for layer in layers
-    ]
+    return [(x, low_rank_of[layer]) if layer in low_rank_of else (x,) for layer in layers]
 
 
 class RowParallelLinear(ParallelLayer):
