@@ -12,7 +12,7 @@ from parallel.collectives import all_reduce, all_reduce_max, keep_apart
 from parallel.layers import local_index
 from parallel.mesh import ALONE, Group
 
-CHUNK_BYTES = 64 * 2**20  # of a chunk's logits in fp32
+CHUNK_BYTES = 128 * 2**20  # of a chunk's logits in fp32
 MOST_CHUNKS = 16  # each adds some seventy operations to the graph
 TILE = 128  # rows of a product that a NeuronCore computes at once
 

@@ -50,8 +50,8 @@ class Config:
     )
     gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
         "none",
-        "What the backward computes again instead of keeping it: attention scores (selective), "
-        "decoder layers (full).",
+        "What the backward computes again instead of keeping it: attention scores and logits (selective), "
+        "decoder layers and logits (full).",
         nargs="?",
         const="full",
     )

@@ -113,9 +113,9 @@ def apart(ours, expected):
 
 def test_chunks_are_few_and_small():
     """By hand: Llama 3's vocabulary on eight ranks and on one, and a small one."""
-    assert loss.chunk_sizes(2048, 16032) == [1024, 1024]
+    assert loss.chunk_sizes(2048, 16032) == [2048]
     assert loss.chunk_sizes(8192, 128256) == [512] * 16
     assert loss.chunk_sizes(100, 512) == [100]
     assert loss.chunk_sizes(1, 10**9) == [1]
-    assert loss.chunk_sizes(2000, 16032) == [1024, 976]
-    assert loss.chunk_sizes(1300, 40000) == [384, 384, 384, 148]
+    assert loss.chunk_sizes(4000, 16032) == [2048, 1952]
+    assert loss.chunk_sizes(1300, 40000) == [768, 532]
