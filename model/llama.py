@@ -18,8 +18,8 @@ from model.lora import TokenSeeds, hash_token_seeds
 from model.norm import LlamaRMSNorm
 from parallel import layers as native
 from parallel.collectives import sum_over_stages
-from parallel.layers import ParallelLayer, column_parallel
-from parallel.loss import parallel_cross_entropy
+from parallel.layers import ParallelLayer, column_parallel, gather_inputs
+from parallel.loss import linear_cross_entropy
 from parallel.mesh import ALONE, Group
 from parallel.pipeline import ONE_STAGE, Pipeline
 
@@ -55,11 +55,12 @@ class Llama(nn.Module):
     ):
         """Build the modules with uninitialised parameters, which model/weights/loading.py fills.
 
-        group: the tensor parallel ranks. dtype: of parameters and activations. gradient_checkpointing: full,
-        where the backward computes decoder layers again. sequence_parallel: norms and residuals are divided
-        over `group`, too. layers: the module of the parallel layers, parallel.layers or parallel.nxd.
-        flash_attention: to be used where model/attention/flash_nki.py says that it is right. Raises
-        ValueError where the groups cannot divide the model.
+        group: the tensor parallel ranks. dtype: of parameters and activations. gradient_checkpointing: what
+        the backward computes again: none, selective (logits) or full (decoder layers and logits).
+        sequence_parallel: norms and residuals are divided over `group`, too. layers: the module of the
+        parallel layers, parallel.layers or parallel.nxd. flash_attention: to be used where
+        model/attention/flash_nki.py says that it is right. Raises ValueError where the groups cannot divide
+        the model.
         """
         super().__init__()
         check_divisible(config, group, pipeline)
@@ -117,36 +118,53 @@ class Llama(nn.Module):
         segment_ids: torch.Tensor,
         row_seeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The logits of a model of one stage. Several stages pass a batch on in ticks (model/stage.py).
+        """The logits of a model of one stage, all at once. Inputs and result are those of `hidden_states` and
+        `head`; a loss is had with less memory (`token_losses`)."""
+        x = self.hidden_states(input_ids, position_ids, segment_ids, row_seeds)
+        return self.head(x, len(input_ids), self.dropout_seeds(row_seeds, input_ids.shape[1]))
 
-        Inputs are [batch, sequence], row_seeds [batch]. Returns this rank's part of the vocabulary, [batch,
-        sequence, vocabulary / ranks].
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segment_ids: torch.Tensor,
+        row_seeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the last decoder layer of a model of one stage returns, [tokens, features]. Several stages
+        pass a batch on in ticks (model/stage.py).
+
+        Inputs are [batch, sequence], row_seeds [batch].
         """
-        inputs = self.layer_inputs(position_ids, segment_ids, row_seeds)
-        return self.head(self.stage(self.embed(input_ids), inputs), len(input_ids), inputs.token_seeds)
+        return self.stage(self.embed(input_ids), self.layer_inputs(position_ids, segment_ids, row_seeds))
 
     @property
     def vocabulary_group(self) -> Group:
         """The ranks that divide the vocabulary: the tensor parallel ranks of all pipeline stages."""
         return self.model.embed_tokens.parameter_group
 
-    def token_losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The cross entropy in nats of each target, fp32 [batch, sequence]; 0 where there is none
-        (parallel/loss.py)."""
-        logits = self.mask_padding(logits)
-        return parallel_cross_entropy(logits, labels, self.rank_index, self.vocabulary_group)
+    def token_losses(
+        self, hidden: torch.Tensor, labels: torch.Tensor, row_seeds: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of the last stage's hidden states [tokens, features], without its logits in one piece.
 
-    def mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits [..., this rank's part of the vocabulary] as a softmax needs them.
-
-        Where the ranks do not divide the vocabulary, the columns behind its end, which are 0, become the
-        least number.
+        labels are [batch, sequence], row_seeds [batch]. Returns (the cross entropy in nats of each target, 0
+        where there is none; the logarithm of the sum of each token's exp(logits)), fp32 [batch, sequence].
+        Both have a gradient (parallel/loss.py).
         """
-        size = logits.shape[-1]
-        if size * self.vocabulary_group.size() == self.config.vocab_size:
-            return logits
-        token = self.rank_index * size + torch.arange(size, device=logits.device)
-        return logits.masked_fill(token >= self.config.vocab_size, torch.finfo(logits.dtype).min)
+        sequence = labels.shape[1]
+        seeds = self.dropout_seeds(row_seeds, sequence) if self.lm_head.has_adapter else None
+        with self.token_seeds.during(seeds):
+            x, low_rank = gather_inputs(self.model.norm(hidden), [self.lm_head], self._from_last_stage)
+        results = linear_cross_entropy(
+            self.lm_head.factors(x, *low_rank.values()),
+            labels.t().flatten(),
+            self.rank_index,
+            self.config.vocab_size,
+            self.vocabulary_group,
+            recompute=self.gradient_checkpointing != "none",
+        )
+        losses, log_sum_exp = (each.unflatten(0, (sequence, -1)).t() for each in results)
+        return losses, log_sum_exp
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, sequence] -> [tokens, features]."""
@@ -195,13 +213,12 @@ class Llama(nn.Module):
     def head(self, x: torch.Tensor, batch: int, token_seeds: torch.Tensor | None = None) -> torch.Tensor:
         """The last stage's x [tokens, features] -> logits, [batch, sequence, this rank's part of the
         vocabulary]."""
-
-        def receive(tensor):
-            return self.pipeline.from_last_stage(tensor, self.stage_index)
-
         with self.token_seeds.during(token_seeds):
-            [logits] = column_parallel(self.model.norm(x), [self.lm_head], receive)
+            [logits] = column_parallel(self.model.norm(x), [self.lm_head], self._from_last_stage)
         return logits.unflatten(0, (-1, batch)).transpose(0, 1)
+
+    def _from_last_stage(self, tensor):
+        return self.pipeline.from_last_stage(tensor, self.stage_index)
 
 
 def check_divisible(config: ModelConfig, group: Group, pipeline: Pipeline = ONE_STAGE) -> None:

@@ -129,6 +129,10 @@ class LoraLinear(nn.Module):
         only)."""
         return self.base_layer.gather_input(x, group)
 
+    def factors(self, x: torch.Tensor, low_rank: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The layer's output in parts, as the base layer's (column-parallel layers only)."""
+        return [*self.base_layer.factors(x), (low_rank, self.lora_B.weight * self.scaling)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.by_row:
             y, low_rank = self.base_layer(x, *self.low_rank_inputs(x, [self]))

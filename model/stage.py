@@ -79,19 +79,6 @@ def _stage_layer_inputs(
     return compute
 
 
-def finished_logits(
-    model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor, stage_output: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(logits, rows) of the micro-batch that the last stage finishes in this tick, on all stages.
-
-    `stage_output` is this rank's. In the first ticks no micro-batch is finished, and the rows are padding
-    without targets.
-    """
-    rows = model.pipeline.finished_microbatch(batch, tick)
-    seeds = model.dropout_seeds(rows.get("row_seeds"), rows["input_ids"].shape[1])
-    return model.head(stage_output, len(rows["labels"]), seeds), rows
-
-
 @dataclass
 class Schedule:
     """The ticks of a batch on the device: their numbers, integers [1], and the zeros [tokens, features] that

@@ -138,6 +138,10 @@ class ColumnParallelLinear(ParallelLayer):
             y if layer.bias is None else y + layer.bias for y, layer in zip(products, layers, strict=True)
         ]
 
+    def factors(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The output of a layer without bias, in parts: it is the sum of a W^T over these (a, W)."""
+        return [(x, self.weight)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return column_parallel(x, [self])[0]
 
@@ -146,9 +150,22 @@ def column_parallel(
     x: torch.Tensor, layers: list[nn.Module], receive: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> list[torch.Tensor]:
     """The outputs of several column-parallel layers with the same input x, which is gathered once for all of
-    them.
+    them (gather_inputs)."""
+    x, low_rank_of = gather_inputs(x, layers, receive)
+    bases = [layer.base_layer if layer.has_adapter else layer for layer in layers]
+    outputs = dict(zip(layers, bases[0].matmul(x, bases), strict=True))
+    for layer, low_rank in low_rank_of.items():
+        outputs[layer] = layer.add_update(outputs[layer], low_rank)
+    return list(outputs.values())
 
-    A layer that `has_adapter` (LoRA's) computes a narrow tensor from this rank's positions of x first, by
+
+def gather_inputs(
+    x: torch.Tensor, layers: list[nn.Module], receive: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, dict[nn.Module, torch.Tensor]]:
+    """The inputs of column-parallel layers: (x of all positions, of each layer with an adapter its narrow
+    tensor).
+
+    A layer that `has_adapter` (LoRA's) computes the narrow tensor from this rank's positions of x first, by
     `low_rank_inputs(x, layers)`. It is gathered in the same message as x, and its `add_update` adds what
     comes of it to the output of its `base_layer`. `receive` is applied to the message before it is gathered:
     it brings it from another pipeline stage.
@@ -160,11 +177,7 @@ def column_parallel(
         return layers[0].gather_input(receive(message) if receive else message, group)
 
     x, *low_rank = coalesced(gather, [x, *low_rank], layers[0].tensor_parallel_group)
-    bases = [layer.base_layer if layer.has_adapter else layer for layer in layers]
-    outputs = dict(zip(layers, bases[0].matmul(x, bases), strict=True))
-    for layer, narrow in zip(adapted, low_rank, strict=True):
-        outputs[layer] = layer.add_update(outputs[layer], narrow)
-    return list(outputs.values())
+    return x, dict(zip(adapted, low_rank, strict=True))
 
 
 class RowParallelLinear(ParallelLayer):

@@ -1,33 +1,56 @@
-"""Cross entropy over a vocabulary that is divided over the tensor parallel group."""
+"""Cross entropy over a vocabulary that is divided over a group of ranks, by chunks of tokens.
+
+The logits of all tokens in fp32 are among the largest tensors of a step: 8,192 tokens of Llama 3's vocabulary
+are 4.2 GB. So the head's product, the softmax and their gradient are computed for some tokens after others.
+"""
+
+from collections.abc import Sequence
 
 import torch
 
-from parallel.collectives import all_reduce, all_reduce_max
+from parallel.collectives import all_reduce, all_reduce_max, keep_apart
 from parallel.layers import local_index
 from parallel.mesh import ALONE, Group
 
+CHUNK_BYTES = 128 * 2**20  # of a chunk's logits in fp32
+MOST_CHUNKS = 16  # each adds some seventy operations to the graph
+TILE = 128  # rows of a product that a NeuronCore computes at once
 
-class _ParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, target, rank_index, group, ignore_index):
-        counted = target != ignore_index
-        local, inside = local_index(
-            torch.where(counted, target, torch.zeros_like(target)), logits.shape[-1], rank_index
-        )
-        logits = logits - all_reduce_max(logits.amax(-1), group).unsqueeze(-1)
-        exponentials = logits.exp()
-        at_target = torch.gather(logits, -1, local.unsqueeze(-1)).squeeze(-1) * inside.float()
-        # One collective for both sums: latency is what a small all-reduce costs.
-        total, at_target = all_reduce(torch.stack([exponentials.sum(-1), at_target]), group).unbind(0)
-        ctx.save_for_backward(exponentials / total.unsqueeze(-1), local, inside, counted)
-        return (total.log() - at_target) * counted.float()
 
-    @staticmethod
-    def backward(ctx, grad):
-        probabilities, local, inside, counted = ctx.saved_tensors
-        columns = torch.arange(probabilities.shape[-1], device=local.device)
-        hit = (local.unsqueeze(-1) == columns) & inside.unsqueeze(-1)
-        return (probabilities - hit.float()) * (grad * counted.float()).unsqueeze(-1), None, None, None, None
+def chunk_sizes(tokens: int, columns: int) -> list[int]:
+    """Into how many tokens at once logits [tokens, columns] are cut: all chunks of one size but the last."""
+    count = min(-(-4 * tokens * columns // CHUNK_BYTES), MOST_CHUNKS)
+    size = -(-tokens // (count * TILE)) * TILE
+    return [min(size, tokens - first) for first in range(0, tokens, size)]
+
+
+def linear_cross_entropy(
+    factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    target: torch.Tensor,
+    rank_index: torch.Tensor,
+    vocab_size: int,
+    group: Group = ALONE,
+    recompute: bool = False,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross entropy of logits that are the sum of x W^T over the factors (x, W); both results have a
+    gradient.
+
+    x [tokens, features] is the same on all ranks, W [vocab_size / ranks, features] has this rank's columns of
+    the logits. Where the ranks do not divide the vocabulary, the last ones have columns more, which count
+    nothing. target [tokens] holds indices of the whole vocabulary; rank_index [1] is this rank's place in the
+    group. Returns (the negative log-likelihood in nats of each target, 0 where it is ignore_index; the
+    logarithm of the sum of each token's exp(logits)), fp32 [tokens].
+
+    Logits have the dtype of x, the softmax is fp32. The backward keeps the logits, or with `recompute` those
+    of the last chunk, and computes the others again. The gradients of x are those of this rank's columns: the
+    caller sums them over the group. The reduction is Megatron-LM's (https://arxiv.org/abs/1909.08053, section
+    3): maximum, sum of exponentials and target logit cross the group, not the logits.
+    """
+    operands = [each for factor in factors for each in factor]
+    return _LinearCrossEntropy.apply(
+        target, rank_index, vocab_size, group, recompute, ignore_index, *operands
+    )
 
 
 def parallel_cross_entropy(
@@ -37,14 +60,129 @@ def parallel_cross_entropy(
     tensor_model_parallel_group: Group = ALONE,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """The negative log-likelihood in nats of each target, fp32, shape of `target`; 0 where it is
-    ignore_index.
-
-    vocab_parallel_logits [..., vocabulary / size] are this rank's columns and are not changed; target [...]
-    holds indices of the whole vocabulary; rank_index [1] is this rank's place in the group. The reduction of
-    Megatron-LM's (https://arxiv.org/abs/1909.08053, section 3): maximum, sum of exponentials and target logit
-    cross the group, not the logits.
-    """
-    return _ParallelCrossEntropy.apply(
-        vocab_parallel_logits.float(), target, rank_index, tensor_model_parallel_group, ignore_index
+    """The first result of linear_cross_entropy, of logits [..., vocabulary / ranks] that exist already, and
+    are not changed; target [...]."""
+    logits = vocab_parallel_logits.flatten(0, -2)
+    vocab_size = logits.shape[-1] * tensor_model_parallel_group.size()
+    losses, _ = linear_cross_entropy(
+        [(logits, None)],
+        target.flatten(),
+        rank_index,
+        vocab_size,
+        tensor_model_parallel_group,
+        ignore_index=ignore_index,
     )
+    return losses.view(target.shape)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, target, rank_index, vocab_size, group, recompute, ignore_index, *operands):
+        inputs, weights = operands[::2], operands[1::2]
+        columns = inputs[0].shape[1] if weights[0] is None else weights[0].shape[0]
+        counted = target != ignore_index
+        local, inside = local_index(
+            torch.where(counted, target, torch.zeros_like(target)), columns, rank_index
+        )
+        padding = None
+        if columns * group.size() > vocab_size:
+            padding = rank_index * columns + torch.arange(columns, device=target.device) >= vocab_size
+
+        sizes, kept, statistics = chunk_sizes(len(target), columns), [], []
+        transposed = _transposed(weights)
+        for place, *parts in _chunks(sizes, local.unsqueeze(-1), *inputs):
+            kept.append(_product(parts, transposed))
+            logits = _fp32(kept[-1], padding)
+            largest = logits.amax(-1)
+            total = (logits - largest.unsqueeze(-1)).exp().sum(-1)
+            at_target = torch.gather(kept[-1], -1, place).squeeze(-1).float()
+            statistics.append(torch.stack([largest, total, at_target]))
+        # A chunk's sums are those of this rank's maximum. So all chunks cross the group in two messages:
+        # latency is what a small one costs.
+        own_largest, total, at_target = torch.cat(statistics, -1).unbind(0)
+        largest = all_reduce_max(own_largest, group)
+        sums = [total * (own_largest - largest).exp(), (at_target - largest) * inside.float()]
+        total, at_target = all_reduce(torch.stack(sums), group).unbind(0)
+        log_total = total.log()
+
+        ctx.sizes, ctx.operands = sizes, len(operands)
+        kept = kept[-1:] if recompute else kept
+        hits = torch.where(inside & counted, local, torch.full_like(local, -1))
+        ctx.save_for_backward(hits, counted, largest, log_total, padding, *operands, *kept)
+        return (log_total - at_target) * counted.float(), log_total + largest
+
+    @staticmethod
+    def backward(ctx, grad_losses, grad_log_sum_exp):
+        hits, counted, largest, log_total, padding, *saved = ctx.saved_tensors
+        operands, kept = saved[: ctx.operands], saved[ctx.operands :]
+        inputs, weights = operands[::2], operands[1::2]
+        again = len(ctx.sizes) - len(kept)  # the first chunks, whose logits are computed again
+        # The compiler begins here when the sums are there, and merges nothing with what the forward computed.
+        inputs, kept, log_total = (
+            [each.clone() for each in inputs],
+            [each.clone() for each in kept],
+            log_total.clone(),
+        )
+        keep_apart([*(inputs if again else ()), *kept, log_total])
+        transposed = _transposed(weights) if again else ()
+        of_target = grad_losses * counted.float()
+        per_token = (hits, largest, log_total, of_target, of_target + grad_log_sum_exp)
+        columns = torch.arange(kept[-1].shape[1], device=hits.device)
+
+        gradients = _Gradients(weights, ctx.needs_input_grad[-ctx.operands :])
+        chunks = _chunks(ctx.sizes, *(each.unsqueeze(-1) for each in per_token), *inputs)
+        for number, (hit, largest, log_total, of_target, of_all, *parts) in enumerate(chunks):
+            logits = _product(parts, transposed) if number < again else kept[number - again]
+            # Two subtractions: the sum of the two is not exact enough where logits are large.
+            probabilities = (_fp32(logits, padding) - largest - log_total).exp()
+            grad = probabilities * of_all
+            grad = torch.where(hit == columns, grad - of_target, grad)
+            gradients.add(grad.to(logits.dtype), parts)
+        return *(None for _ in range(6)), *gradients.whole()
+
+
+class _Gradients:
+    """The gradients of the factors, of which chunks of the logits' gradient are added one by one."""
+
+    def __init__(self, weights, wants):
+        self._weights, self._wants = weights, wants
+        self._pieces, self._sums = [[] for _ in weights], [None for _ in weights]
+
+    def add(self, grad, parts):
+        """grad [tokens, columns]; parts: x [tokens, features] of each factor."""
+        for n, (x, weight) in enumerate(zip(parts, self._weights, strict=True)):
+            if self._wants[2 * n]:
+                self._pieces[n].append(grad if weight is None else grad @ weight)
+            if self._wants[2 * n + 1]:
+                more, before = grad.t() @ x, self._sums[n]
+                self._sums[n] = more if before is None else before + more.float()
+
+    def whole(self):
+        """The gradients of x and W of each factor, None where none is wanted."""
+        for pieces, total, weight in zip(self._pieces, self._sums, self._weights, strict=True):
+            yield torch.cat(pieces) if pieces else None
+            yield None if total is None else total.to(weight.dtype)
+
+
+def _chunks(sizes, *tensors):
+    """The parts of all tensors that belong to a chunk, for each chunk of so many tokens."""
+    return [tensors] if len(sizes) == 1 else zip(*(each.split(sizes) for each in tensors), strict=True)
+
+
+def _transposed(weights):
+    return [None if weight is None else weight.t() for weight in weights]
+
+
+def _product(parts, transposed):
+    """The logits of a chunk: the sum of x W^T over the factors."""
+    (logits, *others), (weight, *factors) = parts, transposed
+    logits = logits if weight is None else logits @ weight
+    for x, weight in zip(others, factors, strict=True):
+        logits = torch.addmm(logits, x, weight)
+    return logits
+
+
+def _fp32(logits, padding):
+    """The logits in fp32, those behind the end of the vocabulary the least number."""
+    logits = logits.float()
+    return logits if padding is None else logits.masked_fill(padding, torch.finfo(logits.dtype).min)

@@ -50,8 +50,8 @@ class Config:
     )
     gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
         "none",
-        "What the backward computes again instead of keeping it: decoder layers (full), or no layer (none). "
-        "Attention's scores are never kept: selective, which asks for that elsewhere, means none.",
+        "What the backward computes again instead of keeping it: logits (selective), decoder layers and "
+        "logits (full). Attention's scores are never kept.",
         nargs="?",
         const="full",
     )

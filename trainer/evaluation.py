@@ -4,7 +4,7 @@ import torch
 
 from data.loader import Loader
 from model.llama import Llama
-from model.stage import finished_logits, forward_tick, schedule
+from model.stage import forward_tick, schedule
 from parallel.collectives import all_reduce
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
@@ -33,8 +33,8 @@ def evaluate(runtime: Runtime, model: Llama, loader: Loader, mesh: Mesh) -> tupl
 @torch.no_grad()
 def evaluate_batch(model: Llama, mesh: Mesh, batch: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
     """Add what is counted of a batch on all data parallel ranks to `counts`, in place."""
-    logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-    counts.add_(all_reduce(loss_and_counts(model, logits, batch)[1], mesh.dp))
+    hidden = model.hidden_states(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
+    counts.add_(all_reduce(loss_and_counts(model, hidden, batch)[1], mesh.dp))
 
 
 @torch.no_grad()
@@ -51,6 +51,6 @@ def evaluate_tick(
     Returns this stage's output, which is the next tick's `previous_output`.
     """
     output = forward_tick(model, batch, tick, previous_output).stage_output
-    logits, rows = finished_logits(model, batch, tick, output)
-    counts.add_(all_reduce(loss_and_counts(model, logits, rows)[1], mesh.dp))
+    rows = model.pipeline.finished_microbatch(batch, tick)
+    counts.add_(all_reduce(loss_and_counts(model, output, rows)[1], mesh.dp))
     return output

@@ -130,8 +130,10 @@ def whole_step(
 def forward_backward(state: TrainState, batch: Batch) -> None:
     """Add the gradients of the *sum* of a micro-batch's losses, and its counts, to the accumulator."""
     model = state.model
-    logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"], batch["row_seeds"])
-    loss_sum, counts = loss_and_counts(model, logits, batch)  # trainer/objective.py
+    hidden = model.hidden_states(
+        batch["input_ids"], batch["position_ids"], batch["segment_ids"], batch["row_seeds"]
+    )
+    loss_sum, counts = loss_and_counts(model, hidden, batch)  # trainer/objective.py
     loss_sum.backward()
     state.accumulator.add(counts)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.stage import finished_logits, forward_tick
+from model.stage import forward_tick
 from parallel.collectives import all_gather
 from parallel.gradients import all_finite
 from parallel.runtime import Runtime
@@ -168,14 +168,17 @@ def look_forward(
         if name
     ]
     if tick is None:
-        logits, rows = state.model(**{name: batch[name] for name in batch if name != "labels"}), batch
+        inputs = {name: batch[name] for name in batch if name != "labels"}
+        hidden, rows = state.model.hidden_states(**inputs), batch
     else:
-        output = forward_tick(state.model, batch, tick, previous_output).stage_output
-        logits, rows = finished_logits(state.model, batch, tick, output)
+        hidden = output = forward_tick(state.model, batch, tick, previous_output).stage_output
+        rows = state.model.pipeline.finished_microbatch(batch, tick)
+    seeds = state.model.dropout_seeds(rows.get("row_seeds"), rows["labels"].shape[1])
+    logits = state.model.head(hidden, len(rows["labels"]), seeds)
     for hook in hooks:
         hook.remove()
     note("lm_head", logits)
-    note("the loss in trainer/objective.py", loss_and_counts(state.model, logits, rows)[0])
+    note("the loss in trainer/objective.py", loss_and_counts(state.model, hidden, rows)[0])
     return output, list(found), torch.cat(list(found.values()))
 
 

@@ -16,16 +16,17 @@ FIGURES = ("loss",)
 
 
 def loss_and_counts(
-    model: Llama, logits: torch.Tensor, batch: dict[str, torch.Tensor]
+    model: Llama, hidden: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss of a micro-batch on this rank, and count what is logged. Returns (loss_sum, counts).
 
-    logits are [batch, sequence, this rank's part of the vocabulary]. loss_sum, an fp32 scalar, is what is
+    hidden [tokens, features] is what the last decoder layer returns. loss_sum, an fp32 scalar, is what is
     differentiated. It is a *sum* over target tokens: the update divides the gradients by the target tokens of
     all ranks and micro-batches. counts are fp32 [2 + len(FIGURES)]: target tokens, tokens that are no
     padding, and the sum of each figure.
     """
-    losses = model.token_losses(logits, batch["labels"])  # [batch, sequence], 0 where there is no target
+    # Both are [batch, sequence]; a loss is 0 where there is no target.
+    losses, _log_sum_exp = model.token_losses(hidden, batch["labels"], batch.get("row_seeds"))
     target = batch["labels"] != IGNORE_INDEX  # [batch, sequence]
     target_tokens = target.float().sum()
     tokens = (batch["segment_ids"] > 0).float().sum()

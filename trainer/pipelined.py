@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.stage import StageActivations, backward_through_stage, finished_logits, forward_tick
+from model.stage import StageActivations, backward_through_stage, forward_tick
 from trainer.objective import loss_and_counts
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def backward_tick(
     the backward tick before this one returned. Returns the gradient for the stage before.
     """
     stage_output = activations.stage_output.detach().requires_grad_()
-    logits, rows = finished_logits(state.model, batch, tick, stage_output)
-    loss_sum, counts = loss_and_counts(state.model, logits, rows)
+    rows = state.model.pipeline.finished_microbatch(batch, tick)
+    loss_sum, counts = loss_and_counts(state.model, stage_output, rows)
     loss_sum.backward()
     input_grad = backward_through_stage(state.model, batch, tick, activations, stage_output.grad, next_grad)
     state.accumulator.add(counts)

@@ -10,6 +10,7 @@ from model.config import ModelConfig
 from model.llama import Llama
 from model.weights.loading import fill
 from model.weights.sources import SafetensorsFiles
+from parallel import loss
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.shard import Shard, named_shards
@@ -26,7 +27,7 @@ FLAGS = [
 TOPOLOGIES = {
     "dp4": [],
     "tp4": ["--tensor_parallel_size", "4"],
-    "zero": ["--tensor_parallel_size", "2", "--zero_1"],
+    "zero": ["--tensor_parallel_size", "2", "--zero_1", "--gradient_checkpointing", "selective"],
     "stages": ["--tensor_parallel_size", "2", "--pipeline_parallel_size", "2"],
 }
 TRAININGS = {
@@ -72,6 +73,9 @@ def all_runs(runtime, commands):
     """Of each command line, the largest number behind the end of a vocabulary that this rank has after it."""
     found = []
     for flags in commands:
+        # But for what the others are compared with, the loss is computed by chunks of tokens.
+        alone = flags[flags.index("--output_dir") + 1].endswith("dp4")
+        loss.CHUNK_BYTES, loss.TILE = (64 * 2**20, 128) if alone else (4 * 16 * 129, 16)
         model = run_one(runtime, flags).model
         runtime.barrier()
         behind = [

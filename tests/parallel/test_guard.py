@@ -19,7 +19,7 @@ LOOP = ROOT / "trainer" / "loop.py"
 FLAGS = ["--max_seq_length", "64", "--max_steps", "4", "--replay", "false"]
 STEP, BATCH, BACKWARD, REDUCTION = (
     "runtime.begin_step(step + 1)",
-    "logits = model(batch[",
+    "hidden = model.hidden_states(",
     "loss_sum.backward()",
     "counts = all_reduce(accumulator.counts, mesh.dp)",
 )

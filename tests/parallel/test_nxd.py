@@ -66,8 +66,10 @@ def both(runtime, tp, bases):
                         name: tensor.to(runtime.device)
                         for name, tensor in micro_batch("one", mesh.dp.rank(), 0).items()
                     }
-                    logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-                    losses = model.token_losses(logits, batch["labels"])
+                    hidden = model.hidden_states(
+                        batch["input_ids"], batch["position_ids"], batch["segment_ids"]
+                    )
+                    losses, _ = model.token_losses(hidden, batch["labels"])
                     losses.sum().backward()
                     gradients = buckets.reduce(buckets.take_gradients(None))
                     norm = global_norm(buckets, gradients)
@@ -78,7 +80,7 @@ def both(runtime, tp, bases):
                         {name: buckets.own_piece(name, on_host)[0] for name in buckets.shards},
                         norm.item(),
                     )
-                    del logits, losses, gradients, norm, model, buckets
+                    del hidden, losses, gradients, norm, model, buckets
     return found, mesh.tp.replica_groups
 
 

@@ -11,6 +11,7 @@ from model.attention.blockwise import block_size
 from model.decoder_layer import LlamaDecoderLayer
 from model.llama import Llama
 from model.lora import LoraLinear
+from parallel.loss import chunk_sizes
 from trainer.config import Config
 
 
@@ -32,6 +33,8 @@ def micro_batch_flops(model: Llama, config: Config, recomputation: bool = True) 
             if recomputation and config.checkpointing_mode == "full":
                 count.layer(layer, False, recomputed=True)
         count.column_parallel([model.lm_head], needs_grad)
+        if config.checkpointing_mode != "none":
+            count.logits_again(model.lm_head)
     return count.total
 
 
@@ -82,6 +85,15 @@ class _Count:
             self.config.checkpointing_mode == "full" or any(isinstance(layer, LoraLinear) for layer in layers)
         )
         return [self.linear(layer, needs_grad, recomputed, sends_grad=sends_grad) for layer in layers]
+
+    def logits_again(self, head: nn.Module) -> None:
+        """The logits that the backward computes again: all but the last chunk's (parallel/loss.py)."""
+        weights = [getattr(head, "base_layer", head).weight]
+        if isinstance(head, LoraLinear):
+            weights.append(head.lora_B.weight)
+        tokens = self.rows * self.config.max_seq_length
+        tokens -= chunk_sizes(tokens, len(weights[0]))[-1]
+        self.total += 2 * tokens * sum(weight.numel() for weight in weights)
 
     def scores(self, attention: nn.Module) -> int:
         """FLOPs of the rank's attention scores: 2 x rows x heads x head_dim x q x k, summed over the blocks.
