@@ -49,14 +49,15 @@ class Shape:
 class Instruction:
     """One line of the module.
 
-    `shapes` has one entry, or one for each element where the result is a tuple; `rest` is the text after the
-    operands.
+    `shapes` has one entry, or one for each element where the result is a tuple; `inside` is the text of the
+    operands (of a parameter, its number), `rest` what follows.
     """
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
+    inside: str
     rest: str
     is_root: bool
 
@@ -200,7 +201,7 @@ def _parse(line: str) -> Instruction:
     inside, rest = _split(rest)
     operands = () if opcode in ("parameter", "constant", "iota") else tuple(re.findall(r"%([\w.-]+)", inside))
     arrays = tuple(Shape(dtype, _integers(sizes)) for dtype, sizes in _SHAPE.findall(shapes))
-    return Instruction(name, opcode, arrays, operands, rest, bool(root))
+    return Instruction(name, opcode, arrays, operands, inside, rest, bool(root))
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -51,6 +51,15 @@ def _graph_lines(name: str, graph: dict) -> list[str]:
             for kind, each in graph["collectives"].items()
         ),
         f"  inputs {format_bytes(graph['input_bytes'])}, outputs {format_bytes(graph['output_bytes'])}, "
-        f"at most {format_bytes(graph['peak_bytes'])} live beside the inputs "
-        "(in the order of the text, nothing fused)",
+        f"at most {format_bytes(graph['peak_bytes'])} live beside the inputs",
+        "  at the peak live "
+        + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in graph["at_peak"]["bytes"].items()),
+        *(_alive_line(each) for each in graph["at_peak"]["largest"]),
     ]
+
+
+def _alive_line(each: dict) -> str:
+    """A line of what lives at the peak."""
+    shape = f"{each['dtype']}[{','.join(map(str, each['shape']))}]"
+    where = " ".join(filter(None, (each["module"], each["line"])))
+    return f"    {format_bytes(each['bytes']):>9}  {each['count']:3} x {shape:24} {each['kind']:17} {where}"

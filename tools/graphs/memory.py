@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 from parallel.mesh import Mesh
 
+# What lives at a peak, by kind. KEPT: made in the forward and read in the backward. WORK: all that is none of
+# the others, batches included.
+WEIGHTS, OPTIMIZER, GRADIENTS, KEPT, WORK = KINDS = (
+    "weights",
+    "optimizer",
+    "gradients",
+    "kept activations",
+    "work",
+)
 
 @dataclass(frozen=True)
 class State:

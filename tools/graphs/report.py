@@ -4,8 +4,10 @@ from collections import Counter
 
 from parallel.graph.hlo import Graph
 from parallel.mesh import Mesh
+from tools.graphs.alive import Alive, at_peak, name_alive
 from tools.graphs.memory import kept_bytes, most_bytes, state_of
 from tools.graphs.models import rank_model
+from tools.graphs.peak import Peak, find_peak
 
 
 def rank_0_mesh(config) -> Mesh:
@@ -24,16 +26,19 @@ def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple
 
     mesh = rank_0_mesh(config)
     model = rank_model(config, model_config, mesh)
-    found = trace(config, model_config, mesh.world_size, keep_proto, compiles)
+    found, places = trace(config, model_config, mesh.world_size, keep_proto, compiles)
     if len(found) != len(config.graphs):
         raise RuntimeError(
             f"two steps have {len(found)} graphs, and {len(config.graphs)} were expected: something in the "
             "step of trainer/loop.py that changes is a constant of its graph"
         )
     report = _topology(config, model_config, mesh)
+    graphs = [Graph(traced.text) for traced in found]
+    peaks = [find_peak(graph, traced.overwritten) for graph, traced in zip(graphs, found, strict=True)]
+    alive = name_alive(peaks, graphs, found, places)
     report["graphs"] = {
-        name: _graph_report(traced, runs, mesh)
-        for (name, runs), traced in zip(config.graphs.items(), found, strict=True)
+        name: {"runs_per_step": runs, **_graph_report(*each, mesh)}
+        for (name, runs), *each in zip(config.graphs.items(), graphs, found, peaks, alive, strict=True)
     }
     report |= {
         "step_flops": step_flops(report),
@@ -66,10 +71,8 @@ def _topology(config, model_config, mesh: Mesh) -> dict:
     }
 
 
-def _graph_report(traced, runs_per_step: int, mesh: Mesh) -> dict:
-    graph = Graph(traced.text)
+def _graph_report(graph: Graph, traced, peak: Peak, alive: list[Alive], mesh: Mesh) -> dict:
     return {
-        "runs_per_step": runs_per_step,
         "trace_seconds": traced.trace_seconds,
         "lowering_seconds": traced.lowering_seconds,
         "compile_seconds": traced.compile_seconds,
@@ -81,7 +84,8 @@ def _graph_report(traced, runs_per_step: int, mesh: Mesh) -> dict:
         "outputs": sum(len(each.shapes) for each in graph.instructions if each.is_root),
         "input_bytes": graph.input_bytes,
         "output_bytes": graph.output_bytes,
-        "peak_bytes": graph.peak_bytes(),
+        "peak_bytes": peak.bytes,
+        "at_peak": at_peak(alive),
     }
 
 
