@@ -210,7 +210,7 @@ def _set_lives(steps: list[Step]) -> None:
         for tensor in step.reads:
             tensor.end = max(tensor.end, position + 1)
     for position, step in enumerate(steps):
-        if step.maker.opcode in FUSED:
+        if step.maker.opcode in FUSED and step.writes[0].output is not None:
             last = (
                 tensor
                 for tensor in step.reads
