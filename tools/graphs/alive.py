@@ -5,12 +5,11 @@ from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
-from parallel.graph.hlo import Graph, Instruction
-from tools.graphs.memory import GRADIENTS, KEPT, OPTIMIZER, WEIGHTS, WORK
+from parallel.graph.hlo import Graph
+from tools.graphs.memory import GRADIENTS, KEPT, WEIGHTS, WORK
 from tools.graphs.peak import Peak, Tensor
 from tools.graphs.places import BACKWARD, FORWARD, UPDATE, Place, Places
 
-LARGEST = 10
 NOWHERE = Place("", "", "")
 _PHASES = ("", FORWARD, BACKWARD, UPDATE)
 _PASSED_ON = ("transpose", "convert", "reshape")  # a weight is still one behind these
@@ -33,7 +32,7 @@ class Alive(NamedTuple):
 
 
 def name_alive(peaks: list[Peak], graphs: list[Graph], traced: list, places: Places) -> list[list[Alive]]:
-    """What lives at the peak of each graph of a step, largest first."""
+    """What lives at the peak of each graph of a step beside the state, largest first."""
     all_places = [_places_of(graph, each.inputs, places) for graph, each in zip(graphs, traced, strict=True)]
     return [
         _grouped(_alive(peaks[number], number, graphs, traced, all_places)) for number in range(len(peaks))
@@ -72,7 +71,7 @@ def _places_of(graph: Graph, inputs: dict, places: Places) -> dict[str, Place]:
 
 
 def _alive(peak: Peak, number: int, graphs, traced, all_places) -> list[tuple[str, Place, Tensor]]:
-    """(kind, place, tensor) of what lives at the peak of a graph."""
+    """(kind, place, tensor) of what lives at the peak of a graph, but for the state."""
     found = []
     for tensor in peak.tensors:
         if tensor.maker.opcode != "parameter":
@@ -80,18 +79,12 @@ def _alive(peak: Peak, number: int, graphs, traced, all_places) -> list[tuple[st
             found.append((_kind(tensor, place, all_places[number]), place, tensor))
             continue
         source = traced[number].inputs.get(int(tensor.maker.inside))
-        place = NOWHERE
-        if source and source.made:
+        if source is None:
+            found.append((WORK, NOWHERE, tensor))
+        elif source.made:
             graph, result = source.made
-            place = all_places[graph][_root(graphs[graph]).operands[result]]
-        elif source:
-            place = Place(source.name, "", "")
-        found.append((source.kind if source else WORK, place, tensor))
+            found.append((KEPT, all_places[graph][graphs[graph].root.operands[result]], tensor))
     return found
-
-
-def _root(graph: Graph) -> Instruction:
-    return next(each for each in graph.instructions if each.is_root)
 
 
 def _kind(tensor: Tensor, place: Place, places: dict[str, Place]) -> str:
@@ -114,12 +107,3 @@ def _grouped(alive: list[tuple[str, Place, Tensor]]) -> list[Alive]:
         counts[key] += 1
         sizes[key] += tensor.shape.bytes
     return [Alive(*key, counts[key], size) for key, size in sizes.most_common()]
-
-
-def at_peak(alive: list[Alive]) -> dict:
-    """The part of a report: bytes by kind, and the LARGEST beside weights and optimizer."""
-    sizes = Counter()
-    for each in alive:
-        sizes[each.kind] += each.bytes
-    rest = [each._asdict() for each in alive if each.kind not in (WEIGHTS, OPTIMIZER)]
-    return {"bytes": dict(sizes), "largest": rest[:LARGEST]}

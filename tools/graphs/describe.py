@@ -52,10 +52,16 @@ def _graph_lines(name: str, graph: dict) -> list[str]:
         ),
         f"  inputs {format_bytes(graph['input_bytes'])}, outputs {format_bytes(graph['output_bytes'])}, "
         f"at most {format_bytes(graph['peak_bytes'])} live beside the inputs",
-        "  at the peak live "
-        + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in graph["at_peak"]["bytes"].items()),
+        _shares(graph["at_peak"]["bytes"]),
         *(_alive_line(each) for each in graph["at_peak"]["largest"]),
     ]
+
+
+def _shares(sizes: dict[str, int]) -> str:
+    """The line of what lives at the peak, by kind."""
+    total = sum(sizes.values())
+    parts = (f"{kind} {format_bytes(size)} ({size / total:.0%})" for kind, size in sizes.items() if size)
+    return f"  at its peak {format_bytes(total)} live: {', '.join(parts)}; the largest beside the state:"
 
 
 def _alive_line(each: dict) -> str:

@@ -21,21 +21,24 @@ from math import inf, prod
 
 from parallel.graph.hlo import Graph, Instruction, Shape
 
-# Fused into all that reads them.
-FREE = frozenset("constant iota broadcast".split())
-# Fused, but computed once.
-EXPENSIVE = frozenset(
+
+def _opcodes(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+FREE = _opcodes("constant iota broadcast")  # fused into all that reads them
+EXPENSIVE = _opcodes(  # fused, but computed once
     "atan2 cbrt cosine divide exponential exponential-minus-one log log-plus-one logistic power remainder "
-    "rsqrt sine sqrt tan tanh".split()
+    "rsqrt sine sqrt tan tanh"
 )
-CHEAP = frozenset(
+CHEAP = _opcodes(
     "abs add and bitcast-convert ceil clamp compare convert floor is-finite maximum minimum multiply negate "
     "not or popcnt round-nearest-afz round-nearest-even select shift-left shift-right-arithmetic "
     "shift-right-logical sign subtract xor "
-    "concatenate dynamic-slice dynamic-update-slice gather pad reverse slice transpose".split()
+    "concatenate dynamic-slice dynamic-update-slice gather pad reverse slice transpose"
 )
 FUSED = FREE | EXPENSIVE | CHEAP
-NAMES = frozenset("reshape tuple get-tuple-element".split())
+NAMES = _opcodes("reshape tuple get-tuple-element")
 _TOKEN = Shape("pred", (0,))
 
 
@@ -67,17 +70,15 @@ class Step:
 class Peak:
     """The moment of a graph when most lives.
 
-    `bytes`: what lives then beside the inputs. `tensors`: all that has memory then, the inputs and all results
-    included, but for those that overwrite inputs.
+    `bytes`: what lives then beside the inputs. `tensors`: all that has memory then: the inputs, the results
+    but for those that overwrite inputs, and what else lives.
     """
 
     bytes: int
     tensors: list[Tensor]
 
 
-def find_peak(
-    graph: Graph, overwritten: dict[int, int] | None = None, keeps_barriers: bool = True
-) -> Peak:
+def find_peak(graph: Graph, overwritten: dict[int, int] | None = None, keeps_barriers: bool = True) -> Peak:
     """The peak of a graph.
 
     `overwritten`: the number of a result -> that of the input that it updates. XLA:CPU does not keep
@@ -99,7 +100,7 @@ def find_peak(
     rest = _without_place(tensors, taken)
     position, most = _most(rest, len(steps))
     results = [tensor for tensor in tensors if tensor.output is not None and tensor.output not in overwritten]
-    alive = [tensor for tensor in rest if tensor.first <= position < tensor.end]
+    alive = [each for each in rest if each.first <= position < each.end and each.shape.bytes]
     return Peak(beside + most, [*inputs.values(), *results, *alive])
 
 
@@ -154,7 +155,7 @@ def _fused_and_named(graph: Graph) -> tuple[set[str], set[str]]:
     fused, names = set(), set()
     for each in graph.instructions:
         read_by = [graph.by_name[name] for name in readers[each.name]]
-        if each.opcode in NAMES or each.opcode == "transpose" and _is_folded(each, read_by, fused):
+        if each.opcode in NAMES or each.opcode == "transpose" and _is_folded(each, read_by, graph, fused):
             names.add(each.name)
         elif each.opcode in ("constant", "iota"):
             fused.add(each.name)
@@ -165,12 +166,12 @@ def _fused_and_named(graph: Graph) -> tuple[set[str], set[str]]:
     return fused, names
 
 
-def _is_folded(transpose: Instruction, read_by: list[Instruction], fused: set[str]) -> bool:
+def _is_folded(transpose: Instruction, read_by: list[Instruction], graph: Graph, fused: set[str]) -> bool:
     """Whether products take what the transpose reads, which is stored, in its order: where all but the last
     two dimensions stay."""
     stay = transpose.numbers("dimensions")[:-2]
     return (
-        transpose.operands[0] not in fused
+        _behind_reshapes(transpose.operands[0], graph).name not in fused
         and stay == tuple(range(len(stay)))
         and all(reader.opcode == "dot" or reader.opcode in FUSED for reader in read_by)
     )
@@ -178,14 +179,20 @@ def _is_folded(transpose: Instruction, read_by: list[Instruction], fused: set[st
 
 def _wide_operands(each: Instruction, graph: Graph) -> set[str]:
     """The operands that have more than half as many elements as the result, and are in memory."""
-    found = set()
-    for name in each.operands:
-        operand = graph.by_name[name]
-        while operand.opcode == "reshape":
-            operand = graph.by_name[operand.operands[0]]
-        if operand.opcode not in FREE and 2 * prod(operand.shapes[0].sizes) > prod(each.shapes[0].sizes):
-            found.add(operand.name)
-    return found
+    operands = [_behind_reshapes(name, graph) for name in each.operands]
+    least = prod(each.shapes[0].sizes) / 2
+    return {
+        operand.name
+        for operand in operands
+        if operand.opcode not in FREE and prod(operand.shapes[0].sizes) > least
+    }
+
+
+def _behind_reshapes(name: str, graph: Graph) -> Instruction:
+    """The instruction, or of reshapes what they name."""
+    while graph.by_name[name].opcode == "reshape":
+        name = graph.by_name[name].operands[0]
+    return graph.by_name[name]
 
 
 def _breadth_first(steps: list[Step]) -> list[Step]:

@@ -4,10 +4,12 @@ from collections import Counter
 
 from parallel.graph.hlo import Graph
 from parallel.mesh import Mesh
-from tools.graphs.alive import Alive, at_peak, name_alive
-from tools.graphs.memory import kept_bytes, most_bytes, state_of
+from tools.graphs.alive import Alive, name_alive
+from tools.graphs.memory import bytes_at_peak, kept_bytes, most_bytes, state_of
 from tools.graphs.models import rank_model
 from tools.graphs.peak import Peak, find_peak
+
+LARGEST = 10
 
 
 def rank_0_mesh(config) -> Mesh:
@@ -38,7 +40,7 @@ def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple
     alive = name_alive(peaks, graphs, found, places)
     report["graphs"] = {
         name: {"runs_per_step": runs, **_graph_report(*each, mesh)}
-        for (name, runs), *each in zip(config.graphs.items(), graphs, found, peaks, alive, strict=True)
+        for (name, runs), *each in zip(config.graphs.items(), graphs, found, peaks, strict=True)
     }
     report |= {
         "step_flops": step_flops(report),
@@ -46,6 +48,8 @@ def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple
         "state_bytes": vars(state_of(model, config, mesh)),
     }
     report |= {"kept_bytes": kept_bytes(report), "most_bytes": most_bytes(report)}
+    for (name, graph), tensors in zip(report["graphs"].items(), alive, strict=True):
+        graph["at_peak"] = _at_peak(report, name, tensors)
     return report, [traced.proto for traced in found]
 
 
@@ -71,7 +75,19 @@ def _topology(config, model_config, mesh: Mesh) -> dict:
     }
 
 
-def _graph_report(graph: Graph, traced, peak: Peak, alive: list[Alive], mesh: Mesh) -> dict:
+def _at_peak(report: dict, name: str, alive: list[Alive]) -> dict:
+    """Bytes by kind, and the LARGEST of what lives beside the state."""
+    sizes = Counter()
+    for each in alive:
+        sizes[each.kind] += each.bytes
+    return {
+        "bytes": bytes_at_peak(report, name, sizes),
+        "largest": [each._asdict() for each in alive[:LARGEST]],
+    }
+
+
+def _graph_report(graph: Graph, traced, peak: Peak, mesh: Mesh) -> dict:
+    results = graph.root.shapes
     return {
         "trace_seconds": traced.trace_seconds,
         "lowering_seconds": traced.lowering_seconds,
@@ -81,11 +97,11 @@ def _graph_report(graph: Graph, traced, peak: Peak, alive: list[Alive], mesh: Me
         "dot_flops": graph.dot_flops,
         "collectives": _collectives(graph, mesh),
         "inputs": graph.operations["parameter"],
-        "outputs": sum(len(each.shapes) for each in graph.instructions if each.is_root),
+        "outputs": len(results),
         "input_bytes": graph.input_bytes,
         "output_bytes": graph.output_bytes,
+        "overwritten_bytes": sum(results[number].bytes for number in traced.overwritten),
         "peak_bytes": peak.bytes,
-        "at_peak": at_peak(alive),
     }
 
 

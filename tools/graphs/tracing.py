@@ -50,10 +50,10 @@ class Input:
 class Traced:
     """A graph: its HLO as text and, if requested, as a serialised HloModuleProto.
 
-    `inputs`: where its parameters come from, by their numbers; of the batch and of constants nothing is known.
-    `overwritten`: the number of a result -> that of the parameter that it is the new data of. The seconds are
-    those in which Python traced it (in the second step, without its places), torch_xla lowered it to text and,
-    if requested, XLA:CPU compiled it.
+    `inputs`: what its parameters are, by their numbers; of batches and constants nothing is known.
+    `overwritten`: the number of a result -> that of the parameter whose new data it is. The seconds are those
+    in which Python traced it (in the second step, without its places), torch_xla lowered it to text and, if
+    requested, XLA:CPU compiled it.
     """
 
     text: str
