@@ -215,7 +215,7 @@ def test_a_real_run_compiles_the_same_graphs(reports, tmp_path):
 @pytest.mark.process
 @pytest.mark.parametrize("number", [0, 2, 3, 4], ids=["micro-batch", "lora", "full", "recomputed"])
 def test_peak_is_near_what_xla_allocates(reports, number):
-    """In fp32, because XLA:CPU widens bf16. It takes barriers away, and no result overwrites an input here."""
+    """In fp32: XLA:CPU widens bf16. It takes barriers away, and no result overwrites an input here."""
     dump = reports["directory"] / "dump"
     allocated = int(
         re.search(r"Total bytes used: (\d+)", compiled(dump, "memory-usage-report.txt")[number])[1]
