@@ -234,7 +234,6 @@ def test_what_lives_at_the_peak(reports, case):
         sizes, state = graph["at_peak"]["bytes"], report["state_bytes"]
         assert sizes["weights"] == state["parameters"]
         assert sizes["optimizer"] == state["master_weights"] + state["moments"]
-        assert 0 <= max(sum(sizes.values()) - report["most_bytes"], 0) < 20_000  # the batch
         largest = graph["at_peak"]["largest"]
         assert [each["bytes"] for each in largest] == sorted(
             (each["bytes"] for each in largest), reverse=True
@@ -243,7 +242,7 @@ def test_what_lives_at_the_peak(reports, case):
             assert each["bytes"] == each["count"] * prod(each["shape"]) * BYTES[each["dtype"]]
             assert each["module"] or each["line"] or each["kind"] == "work", (name, each)
     most = max(sum(graph["at_peak"]["bytes"].values()) for graph in report["graphs"].values())
-    assert report["most_bytes"] <= most < report["most_bytes"] + 20_000
+    assert report["most_bytes"] <= most < report["most_bytes"] + 20_000  # the batch
 
 
 @pytest.mark.process

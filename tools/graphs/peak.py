@@ -1,17 +1,16 @@
 """What lives in memory while a graph runs: a model of what a compiler makes of it, and the most at once.
 
-The model is that of XLA:CPU, which its buffer assignment checks (tests/tools/test_peak.py):
+The rules are those of XLA:CPU, as its buffer assignment shows them (BENCHMARKS.md):
 
-- What is computed element by element, or only moves elements, is fused into what reads it, and is stored
-  nowhere. It is stored where a product, a reduction, a collective or the result reads it, and where several
-  read it and it is expensive, or has several operands of its size. Reshapes, tuples and barriers are names of
+- What is computed element by element, or only moves elements, is fused into what reads it, and stored
+  nowhere. It is stored where a product, a reduction, a collective or the graph's result reads it, and where
+  several read it and it is expensive or has several operands of its size. Reshapes and tuples are names of
   what is stored already; so are transposes that a product takes as they are.
-- An operation runs as soon as its operands are there, breadth first: nothing is delayed to save memory, but
-  for what stands behind a barrier.
-- A result takes the memory of an operand that is read for the last time, where it is fused and both have the
-  same shape.
-- A result of the graph overwrites the input that it updates. Another has memory of its own, from the
-  beginning to the end. In either, other tensors may live as long as it is free.
+- An operation runs as soon as its operands are there, breadth first. Nothing is delayed to save memory, but
+  for what is computed again behind a barrier, which XLA:CPU takes away and other compilers keep.
+- A result of the graph overwrites the input that it updates, or has memory of its own from the beginning to
+  the end. As long as it is not written, another tensor may live there, also an operand that a fused operation
+  turns into it.
 """
 
 import re
@@ -159,7 +158,7 @@ def _fused_and_named(graph: Graph) -> tuple[set[str], set[str]]:
             names.add(each.name)
         elif each.opcode in ("constant", "iota"):
             fused.add(each.name)
-        elif each.opcode in FUSED and all(reader.opcode in FUSED for reader in read_by):
+        elif each.opcode in FUSED and read_by and all(reader.opcode in FUSED for reader in read_by):
             once = len(read_by) <= 1 or each.opcode in FREE
             if once or each.opcode in CHEAP and len(_wide_operands(each, graph)) <= 1:
                 fused.add(each.name)
