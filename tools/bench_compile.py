@@ -7,7 +7,8 @@ executed.
 
 Runs trainer/loop.py for rank 0 of the world, up to where each graph would be executed
 (tools/graphs/tracing.py), and reads the HLO of the graphs (parallel/graph/hlo.py). Their matrix products are
-compared with a closed formula (tools/graphs/flops.py). The model is a name or a config.json: no weights are
+compared with a closed formula (tools/graphs/flops.py). What lives at the peak of each graph (tools/graphs/
+peak.py) is named by kind, layer and line of Python. The model is a name or a config.json: no weights are
 read and no cluster is needed. Flags that choose the data change nothing. All figures are those of one core.
 `--save_hlo` writes each graph as a serialised HloModuleProto, for an offline compiler.
 """

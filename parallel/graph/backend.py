@@ -7,8 +7,8 @@ before.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -97,6 +97,21 @@ def execute_pending(device: torch.device) -> None:
 def record_lines(on: bool) -> None:
     """Whether operations are recorded with their line of Python, which doubles the time of tracing."""
     _xlac()._set_ir_debug(on)
+
+
+@contextmanager
+def without_lines() -> Iterator[None]:
+    """Within this context no lines are recorded, and what is compiled has none."""
+    on = _xlac()._get_ir_debug()
+    record_lines(False)
+    yield
+    record_lines(on)
+
+
+def scope(name: str) -> object:
+    """Begin a scope of the calling thread, which ends when the object is deleted. While lines are recorded,
+    the HLO has the scopes of each operation."""
+    return _xlac().profiler.scope_pusher(name)
 
 
 def random_seed(device: torch.device) -> int:

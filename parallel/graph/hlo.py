@@ -1,4 +1,4 @@
-"""Reads the text of an HLO module: its instructions, FLOPs of matrix products, collectives, and peak memory.
+"""Reads the text of an HLO module: its instructions, FLOPs of matrix products, and collectives.
 
 XLA prints this text of a module before any optimisation: one instruction a line, operands by name.
 https://openxla.org/xla/operation_semantics describes the operations.
@@ -26,9 +26,8 @@ BYTES = {
     "u64": 8,
 }
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# A compiler computes these where they are read, and keeps them in no memory.
-FREE = ("constant", "iota", "broadcast")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+_PARENTHESIS = re.compile(r"[()]")
 _SHAPE = re.compile(r"([a-z]+[0-9]*)\[([0-9,]*)\]")
 
 
@@ -49,14 +48,15 @@ class Shape:
 class Instruction:
     """One line of the module.
 
-    `shapes` has one entry, or one for each element where the result is a tuple; `rest` is the text after the
-    operands.
+    `shapes` has one entry, or one for each element where the result is a tuple; `inside` is the text of the
+    operands (of a parameter, its number), `rest` what follows.
     """
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
+    inside: str
     rest: str
     is_root: bool
 
@@ -113,6 +113,11 @@ class Graph:
         return Counter(each.opcode for each in self.instructions)
 
     @property
+    def root(self) -> Instruction:
+        """The instruction whose operands are the module's results."""
+        return next(each for each in self.instructions if each.is_root)
+
+    @property
     def input_bytes(self) -> int:
         """Total size of the module's parameters."""
         return sum(
@@ -122,7 +127,7 @@ class Graph:
     @property
     def output_bytes(self) -> int:
         """Total size of the module's results."""
-        return sum(shape.bytes for each in self.instructions if each.is_root for shape in each.shapes)
+        return sum(shape.bytes for shape in self.root.shapes)
 
     @property
     def dot_flops(self) -> int:
@@ -148,45 +153,6 @@ class Graph:
                 found.append(Collective(each.opcode, each.replica_groups, max(sizes)))
         return found
 
-    def peak_bytes(self) -> int:
-        """The most bytes that live at once, parameters not counted.
-
-        Instructions run in the order of the text. A result lives from its instruction to the last one that
-        reads it; results of the module live to the end. Nothing is fused: every result is written to memory,
-        except those of FREE. Tuples, reshapes and barriers only name buffers that exist already. No buffer is
-        reused: a result overwrites no operand, and a result of the module no parameter.
-        """
-        held: dict[str, list[int]] = {}  # instruction -> the buffers of its result, one for each element
-        sizes: list[int] = []  # of each buffer
-        born: list[int] = []
-        dies: list[int] = []
-        for position, each in enumerate(self.instructions):
-            below = [held[name] for name in each.operands]
-            for buffer in (buffer for buffers in below for buffer in buffers):
-                dies[buffer] = position
-            if each.opcode == "get-tuple-element":
-                held[each.name] = [below[0][int(re.search(r"index=(\d+)", each.rest)[1])]]
-            elif each.opcode in ("tuple", "reshape", "opt-barrier"):
-                held[each.name] = [buffer for buffers in below for buffer in buffers]
-            else:
-                held[each.name] = list(range(len(sizes), len(sizes) + len(each.shapes)))
-                for shape in each.shapes:
-                    sizes.append(0 if each.opcode in (*FREE, "parameter") else shape.bytes)
-                    born.append(position)
-                    dies.append(position)
-            if each.is_root:
-                for buffer in held[each.name]:
-                    dies[buffer] = len(self.instructions)
-        change = Counter()
-        for size, first, last in zip(sizes, born, dies, strict=True):
-            change[first] += size
-            change[last + 1] -= size  # an operand lives while its last reader is running
-        live = peak = 0
-        for position in range(len(self.instructions)):
-            live += change[position]
-            peak = max(peak, live)
-        return peak
-
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
@@ -200,14 +166,14 @@ def _parse(line: str) -> Instruction:
     inside, rest = _split(rest)
     operands = () if opcode in ("parameter", "constant", "iota") else tuple(re.findall(r"%([\w.-]+)", inside))
     arrays = tuple(Shape(dtype, _integers(sizes)) for dtype, sizes in _SHAPE.findall(shapes))
-    return Instruction(name, opcode, arrays, operands, rest, bool(root))
+    return Instruction(name, opcode, arrays, operands, inside, rest, bool(root))
 
 
 def _split(text: str) -> tuple[str, str]:
     """(the text before the parenthesis that closes the operands, the text after it)."""
     depth = 1
-    for position, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
+    for found in _PARENTHESIS.finditer(text):
+        depth += 1 if found[0] == "(" else -1
         if not depth:
-            return text[:position], text[position + 1 :]
+            return text[: found.start()], text[found.end() :]
     raise ValueError(f"not the operands of an HLO instruction: {text[:120]}")

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+from math import prod
 
 import pytest
 
-from parallel.graph.hlo import Graph
+from parallel.graph.hlo import BYTES, Graph
 from tests.support.on_ranks import run_program
+from tools.graphs.memory import MARGIN
+from tools.graphs.peak import find_peak
 from trainer.config import SAMPLE
 
 TOKENS = 128
@@ -205,17 +208,57 @@ def test_a_real_run_compiles_the_same_graphs(reports, tmp_path):
     for text, (name, graph) in zip(real, reports["accumulation"]["graphs"].items(), strict=True):
         saved = Graph((reports["directory"] / f"{name}.hlo.txt").read_text())
         assert Graph(text).operations == saved.operations == graph["operations"]
-        assert Graph(text).peak_bytes() == graph["peak_bytes"]
+        assert find_peak(Graph(text)).bytes == find_peak(saved).bytes >= graph["peak_bytes"]
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number, case", [(2, "memory lora"), (3, "memory full"), (4, "memory recomputed")])
-def test_peak_is_near_what_xla_allocates(reports, number, case):
-    """XLA:CPU fuses some operations, so it needs less; fp32, because it widens bf16."""
-    graph = reports[case]["graphs"]["step"]
-    said = compiled(reports["directory"] / "dump", "memory-usage-report.txt")[number]
-    allocated = int(re.search(r"Total bytes used: (\d+)", said)[1])
-    assert allocated <= graph["input_bytes"] + graph["peak_bytes"] <= 1.35 * allocated
+@pytest.mark.parametrize("number", [0, 2, 3, 4], ids=["micro-batch", "lora", "full", "recomputed"])
+def test_peak_is_near_what_xla_allocates(reports, number):
+    """In fp32: XLA:CPU widens bf16. It takes barriers away, and no result overwrites an input here."""
+    dump = reports["directory"] / "dump"
+    allocated = int(
+        re.search(r"Total bytes used: (\d+)", compiled(dump, "memory-usage-report.txt")[number])[1]
+    )
+    graph = Graph(compiled(dump)[number])
+    said = graph.input_bytes + find_peak(graph, keeps_barriers=False).bytes
+    assert allocated / MARGIN <= said <= 1.05 * allocated
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("case", ["lora tp2", "full tp4", "accumulation", "stages", "memory recomputed"])
+def test_what_lives_at_the_peak(reports, case):
+    """The kinds add up to all that lives, and the largest tensors are named."""
+    report = reports[case]
+    for name, graph in report["graphs"].items():
+        sizes, state = graph["at_peak"]["bytes"], report["state_bytes"]
+        assert sizes["weights"] == state["parameters"]
+        assert sizes["optimizer"] == state["master_weights"] + state["moments"]
+        largest = graph["at_peak"]["largest"]
+        assert [each["bytes"] for each in largest] == sorted(
+            (each["bytes"] for each in largest), reverse=True
+        )
+        for each in largest[:3]:
+            assert each["bytes"] == each["count"] * prod(each["shape"]) * BYTES[each["dtype"]]
+            assert each["module"] or each["line"] or each["kind"] == "work", (name, each)
+    most = max(sum(graph["at_peak"]["bytes"].values()) for graph in report["graphs"].values())
+    assert report["most_bytes"] <= most < report["most_bytes"] + 20_000  # the batch
+
+
+@pytest.mark.process
+def test_the_layers_activations_are_named(reports):
+    """Both layers keep the MLP's products, [tokens, 192 / 2]; recomputed, neither does."""
+
+    def kept(case):
+        return [
+            each
+            for each in reports[case]["graphs"]["step"]["at_peak"]["largest"]
+            if each["kind"] == "kept activations" and each["module"].startswith("model.layers.*.mlp")
+        ]
+
+    products = [each for each in kept("lora tp2") if each["shape"] == [TOKENS, 96]]
+    assert products and all(each["count"] % 2 == 0 for each in products)
+    assert all(each["line"].startswith(("model/", "parallel/")) for each in products)
+    assert not kept("memory recomputed")
 
 
 @pytest.mark.process
@@ -255,9 +298,9 @@ def test_a_module_by_hand():
         ("reduce-scatter", [[0, 1, 2, 3]], 256),
     ]
     assert (graph.input_bytes, graph.output_bytes) == (128, 512 + 64)
-    # At the all-reduce: %left (named %flat, and read for the last time), %dot (a result), and %sums of 64 and
-    # of one.
-    assert graph.peak_bytes() == 256 + 512 + 256 + 4
+    # Beside the results live at the all-reduce %left (named %flat, and read for the last time), and %sums of
+    # 64 and of one.
+    assert find_peak(graph).bytes == 512 + 64 + 256 + 256 + 4
 
 
 @pytest.mark.parametrize(

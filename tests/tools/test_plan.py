@@ -46,6 +46,7 @@ REPORT = {
             "dot_flops": 10**12,
             "input_bytes": 2 * 10**8,
             "output_bytes": 10**8,
+            "overwritten_bytes": 0,
             "peak_bytes": 2 * 10**8,
             "collectives": {"all-gather over tp": {"count": 10, "bytes": 10**8}},
         },
@@ -57,7 +58,8 @@ REPORT = {
             "dot_flops": 0,
             "input_bytes": 3 * 10**8,
             "output_bytes": 3 * 10**8,
-            "peak_bytes": 4 * 10**8,
+            "overwritten_bytes": 10**8,  # not in the peak
+            "peak_bytes": 3 * 10**8,
             "collectives": {"all-reduce over dp": {"count": 1, "bytes": 10**8}},
         },
     },
@@ -87,7 +89,7 @@ def test_a_step_by_hand():
         30 / SLOW.products
     )
     # Gradients are held between the graphs of a step.
-    assert (each.held_bytes, each.most_bytes, each.fits) == (4 * 10**8, 8 * 10**8, "yes")
+    assert (each.held_bytes, each.most_bytes, each.fits) == (4 * 10**8, 7 * 10**8, "yes")
 
 
 def test_stages_by_hand():
@@ -100,6 +102,7 @@ def test_stages_by_hand():
         "dot_flops": 10**12,
         "input_bytes": 10**8,
         "output_bytes": 10**7,
+        "overwritten_bytes": 0,
         "peak_bytes": 10**8,
         "collectives": {"collective-permute over pp": {"count": 1, "bytes": 10**8}},
     }
@@ -118,7 +121,7 @@ def test_stages_by_hand():
         assert each.parts["compute"][end] == pytest.approx(8 / assumed.products)
     assert each.bubble == 1 / 4 and each.flops == 3 / 4 * 8e12
     # Four ticks keep 10 MB each.
-    assert each.most_bytes == max(4 * 10**8 + 4 * 10**7 + 10**8, 8 * 10**8)
+    assert each.most_bytes == max(4 * 10**8 + 4 * 10**7 + 10**8, 7 * 10**8)
 
 
 def test_the_host_by_hand():
@@ -194,8 +197,9 @@ def test_traces_of_stages_are_extrapolated(monkeypatch, forked_traces):
             assert other[key] == pytest.approx(graph[key], rel=0.05), (name, key)
 
 
-@pytest.mark.parametrize("memory, fits", [(8 * 10**8, "yes"), (7 * 10**8, "perhaps"), (4 * 10**8, "no")])
+@pytest.mark.parametrize("memory, fits", [(78 * 10**7, "yes"), (76 * 10**7, "perhaps"), (4 * 10**8, "no")])
 def test_fits(memory, fits):
+    """At most 700 MB live, and a margin of a tenth is asked for."""
     assert estimate(REPORT, replace(ROUND, memory_bytes=memory), 1, 1, True, False).fits == fits
 
 
@@ -286,6 +290,7 @@ def counted(configs, model):
             "dot_flops": micro_batch_flops(rank, config),
             "input_bytes": 10**9,
             "output_bytes": 10**9,
+            "overwritten_bytes": 10**9,
             "collectives": {},
             "peak_bytes": config.per_device_train_batch_size // config.pipeline_microbatches * 9 * 10**9,
             "runs_per_step": config.gradient_accumulation_steps,

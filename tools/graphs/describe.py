@@ -51,6 +51,21 @@ def _graph_lines(name: str, graph: dict) -> list[str]:
             for kind, each in graph["collectives"].items()
         ),
         f"  inputs {format_bytes(graph['input_bytes'])}, outputs {format_bytes(graph['output_bytes'])}, "
-        f"at most {format_bytes(graph['peak_bytes'])} live beside the inputs "
-        "(in the order of the text, nothing fused)",
+        f"at most {format_bytes(graph['peak_bytes'])} live beside the inputs",
+        _shares(graph["at_peak"]["bytes"]),
+        *(_alive_line(each) for each in graph["at_peak"]["largest"]),
     ]
+
+
+def _shares(sizes: dict[str, int]) -> str:
+    """The line of what lives at the peak, by kind."""
+    total = sum(sizes.values())
+    parts = (f"{kind} {format_bytes(size)} ({size / total:.0%})" for kind, size in sizes.items() if size)
+    return f"  at its peak {format_bytes(total)} live: {', '.join(parts)}; the largest beside the state:"
+
+
+def _alive_line(each: dict) -> str:
+    """A line of what lives at the peak."""
+    shape = f"{each['dtype']}[{','.join(map(str, each['shape']))}]"
+    where = " ".join(filter(None, (each["module"], each["line"])))
+    return f"    {format_bytes(each['bytes']):>9}  {each['count']:3} x {shape:24} {each['kind']:17} {where}"

@@ -4,6 +4,18 @@ from dataclasses import dataclass
 
 from parallel.mesh import Mesh
 
+# What lives at a peak, by kind. KEPT: made in the forward and read in the backward. WORK: all else, batches
+# included.
+WEIGHTS, OPTIMIZER, GRADIENTS, KEPT, WORK = KINDS = (
+    "weights",
+    "optimizer",
+    "gradients",
+    "kept activations",
+    "work",
+)
+# most_bytes was between 0.9 and 1.05 of what XLA:CPU allocates (BENCHMARKS.md): with this factor it fits.
+MARGIN = 1.1
+
 
 @dataclass(frozen=True)
 class State:
@@ -49,6 +61,20 @@ def kept_bytes(report: dict) -> int:
     if "forward" not in report["graphs"]:
         return 0
     return report["ticks"] * report["graphs"]["forward"]["output_bytes"]
+
+
+def bytes_at_peak(report: dict, name: str, alive: dict[str, int]) -> dict[str, int]:
+    """{kind: bytes} at the peak of the graph `name`: its `alive` beside the state, and what is held and kept
+    all the time."""
+    state, kept, several = report["state_bytes"], kept_bytes(report), len(report["graphs"]) > 1
+    held = {
+        WEIGHTS: state["parameters"],
+        OPTIMIZER: state["master_weights"] + state["moments"],
+        GRADIENTS: state["gradients"] if several else 0,
+        # What one tick keeps is alive in its graph.
+        KEPT: kept - kept // report["ticks"] if name in ("forward", "backward") else 0,
+    }
+    return {kind: held.get(kind, 0) + alive.get(kind, 0) for kind in KINDS}
 
 
 def most_bytes(report: dict) -> int:

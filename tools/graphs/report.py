@@ -4,8 +4,12 @@ from collections import Counter
 
 from parallel.graph.hlo import Graph
 from parallel.mesh import Mesh
-from tools.graphs.memory import kept_bytes, most_bytes, state_of
+from tools.graphs.alive import Alive, name_alive
+from tools.graphs.memory import bytes_at_peak, kept_bytes, most_bytes, state_of
 from tools.graphs.models import rank_model
+from tools.graphs.peak import Peak, find_peak
+
+LARGEST = 10
 
 
 def rank_0_mesh(config) -> Mesh:
@@ -24,16 +28,19 @@ def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple
 
     mesh = rank_0_mesh(config)
     model = rank_model(config, model_config, mesh)
-    found = trace(config, model_config, mesh.world_size, keep_proto, compiles)
+    found, places = trace(config, model_config, mesh.world_size, keep_proto, compiles)
     if len(found) != len(config.graphs):
         raise RuntimeError(
             f"two steps have {len(found)} graphs, and {len(config.graphs)} were expected: something in the "
             "step of trainer/loop.py that changes is a constant of its graph"
         )
     report = _topology(config, model_config, mesh)
+    graphs = [Graph(traced.text) for traced in found]
+    peaks = [find_peak(graph, traced.overwritten) for graph, traced in zip(graphs, found, strict=True)]
+    alive = name_alive(peaks, graphs, found, places)
     report["graphs"] = {
-        name: _graph_report(traced, runs, mesh)
-        for (name, runs), traced in zip(config.graphs.items(), found, strict=True)
+        name: {"runs_per_step": runs, **_graph_report(*each, mesh)}
+        for (name, runs), *each in zip(config.graphs.items(), graphs, found, peaks, strict=True)
     }
     report |= {
         "step_flops": step_flops(report),
@@ -41,6 +48,8 @@ def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple
         "state_bytes": vars(state_of(model, config, mesh)),
     }
     report |= {"kept_bytes": kept_bytes(report), "most_bytes": most_bytes(report)}
+    for (name, graph), tensors in zip(report["graphs"].items(), alive, strict=True):
+        graph["at_peak"] = _at_peak(report, name, tensors)
     return report, [traced.proto for traced in found]
 
 
@@ -66,10 +75,20 @@ def _topology(config, model_config, mesh: Mesh) -> dict:
     }
 
 
-def _graph_report(traced, runs_per_step: int, mesh: Mesh) -> dict:
-    graph = Graph(traced.text)
+def _at_peak(report: dict, name: str, alive: list[Alive]) -> dict:
+    """Bytes by kind, and the LARGEST of what lives beside the state."""
+    sizes = Counter()
+    for each in alive:
+        sizes[each.kind] += each.bytes
     return {
-        "runs_per_step": runs_per_step,
+        "bytes": bytes_at_peak(report, name, sizes),
+        "largest": [each._asdict() for each in alive[:LARGEST]],
+    }
+
+
+def _graph_report(graph: Graph, traced, peak: Peak, mesh: Mesh) -> dict:
+    results = graph.root.shapes
+    return {
         "trace_seconds": traced.trace_seconds,
         "lowering_seconds": traced.lowering_seconds,
         "compile_seconds": traced.compile_seconds,
@@ -78,10 +97,11 @@ def _graph_report(traced, runs_per_step: int, mesh: Mesh) -> dict:
         "dot_flops": graph.dot_flops,
         "collectives": _collectives(graph, mesh),
         "inputs": graph.operations["parameter"],
-        "outputs": sum(len(each.shapes) for each in graph.instructions if each.is_root),
+        "outputs": len(results),
         "input_bytes": graph.input_bytes,
         "output_bytes": graph.output_bytes,
-        "peak_bytes": graph.peak_bytes(),
+        "overwritten_bytes": sum(results[number].bytes for number in traced.overwritten),
+        "peak_bytes": peak.bytes,
     }
 
 

@@ -8,7 +8,9 @@ are on the meta device, and become placeholders when they are moved to the devic
 
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -23,7 +25,9 @@ from model.config import ModelConfig
 from parallel.graph import backend
 from parallel.graph.live import live_tensors
 from parallel.runtime import Runtime, launch
-from trainer.build import build_state
+from tools.graphs.memory import GRADIENTS, KEPT, OPTIMIZER, WEIGHTS
+from tools.graphs.places import Places
+from trainer.build import TrainState, build_state
 from trainer.config import Config
 from trainer.job import Job
 from trainer.loop import make_loaders, train_step
@@ -33,15 +37,29 @@ MANY = 64
 
 
 @dataclass(frozen=True)
+class Input:
+    """What an input of a graph is: a tensor of the state, WEIGHTS, OPTIMIZER or GRADIENTS, with its `name`;
+    or, KEPT, what an earlier graph returned, `made` = (number of the graph, number of its result)."""
+
+    kind: str
+    name: str = ""
+    made: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Traced:
     """A graph: its HLO as text and, if requested, as a serialised HloModuleProto.
 
-    The seconds are those in which Python traced it, torch_xla lowered it to text and, if requested, XLA:CPU
-    compiled it.
+    `inputs`: what its parameters are, by their numbers; of batches and constants nothing is known.
+    `overwritten`: the number of a result -> that of the parameter whose new data it is. The seconds are those
+    in which Python traced it (in the second step, without its places), torch_xla lowered it to text and, if
+    requested, XLA:CPU compiled it.
     """
 
     text: str
     proto: bytes | None
+    inputs: dict[int, Input]
+    overwritten: dict[int, int]
     trace_seconds: float
     lowering_seconds: float
     compile_seconds: float | None
@@ -54,32 +72,73 @@ class _Tracer(Runtime):
         super().__init__(runtime.rank, world_size, runtime.device)
         self.replay_graphs(False)
         self.traced: dict[bytes, Traced] = {}
+        self.state: TrainState | None = None
         self._keep_proto, self._compiles = keep_proto, compiles
+        self._inputs: dict[int, Input] = {}  # by the handle of their data
+        self._handles: dict[int, int] = {}  # of the data that tensors of the state (by id) had before
         self._begun = time.perf_counter()
 
     def _end_graph(self, name, before=None, record=None):
-        traced = time.perf_counter()
+        seconds = time.perf_counter() - self._begun
         outputs = backend.pending_outputs(live_tensors(self.world_size)[self.rank])
-        pending = [same[0] for same in outputs]
-        if pending:
-            key = backend.graph_hash(pending)
-            if key not in self.traced:
-                self.traced[key] = self._take(pending, traced - self._begun)
+        if outputs:
+            key = backend.graph_hash([same[0] for same in outputs])
+            if key in self.traced:
+                self.traced[key] = replace(self.traced[key], trace_seconds=seconds)
+            else:
+                self.traced[key] = self._take(outputs, seconds)
             for tensor in chain.from_iterable(outputs):
                 tensor.data = placeholder(tensor)  # its views are views of the placeholder from now on
             backend.end_graph(self.device, backend.random_seed(self.device))
+            graph = list(self.traced).index(key)
+            self._inputs |= {
+                backend.data_handle(same[0]): Input(KEPT, made=(graph, number))
+                for number, same in enumerate(outputs)
+            }
+        for kind, name, tensor in state_tensors(self.state):
+            self._handles[id(tensor)] = backend.data_handle(tensor)
+            self._inputs[self._handles[id(tensor)]] = Input(kind, name)
         self._begun = time.perf_counter()
 
-    def _take(self, pending, trace_seconds):
+    def _take(self, outputs, trace_seconds):
+        pending = [same[0] for same in outputs]
+        handles = [backend.data_handle(data) for _, data in backend.graph_inputs(pending)]
+        numbers = {handle: number for number, handle in enumerate(handles)}
+        overwritten = {
+            output: numbers[self._handles[id(tensor)]]
+            for output, same in enumerate(outputs)
+            for tensor in same
+            if self._handles.get(id(tensor)) in numbers
+        }
         begun = time.perf_counter()
         text = backend.hlo_text(pending)
         lowered = time.perf_counter()
-        proto = backend.hlo_proto(pending) if self._keep_proto else None
-        compiling = time.perf_counter()
-        if self._compiles:
-            backend.compile_graph(pending)
-        compile_seconds = time.perf_counter() - compiling if self._compiles else None
-        return Traced(text, proto, trace_seconds, lowered - begun, compile_seconds)
+        with backend.without_lines():
+            proto = backend.hlo_proto(pending) if self._keep_proto else None
+            compiling = time.perf_counter()
+            if self._compiles:
+                backend.compile_graph(pending)
+            compile_seconds = time.perf_counter() - compiling if self._compiles else None
+        return Traced(
+            text,
+            proto,
+            {number: self._inputs[handle] for number, handle in enumerate(handles) if handle in self._inputs},
+            overwritten,
+            trace_seconds,
+            lowered - begun,
+            compile_seconds,
+        )
+
+
+def state_tensors(state: TrainState) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(kind, name, tensor) of what a step changes in place, or only reads, and what lives between steps."""
+    for name, parameter in state.model.named_parameters():
+        yield WEIGHTS, name, parameter
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        for number, tensor in enumerate(getattr(state.optimizer, name)):
+            yield OPTIMIZER, f"{name}.{number}", tensor
+    for number, tensor in enumerate(state.accumulator.grad_sums or ()):
+        yield GRADIENTS, f"grad_sums.{number}", tensor
 
 
 def placeholder(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,30 +175,32 @@ def trace(
     world_size: int,
     keep_proto: bool = False,
     compiles: bool = False,
-) -> list[Traced]:
-    """The graphs of two steps of rank 0, each once, in the order of their first execution.
+) -> tuple[list[Traced], Places]:
+    """(the graphs of two steps of rank 0, each once, in the order of their first execution; where their
+    operations were recorded).
 
     parallel.runtime.prepare_environment must have been called, with the number of `devices`. `config` must
     have random weights.
     """
     found: list[Traced] = []
+    places = Places()
 
     def program(runtime):
         if runtime.rank == 0:
             tracer = _Tracer(runtime, world_size, keep_proto, compiles)
             with _WithoutData(), torch.device("meta"):
-                _two_steps(tracer, job)
+                _two_steps(tracer, job, places)
             found.extend(tracer.traced.values())
 
     with tempfile.TemporaryDirectory() as directory:
         job = _job(config, model_config, Path(directory))
         launch(program, devices(world_size))
-    return found
+    return found, places
 
 
-def _two_steps(tracer: _Tracer, job: Job) -> None:
-    """Build the state of the loop, and call its step twice."""
-    state = build_state(tracer, job)
+def _two_steps(tracer: _Tracer, job: Job, places: Places) -> None:
+    """Build the state of the loop, and call its step twice: first with, then without recording places."""
+    tracer.state = state = build_state(tracer, job)
     tracer.mark_step("build")
     state.model.train()
     loader, _ = make_loaders(state, job, BEGINNING)
@@ -148,7 +209,9 @@ def _two_steps(tracer: _Tracer, job: Job) -> None:
             {name: tensor.to(tracer.device) for name, tensor in batch.items()} for batch in loader.step(step)
         ]
         scalars = state.optimizer.scalars(step, job.config.learning_rate).to(tracer.device)
-        train_step(tracer, state, micro_batches, scalars, torch.zeros(1).to(tracer.device))
+        stop_request = torch.zeros(1).to(tracer.device)
+        with nullcontext() if step else places.recording(state.model):
+            train_step(tracer, state, micro_batches, scalars, stop_request)
 
 
 def _job(config, model_config, directory):

@@ -190,6 +190,7 @@ def _add_ranks(report: dict, traced, config, model_config) -> dict:
         if name in ("update", "step"):  # the graph that reads and writes the optimizer's state
             graph["input_bytes"] -= surplus
             graph["output_bytes"] -= surplus
+            graph["overwritten_bytes"] -= surplus
     return {
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,

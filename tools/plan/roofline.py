@@ -20,7 +20,7 @@ of the products makes up for it.
 
 from dataclasses import dataclass
 
-from tools.graphs.memory import held_bytes, most_bytes
+from tools.graphs.memory import MARGIN, held_bytes, most_bytes
 from tools.graphs.report import step_flops
 from tools.plan.instances import FAST, IDEAL, SLOW, Assumptions, Instance
 
@@ -87,8 +87,9 @@ class Estimate:
 
     @property
     def fits(self) -> str:
-        """`yes`: most_bytes fit. `perhaps`: held_bytes fit, and the rest depends on the compiler. `no`."""
-        if self.most_bytes <= self.memory_bytes:
+        """`yes`: most_bytes fit, with a MARGIN. `perhaps`: held_bytes fit, and the rest depends on the
+        compiler. `no`."""
+        if MARGIN * self.most_bytes <= self.memory_bytes:
             return "yes"
         return "perhaps" if self.held_bytes < self.memory_bytes else "no"
 
@@ -179,7 +180,7 @@ def _graph_seconds(
     graph: dict, report: dict, instance: Instance, peak: float, assumed: Assumptions
 ) -> tuple[float, float, float]:
     """(seconds of products, of memory, of messages) of one run of a graph, if each had the core to itself."""
-    temporary = max(0, graph["peak_bytes"] - graph["output_bytes"])
+    temporary = max(0, graph["peak_bytes"] - graph["output_bytes"] + graph["overwritten_bytes"])
     moved = graph["input_bytes"] + graph["output_bytes"] + 2 * temporary
     return (
         graph["dot_flops"] / (peak * assumed.products),

@@ -10,7 +10,7 @@ from tools.plan.instances import Instance
 from tools.plan.roofline import Estimate, estimate
 from tools.plan.topology import rows_per_step
 
-COUNTS = {"instructions", "inputs", "outputs"}  # of a graph, which the host's seconds depend on
+COUNTS = {"instructions", "inputs", "outputs", "overwritten_bytes"}  # of a graph; older reports lack some
 
 
 def read_report(path: str) -> dict:
