@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from parallel.collectives import keep_apart
+
 BLOCKS = (
     256,
     1024,
@@ -83,6 +85,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, key, value, mixed, log_sums, *masks = ctx.saved_tensors
+        # The compiler computes no scores again before it has `grad`. Barriers change what they get in place.
+        grad, query, key, log_sums = (each.clone() for each in (grad, query, key, log_sums))
+        keep_apart([grad, query, key, log_sums])
         kv_heads = len(key) // ctx.tokens[1]
         inner = (grad.float() * mixed.float()).view(ctx.tokens).sum(-1, keepdim=True)
         inner = _by_heads(inner, kv_heads).transpose(1, 2)  # [batch * kv_heads, 1, rows of the query]
