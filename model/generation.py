@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from model.attention.blockwise import segment_masks
+from model.attention.blockwise import block_size, segment_masks
 from model.attention.rotary import rotary_cos_sin
 from model.cache import CacheUpdate
 from model.decoder_layer import LayerInputs
@@ -186,7 +186,8 @@ class Generator:
             torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape)
         )
         # One causal segment: padding stands at the end, where no token of the prompt sees it.
-        masks = segment_masks(torch.ones_like(input_ids))
+        block = block_size(input_ids.shape[1], len(self._model.model.layers))
+        masks = segment_masks(torch.ones_like(input_ids), block)
         with WeightFirst():
             x = self._stages(input_ids, positions, None, masks)
             # Of a prompt only the last token's logits are needed.

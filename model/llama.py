@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch_xla.utils.checkpoint import checkpoint
 
-from model.attention.blockwise import segment_masks
+from model.attention.blockwise import block_size, segment_masks
 from model.attention.rotary import rotary_cos_sin, rotary_frequencies
 from model.config import ModelConfig
 from model.decoder_layer import LayerCache, LayerInputs, LlamaDecoderLayer
@@ -176,7 +176,9 @@ class Llama(nn.Module):
         """Rotary angles, masks and dropout seeds of rows [batch, sequence]; row_seeds [batch] where LoRA may
         drop."""
         cos, sin = rotary_cos_sin(position_ids.t(), self.rotary_frequencies)
-        masks = None if self.flash_attention else segment_masks(segment_ids)
+        masks = None
+        if not self.flash_attention:
+            masks = segment_masks(segment_ids, block_size(segment_ids.shape[1], len(self.model.layers)))
         return LayerInputs(cos, sin, masks, self.dropout_seeds(row_seeds, position_ids.shape[1]))
 
     def dropout_seeds(self, row_seeds: torch.Tensor | None, sequence: int) -> torch.Tensor | None:

@@ -5,24 +5,24 @@ import torch.nn.functional as F
 
 from parallel.collectives import keep_apart
 
-BLOCKS = (
-    256,
-    1024,
-)  # the fewest and the most queries that attend at once: a tensor of scores is [heads, block, sequence]
+BLOCKS = 256, 1024  # the fewest and the most queries that attend at once
+LAYER_BLOCKS = 64  # of all layers of a graph; each adds some 130 operations to it
 
 
-def block_size(sequence: int) -> int:
-    """Queries that attend at once: half a row, within BLOCKS.
+def block_size(sequence: int, layers: int) -> int:
+    """Queries that attend at once, in a graph of so many layers: a tensor of scores is [heads, block, keys].
 
-    Smaller ones skip more of the square above the diagonal (two blocks leave 3/4 of it, four 5/8), and each
-    adds some hundred operations a layer to the graph.
+    Smaller blocks skip more of the square above the diagonal: two leave 3/4 of it, four 5/8, eight 9/16. A
+    small model has many of them. In a deep one, whose graph would take the Neuron compiler long, they are
+    half a row or BLOCKS's most.
     """
     fewest, most = BLOCKS
-    return min(max(sequence // 2, fewest), most)
+    part = -(-sequence // max(LAYER_BLOCKS // layers, 2))
+    return min(max(-(-part // fewest) * fewest, fewest), most)
 
 
-def segment_masks(segment_ids: torch.Tensor) -> list[torch.Tensor]:
-    """For each block of queries, what is added to scores: 0, or the least number where a key is not seen.
+def segment_masks(segment_ids: torch.Tensor, block: int) -> list[torch.Tensor]:
+    """For each `block` of queries, what is added to scores: 0, or the least number where a key is not seen.
 
     fp32 [batch, 1, queries, 1, keys]; the keys are those up to the block's end. Position i sees j when both
     belong to one segment and j is not later than i. segment_ids [batch, sequence]; padding is segment 0 and
@@ -32,8 +32,8 @@ def segment_masks(segment_ids: torch.Tensor) -> list[torch.Tensor]:
     order = torch.arange(sequence, dtype=torch.int32, device=segment_ids.device)
     least = torch.full((), torch.finfo(torch.float32).min, device=segment_ids.device)
     masks = []
-    for first in range(0, sequence, block_size(sequence)):
-        last = min(first + block_size(sequence), sequence)
+    for first in range(0, sequence, block):
+        last = min(first + block, sequence)
         same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, :last].unsqueeze(1)
         seen = same & (order[first:last].unsqueeze(1) >= order[:last].unsqueeze(0))
         masks.append(torch.where(seen, torch.zeros_like(least), least)[:, None, :, None])

@@ -61,12 +61,11 @@ def dense(query, key, value, segments):
     return torch.einsum("bhqk,kbhd->qbhd", probabilities, value).flatten(0, 1).flatten(1)
 
 
-def both(monkeypatch, case, dtype, size=1.0):
+def both(case, dtype, size=1.0):
     """(ours in `dtype`, dense in float64 of the same numbers, the largest score)."""
     rows, heads, kv_heads, head_dim, block = CASES[case]
-    monkeypatch.setattr(blockwise, "BLOCKS", (block, block))
     (*three, weight), segments = inputs(rows, heads, kv_heads, head_dim, dtype, size)
-    masks = blockwise.segment_masks(segments)
+    masks = blockwise.segment_masks(segments, block)
     ours = with_gradients(lambda *three: blockwise.attend(*three, masks), three, weight)
     wide = [each.double() for each in three]
     expected = with_gradients(lambda *three: dense(*three, segments), wide, weight.double())
@@ -75,20 +74,20 @@ def both(monkeypatch, case, dtype, size=1.0):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fp32_is_a_dense_attention(monkeypatch, case):
-    ours, expected, _ = both(monkeypatch, case, torch.float32)
+def test_fp32_is_a_dense_attention(case):
+    ours, expected, _ = both(case, torch.float32)
     for found, wanted in zip(ours, expected, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bf16_is_within_its_roundings(monkeypatch, case):
+def test_bf16_is_within_its_roundings(case):
     """Rounding to bf16 is off by at most 2^-9 of a number. A score s is rounded in the forward and in the
     backward, which shifts logarithms of probabilities by up to s * 2^-9 each time, also in the sum that they
     are divided by. Between inputs and a gradient at most six more are rounded, and what is subtracted in
     p * (dp - inner) is of the size of dp, so that each counts twice."""
-    ours, expected, largest = both(monkeypatch, case, torch.bfloat16)
+    ours, expected, largest = both(case, torch.bfloat16)
     (*_, weight), _ = inputs(*CASES[case][:4])
     for found, wanted in zip(ours, expected, strict=True):
         assert found.dtype == torch.bfloat16
@@ -96,23 +95,35 @@ def test_bf16_is_within_its_roundings(monkeypatch, case):
         assert (found.double() - wanted).norm() <= (2 * 6 + 4 * largest) * 2**-9 * size
 
 
-def test_large_scores_do_not_overflow(monkeypatch):
+def test_large_scores_do_not_overflow():
     """Scores of hundreds, of which fp32's exponential would be infinite."""
-    ours, expected, largest = both(monkeypatch, "they do not", torch.float32, size=200.0)
+    ours, expected, largest = both("they do not", torch.float32, size=200.0)
     assert largest > 500
     for found, wanted in zip(ours, expected, strict=True):
         assert (found.double() - wanted).norm() <= 4 * largest * 2**-24 * 200 * wanted.norm() + 1e-4
 
 
-def test_the_forward_keeps_no_scores(monkeypatch):
+def test_the_forward_keeps_no_scores():
     """Beside the masks, which a step has once, nothing that is kept grows with the square of the row."""
     (*three, _), segments = inputs([[40, 20, 4]], 4, 2, 4, torch.float32)
-    monkeypatch.setattr(blockwise, "BLOCKS", (32, 32))
-    masks, kept = blockwise.segment_masks(segments), []
+    masks, kept = blockwise.segment_masks(segments, 32), []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
         blockwise.attend(*(each.requires_grad_() for each in three), masks)
     kept = [each for each in kept if all(each is not mask for mask in masks)]
     assert sorted(each.numel() for each in kept) == sorted([64 * 16, 64 * 8, 64 * 8, 64 * 16, 64 * 4])
+
+
+def test_blocks_are_many_in_small_models_and_few_in_deep_ones():
+    found = {
+        (rows, layers): blockwise.block_size(rows, layers)
+        for rows in (100, 512, 1024, 2048, 4096, 8192)
+        for layers in (6, 32, 80)
+    }
+    small, llama_8b, llama_70b = (
+        [found[rows, layers] for rows in (100, 512, 1024, 2048, 4096, 8192)] for layers in (6, 32, 80)
+    )
+    assert small == [256, 256, 256, 256, 512, 1024]
+    assert llama_8b == llama_70b == [256, 256, 512, 1024, 1024, 1024]
 
 
 def largest_tensors(runtime, base, sequence):

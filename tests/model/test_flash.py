@@ -80,7 +80,7 @@ def test_what_trains_does_not_see_padding(kernel):
     segments = torch.tensor([[1] * 15 + [0] * 9, [1] * 24])
     *three, weight = inputs(24)
     weight = weight * segments.t()[:, :, None, None]  # the loss reads the example's positions
-    masks = segment_masks(segments)
+    masks = segment_masks(segments, 16)
     expected = outputs(
         lambda query, key, value: attend(query * query.shape[-1] ** -0.5, key, value, masks), *three, weight
     )

@@ -22,7 +22,8 @@ def micro_batch_flops(model: Llama, config: Config, recomputation: bool = True) 
     Parameters may be on any device; their requires_grad says what is trained. A pipeline stage computes its
     layers, padding layers included, and its part of the head in each of its M + P - 1 ticks, idle or not.
     """
-    count = _Count(config, recomputation)
+    block = block_size(config.max_seq_length, len(model.model.layers))
+    count = _Count(config, recomputation, block)
     for tick in range(config.ticks):
         # A tick sends the gradient of its input to the stage before. In the first tick that input is a
         # constant; but ticks that share a graph compute what any of them needs.
@@ -46,8 +47,8 @@ class _Count:
     input; the method returns whether it computes that of the output.
     """
 
-    def __init__(self, config: Config, recomputation: bool):
-        self.config, self.recomputation, self.total = config, recomputation, 0
+    def __init__(self, config: Config, recomputation: bool, block: int):
+        self.config, self.recomputation, self.block, self.total = config, recomputation, block, 0
         self.has_collectives = config.tensor_parallel_size > 1
         self.rows = config.per_device_train_batch_size // config.pipeline_microbatches
 
@@ -103,8 +104,8 @@ class _Count:
         """
         query = getattr(attention.q_proj, "base_layer", attention.q_proj)
         length, area = self.config.max_seq_length, 0
-        for first in range(0, length, block_size(length)):
-            end = min(first + block_size(length), length)
+        for first in range(0, length, self.block):
+            end = min(first + self.block, length)
             area += (end - first) * end
         return 2 * self.rows * query.weight.shape[0] * area
 
