@@ -5,7 +5,7 @@ worlds. What differs is here: how a rank finds its device, what a barrier is, an
 executed (`mark_step`).
 """
 
-from parallel.runtime.devices import extracts_graphs, on_neuron
+from parallel.runtime.devices import extracts_graphs, on_gpu, on_neuron
 from parallel.runtime.environment import (
     clean_environment,
     leaves_at_once,
@@ -33,6 +33,7 @@ __all__ = [
     "from_first_process",
     "launch",
     "leaves_at_once",
+    "on_gpu",
     "on_neuron",
     "prepare_environment",
     "requested_world_size",
