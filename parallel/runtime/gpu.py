@@ -1,5 +1,5 @@
-"""An NVIDIA GPU as a device of torch_xla: finds its driver and JAX's PJRT plugin, checks both, and registers the
-plugin.
+"""An NVIDIA GPU as a device of torch_xla: finds its driver and JAX's PJRT plugin, checks both, and registers
+the plugin.
 
 torch_xla 2.9 has no CUDA of its own, but takes a plugin that speaks its version of the PJRT C API
 (https://github.com/openxla/xla/blob/main/xla/pjrt/c/pjrt_c_api.h). It names devices after the plugin's
@@ -26,8 +26,8 @@ DEFAULT_FRACTION = 0.92
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 GIB = 2**30
 
-# PJRT_Api: its size, the first extension, the version (its size, an extension, major and minor as int32), then
-# pointers to functions, to which newer versions append.
+# PJRT_Api: its size, the first extension, the version (its size, an extension, major and minor as int32),
+# then pointers to functions, to which newer versions append.
 VERSION, FUNCTIONS = 32, 40  # bytes from the beginning
 PLATFORM_NAME = 12  # the function's number
 
@@ -94,13 +94,14 @@ def rename_platform(api: int) -> object:
 
 
 def look() -> Gpu:
-    """The first GPU that CUDA_VISIBLE_DEVICES lets this process see. Raises ValueError where there is none."""
+    """The first GPU that CUDA_VISIBLE_DEVICES lets this process see; ValueError where there is none."""
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
         raise ValueError(
-            f"PJRT_DEVICE=GPU, and {DRIVER} of NVIDIA's driver is not there: a machine with an NVIDIA GPU and "
-            "its driver was expected (in a container, docker run --gpus); PJRT_DEVICE=CPU runs on this CPU"
+            f"PJRT_DEVICE=GPU, and {DRIVER} of NVIDIA's driver is not there: a machine with an NVIDIA GPU "
+            "and its driver was expected (in a container: docker run --gpus all); PJRT_DEVICE=CPU runs on "
+            "this CPU"
         ) from None
     device, context = ctypes.c_int(), ctypes.c_void_p()
     number, version = ctypes.c_int(), ctypes.c_int()
@@ -165,8 +166,8 @@ def check() -> Gpu:
         )
     if gpu.free < fraction * gpu.total:
         raise ValueError(
-            f"the GPU ({gpu.name}) has {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free, and a run takes "
-            f"{fraction:.0%} of it: {_WHO}, or set {FRACTION} to a smaller part"
+            f"the GPU ({gpu.name}) has {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free, and a run "
+            f"takes {fraction:.0%} of it: {_WHO}, or set {FRACTION} to a smaller part"
         )
     return gpu
 

@@ -1,4 +1,4 @@
-"""PJRT_DEVICE=GPU: what is checked before a run, and the whole path of it, on stand-ins for driver and plugin."""
+"""PJRT_DEVICE=GPU: what is checked before a run, and all of its path, on stand-ins for driver and plugin."""
 
 import ctypes
 import json
@@ -45,14 +45,20 @@ def test_a_gpu_that_can_be_used(card):
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"MARKSTEP_TEST_MINOR": "115"}, r"has version 0\.115 .* torch_xla 2\.9 has 0\.75.*jax-cuda12-pjrt==0"),
+        (
+            {"MARKSTEP_TEST_MINOR": "115"},
+            r"has version 0\.115 .* torch_xla 2\.9 has 0\.75.*jax-cuda12-pjrt==0",
+        ),
         ({"MARKSTEP_TEST_MINOR": "54"}, r"has version 0\.54"),
         ({"PJRT_LIBRARY_PATH": "/none.so"}, "PJRT_LIBRARY_PATH=/none.so: no such file"),
         ({"PJRT_LIBRARY_PATH": "setup.cfg"}, "setup.cfg is no PJRT plugin that can be loaded"),
         ({"MARKSTEP_TEST_GPUS": "0"}, r"shows no GPU \(CUDA_VISIBLE_DEVICES=3\)"),
         ({"MARKSTEP_TEST_INIT": "999"}, "cuInit returns 999"),
         ({"MARKSTEP_TEST_CUDA": "11080"}, r"of CUDA 11\.8; the plugin needs 12"),
-        ({"MARKSTEP_TEST_FREE": "70"}, r"NVIDIA Test\) has 70\.0 of 80\.0 GiB free, and a run takes 92% of it"),
+        (
+            {"MARKSTEP_TEST_FREE": "70"},
+            r"NVIDIA Test\) has 70\.0 of 80\.0 GiB free, and a run takes 92% of it",
+        ),
         ({"MARKSTEP_TEST_FREE": "0"}, "no memory left at all: end the other programs"),
         ({gpu.FRACTION: "much"}, f"{gpu.FRACTION}=much: a number above 0"),
         ({gpu.FRACTION: "1.5"}, "a number above 0 and up to 1"),
@@ -81,7 +87,9 @@ def test_no_driver(card):
 def test_the_installed_plugin(monkeypatch, tmp_path):
     monkeypatch.delenv("PJRT_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(ValueError, match=r'no PJRT plugin for CUDA is installed: `pip install -e "\.\[gpu\]"`'):
+    with pytest.raises(
+        ValueError, match=r'no PJRT plugin for CUDA is installed: `pip install -e "\.\[gpu\]"`'
+    ):
         gpu.find_plugin()
     library = tmp_path / "jax_plugins" / "xla_cuda12" / "xla_cuda_plugin.so"
     library.parent.mkdir(parents=True)
@@ -110,7 +118,9 @@ def platform_name(api):
 def test_one_gpu_is_one_rank(monkeypatch):
     monkeypatch.setattr(os, "environ", {"PJRT_DEVICE": "GPU"})
     assert requested_world_size(None) == requested_world_size(1) == 1
-    with pytest.raises(ValueError, match="4 ranks, and PJRT_DEVICE=GPU runs one .* PJRT_DEVICE=CPU rehearses"):
+    with pytest.raises(
+        ValueError, match="4 ranks, and PJRT_DEVICE=GPU runs one .* PJRT_DEVICE=CPU rehearses"
+    ):
         requested_world_size(4)
     os.environ |= {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     assert not leaves_at_once()
@@ -126,9 +136,13 @@ def test_a_device_that_is_not_known(monkeypatch, given, hint):
 
 
 def test_memory_that_runs_out_is_one_line():
-    with pytest.raises(MemoryError, match=r"small for this run \(Out of memory .* 9 bytes\): --gradient") as raised:
-        with gpu.naming_memory():
-            raise RuntimeError("Bad StatusOr: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
+    with (
+        pytest.raises(
+            MemoryError, match=r"small for this run \(Out of memory .* 9 bytes\): --gradient"
+        ) as raised,
+        gpu.naming_memory(),
+    ):
+        raise RuntimeError("Bad StatusOr: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore\nlines")
     assert "\n" not in str(raised.value)
     with pytest.raises(RuntimeError, match="another"), gpu.naming_memory():
         raise RuntimeError("another")
@@ -158,7 +172,15 @@ def test_a_run_through_the_plugin_is_that_of_the_cpu(built, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
 
     def train(name, *flags, launcher=()):
-        command = [sys.executable, *launcher, "trainer/main.py", *FLAGS, "--output_dir", tmp_path / name, *flags]
+        command = [
+            sys.executable,
+            *launcher,
+            "trainer/main.py",
+            *FLAGS,
+            "--output_dir",
+            tmp_path / name,
+            *flags,
+        ]
         done = subprocess.run(list(map(str, command)), env=card, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
 

@@ -6,9 +6,9 @@ FLAGS are those of trainer/main.py, whose loop runs; on a CPU, --world_size rank
 the warmup, `steps` steps run as in training. Then as many run that wait for the device after each mark_step,
 which separates the host's seconds from the device's: their sum exceeds a step of the first part where the two
 overlap there. Where graphs are replayed (--replay), a third part of as many steps traces each one, and waits,
-too; torch_xla compiles once more before it. A fourth one traces each, and does not wait: step_trace_seconds. --profile records two more steps after the second part, which are
-in no figure, in DIR/step.trace.json.gz (tools/bench_step/trace.py), for https://ui.perfetto.dev or
-chrome://tracing.
+too; torch_xla compiles once more before it. A fourth one traces each, and does not wait: step_trace_seconds.
+--profile records two more steps after the second part, which are in no figure, in DIR/step.trace.json.gz
+(tools/bench_step/trace.py), for https://ui.perfetto.dev or chrome://tracing.
 
 host_trace_seconds are those that rank 0's host spends in mark_step in a step whose graphs are all traced;
 host_replay_seconds and step_replay_seconds are the host's and all of a step whose graphs are all replayed.

@@ -242,7 +242,7 @@ def _run(job, world_size: int, parts: Parts, trace) -> _Found:
 
 
 def device_memory(device) -> int | None:
-    """The most bytes of the device's memory that were in use so far; None where it does not tell, as a CPU."""
+    """The most bytes of the device's memory in use so far; None where it does not tell, as a CPU."""
     import torch_xla.core.xla_model as xla_model
 
     try:
