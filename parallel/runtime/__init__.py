@@ -1,8 +1,8 @@
 """Where ranks live: a process each on Neuron, one process on a GPU, a thread each of one process on XLA:CPU.
 
-`launch(function, world_size)` runs `function(runtime)` on every rank. The function is the same in both
-worlds. What differs is here: how a rank finds its device, what a barrier is, and how a traced graph is
-executed (`mark_step`).
+`launch(function, world_size)` runs `function(runtime)` on every rank. The function is the same everywhere.
+What differs is here: how a rank finds its device, what a barrier is, and how a traced graph is executed
+(`mark_step`).
 """
 
 from parallel.runtime.devices import extracts_graphs, on_gpu, on_neuron

@@ -23,8 +23,8 @@ INSTALL = (
 
 
 def versions(host: Host, plan: Plan) -> Iterator[Finding]:
-    """torch and torch-xla are 2.9; on Neuron, AWS's packages are installed, not PyPI's placeholders; on a GPU,
-    those of the extra."""
+    """torch and torch-xla are 2.9; on Neuron, AWS's packages are installed, not PyPI's placeholders; on a
+    GPU, those of the extra."""
     wanted = {"torch": "2.9.", "torch-xla": "2.9."}
     if host.on_gpu:
         plugin, version = PACKAGE.split("==")

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from parallel.runtime import devices, gpu
+from parallel.runtime import devices
+from parallel.runtime.gpu import Gpu, check
 from tools import TAKEN_AWAY
 
 PACKAGES = (
@@ -29,8 +30,8 @@ class Host:
     number of /dev/neuron<n>; neuron_cores: the number of their cores by neuron-ls, or None; users: ids of the
     processes that have a Neuron device open. efa: the number of EFA interfaces. memory, shm: bytes available.
     open_files: the limit of a process. free_bytes and writable take a path, and look at the nearest of its
-    parents that exists. on_gpu: whether the rank would be a GPU; gpu: what its driver says, or why a run on it
-    could not start.
+    parents that exists. on_gpu: whether the rank would be a GPU; gpu: what its driver says, or why a run on
+    it could not start.
     """
 
     on_neuron: bool
@@ -48,7 +49,7 @@ class Host:
     free_bytes: Callable[[str], int]
     writable: Callable[[str], bool]
     on_gpu: bool = False
-    gpu: gpu.Gpu | str | None = None
+    gpu: Gpu | str | None = None
 
 
 def look() -> Host:
@@ -77,10 +78,10 @@ def look() -> Host:
     )
 
 
-def look_at_gpu() -> gpu.Gpu | str:
+def look_at_gpu() -> Gpu | str:
     """The GPU, or the problem that a run on it would end with at its start."""
     try:
-        return gpu.check()
+        return check()
     except ValueError as error:
         return str(error)
 
