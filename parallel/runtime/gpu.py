@@ -188,10 +188,12 @@ def naming_memory() -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the plugin the one of PJRT_DEVICE=GPU. To be called before the first tensor is on a device.
+    """Make the plugin the one of PJRT_DEVICE=GPU, and start it. To be called before the first tensor is on a
+    device. Raises OSError of one line where the plugin cannot use the GPU.
 
     Products of fp32 are computed in fp32, where XLA on a GPU would round their factors to TF32.
     """
+    import torch_xla
     from torch_xla.experimental import plugins
 
     path = find_plugin()
@@ -212,3 +214,7 @@ def register() -> None:
     plugins.use_dynamic_plugins()
     plugins.register_plugin("GPU", Plugin())
     backend.multiply_in_full_precision()
+    try:
+        torch_xla.device()
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot use the GPU: {str(error).splitlines()[0]}") from None

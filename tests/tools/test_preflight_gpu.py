@@ -55,8 +55,8 @@ def test_one_change_gives_one_finding(changes, planned, what):
     assert problem.level == "error" and what in problem.what and len(problem.mend) > 10
 
 
-def test_another_plugin_needs_no_package():
-    versions = {name: VERSIONS[name] for name in VERSIONS if name != "jax-cuda12-pjrt"}
+def test_another_plugin_needs_no_packages():
+    versions = {name: VERSIONS[name] for name in ("torch", "torch-xla")}
     environment = {"PJRT_DEVICE": "GPU", "PJRT_LIBRARY_PATH": "/plugin.so"}
     host = replace(H100, versions=versions, environment=environment)
     assert {each.level for each in findings(host, plan(**ONE))} == {"ok"}

@@ -26,10 +26,9 @@ def versions(host: Host, plan: Plan) -> Iterator[Finding]:
     """torch and torch-xla are 2.9; on Neuron, AWS's packages are installed, not PyPI's placeholders; on a
     GPU, those of the extra."""
     wanted = {"torch": "2.9.", "torch-xla": "2.9."}
-    if host.on_gpu:
+    if host.on_gpu and not host.environment.get(PLUGIN):
         plugin, version = PACKAGE.split("==")
-        wanted |= {"nvidia-cuda-nvcc-cu12": "12."}
-        wanted |= {} if host.environment.get(PLUGIN) else {plugin: version}
+        wanted |= {plugin: version, "nvidia-cuda-nvcc-cu12": "12."}
     if host.on_neuron:
         wanted |= {"torch-neuronx": "2.9.", "neuronx-cc": "2.", "neuronx-distributed": ""}
     elif host.device_files and host.environment.get("PJRT_DEVICE") != "CPU":
