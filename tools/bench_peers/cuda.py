@@ -31,12 +31,14 @@ def random_model(directory: Path, device: str, dtype):
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     model.to_empty(device=device)
+    model.tie_weights()
     model.model.rotary_emb = LlamaRotaryEmbedding(config, device=device)  # has a buffer
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0, config.initializer_range)
-        else:
-            torch.nn.init.ones_(parameter)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, config.initializer_range)
+            else:
+                parameter.fill_(1.0)
     return model
 
 

@@ -35,9 +35,8 @@ def adapted(directory: Path, settings: dict):
     import torch
     from peft import LoraConfig
 
-    device = "cuda" if settings["device"] == "cuda" else "cpu"
     dtype = torch.bfloat16 if settings["bf16"] else torch.float32
-    return random_model(directory, device, dtype), LoraConfig(**LORA)
+    return random_model(directory, settings["device"], dtype), LoraConfig(**LORA)
 
 
 def plain(directory: Path) -> dict:
