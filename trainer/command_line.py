@@ -32,7 +32,7 @@ def parse_flags(
         flags,
         prog="trainer/main.py",
         allow_abbrev=False,
-        description="Train a Llama on AWS Trainium, or on virtual devices of this CPU.",
+        description="Train a Llama on AWS Trainium, on a GPU, or on virtual devices of this CPU.",
     )
     parser.error = lambda message: parser.exit(2, f"error: {message}; --help explains every flag\n")
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -59,7 +59,7 @@ def main() -> int:
     # From here on, a ValueError is a bug in the loop, not bad input: it keeps its traceback.
     try:
         launch(lambda runtime: run(runtime, job), world_size)
-    except (GraphMismatch, NewGraph, NonFinite, OSError) as error:
+    except (GraphMismatch, NewGraph, NonFinite, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -82,6 +82,14 @@ def donate(inputs: Sequence[torch.Tensor]) -> None:
         _xlac()._set_buffer_donation(data, True)
 
 
+def multiply_in_full_precision() -> None:
+    """Compute products of fp32 in fp32 from here on, where a device would round their factors.
+
+    As torch_xla.backends.set_mat_mul_precision("highest"), which warns of itself.
+    """
+    _xlac()._xla_set_mat_mul_precision("highest")
+
+
 def sync() -> None:
     """Compile what is pending on the calling thread's device, if it is new, and start it."""
     import torch_xla

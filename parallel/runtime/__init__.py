@@ -1,11 +1,11 @@
-"""Where ranks live: a process each on Neuron, a thread each of one process on XLA:CPU.
+"""Where ranks live: a process each on Neuron, one process on a GPU, a thread each of one process on XLA:CPU.
 
-`launch(function, world_size)` runs `function(runtime)` on every rank. The function is the same in both
-worlds. What differs is here: how a rank finds its device, what a barrier is, and how a traced graph is
-executed (`mark_step`).
+`launch(function, world_size)` runs `function(runtime)` on every rank. The function is the same everywhere.
+What differs is here: how a rank finds its device, what a barrier is, and how a traced graph is executed
+(`mark_step`).
 """
 
-from parallel.runtime.devices import extracts_graphs, on_neuron
+from parallel.runtime.devices import extracts_graphs, on_gpu, on_neuron
 from parallel.runtime.environment import (
     clean_environment,
     leaves_at_once,
@@ -33,6 +33,7 @@ __all__ = [
     "from_first_process",
     "launch",
     "leaves_at_once",
+    "on_gpu",
     "on_neuron",
     "prepare_environment",
     "requested_world_size",

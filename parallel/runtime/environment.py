@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from parallel.runtime import devices
+from parallel.runtime import devices, gpu
 from parallel.runtime.variables import take_away
 
 ALIASING = "XLA_ENABLE_PARAM_ALIASING"  # whether a graph may overwrite the state that it updates
@@ -27,7 +27,7 @@ def leaves_at_once() -> bool:
 
     Needs no torch: the processes that leave do so before they import anything heavy.
     """
-    if devices.on_neuron() or not started_by_torchrun():
+    if devices.ranks_are_processes() or not started_by_torchrun():
         return False
     if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
         raise ValueError(
@@ -40,8 +40,19 @@ def requested_world_size(flag: int | None, default: int = 1) -> int:
     """The number of ranks: torchrun's WORLD_SIZE where it started us, else the flag --world_size, else the
     default.
 
-    Raises ValueError where the two contradict each other, and where NeuronCores were not started by torchrun.
+    Raises ValueError where the two contradict each other, where NeuronCores were not started by torchrun, and
+    for more ranks than one on a GPU.
     """
+    size = _requested(flag, default)
+    if devices.on_gpu() and size > 1:
+        raise ValueError(
+            f"{size} ranks, and PJRT_DEVICE=GPU runs one rank on one GPU: start one process; PJRT_DEVICE=CPU "
+            "rehearses any topology on this CPU"
+        )
+    return size
+
+
+def _requested(flag: int | None, default: int) -> int:
     if started_by_torchrun():
         started = _integer("WORLD_SIZE")
         if flag and flag != started:
@@ -121,30 +132,36 @@ def use_huge_pages() -> None:
     To be called before any slow import. A step allocates and frees hundreds of megabytes; without huge pages
     it spends a tenth of its time on page faults.
     """
-    if not devices.on_neuron() and "GLIBC_TUNABLES" not in os.environ:
+    if not devices.ranks_are_processes() and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> None:
     """Set the variables that XLA:CPU needs for `world_size` virtual devices, or Neuron to round
-    stochastically.
+    stochastically; on a GPU, see that a run can start.
 
-    To be called before torch_xla is imported.
+    To be called before torch_xla is imported. Raises ValueError for a device that is not known, and for a GPU
+    that cannot be used.
     """
     clean_environment()
+    devices.check_device()
     if devices.on_neuron():
         if stochastic_rounding:
             os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = "1"
         return
     if stochastic_rounding:
         print(
-            "warning: --stochastic_rounding needs NeuronCores. This CPU rounds to the nearest bfloat16, "
+            f"warning: --stochastic_rounding needs NeuronCores. This {'GPU' if devices.on_gpu() else 'CPU'} "
+            "rounds to the nearest bfloat16, "
             "so updates that "
             "are small beside their weight are lost: leave the flag out here to train with fp32 master "
             "weights.",
             file=sys.stderr,
         )
+    if devices.on_gpu():
+        gpu.check()
+        return
     # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks. With
     # donated buffers the first of several ranks' sync waits for the others; one rank only waits for its
     # device, and needs less memory.

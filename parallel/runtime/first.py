@@ -14,7 +14,7 @@ def from_first_process(name: str, value: str) -> str:
     Its first value under a `name` stands. All processes have to call this. Where ranks are threads, there is
     one process.
     """
-    if not devices.on_neuron() or os.environ.get("WORLD_SIZE", "1") == "1":
+    if not devices.ranks_are_processes() or os.environ.get("WORLD_SIZE", "1") == "1":
         return value
     store = of_this_attempt(_store())
     if os.environ["RANK"] == "0" and not store.check([name]):

@@ -17,7 +17,7 @@ def launch(function: Callable[[Runtime], object], world_size: int) -> None:
     collective cannot be unwound.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    if devices.on_neuron():
+    if devices.ranks_are_processes():
         launch_process(function)
     else:
         launch_threads(function, world_size)

@@ -1,4 +1,4 @@
-"""Ranks as processes, each with a NeuronCore."""
+"""Ranks as processes, each with a NeuronCore or a GPU."""
 
 import pickle
 from collections.abc import Callable
@@ -6,12 +6,14 @@ from datetime import timedelta
 
 from parallel.graph import backend
 from parallel.graph.live import collecting_at_mark_steps, live_tensors
+from parallel.runtime import devices, gpu
+from parallel.runtime.environment import started_by_torchrun
 from parallel.runtime.rank import Runtime
 from parallel.runtime.watch import Watch, of_this_attempt
 
 
 class ProcessRuntime(Runtime):
-    """A rank that is a process with a NeuronCore."""
+    """A rank that is a process with a NeuronCore or a GPU."""
 
     _barriers = _shared = 0
 
@@ -51,13 +53,19 @@ class ProcessRuntime(Runtime):
 
 
 def launch_process(function: Callable[[Runtime], object]) -> None:
-    """Run `function(runtime)` on the rank that this process is; torchrun has started one for each."""
+    """Run `function(runtime)` on the rank that this process is; torchrun has started one for each, or there
+    is one on a GPU."""
     import torch.distributed
     import torch_xla
     import torch_xla.distributed.xla_backend  # noqa: F401  (registers the backend "xla")
     import torch_xla.runtime as xla_runtime
 
-    torch.distributed.init_process_group("xla")
+    if devices.on_gpu():
+        gpu.register()
+    # Without torchrun there is nobody to meet; a platform's RANK and WORLD_SIZE are a machine's.
+    alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    meets = not devices.on_gpu() or started_by_torchrun()
+    torch.distributed.init_process_group("xla", **({} if meets else alone))
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     # Replica groups are numbered by the device's place, and processes meet by torchrun's: they must be the
     # same.
@@ -77,7 +85,8 @@ def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) 
     """Run `function(runtime)` in an existing process group. An error or a killed process ends all ranks."""
     watch = Watch(runtime.store.clone(), runtime.rank)
     try:
-        function(runtime)
+        with gpu.naming_memory():
+            function(runtime)
     except BaseException as error:
         watch.tell(error)
         raise

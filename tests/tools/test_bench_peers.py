@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from data.packing import Pieces, pack
-from tools.bench_peers.__main__ import main
-from tools.bench_peers.inputs import MODEL, make, read
+from tools.bench_peers import runs
+from tools.bench_peers.__main__ import main, model_of
+from tools.bench_peers.inputs import MODEL, make, read, save_rows
 from tools.bench_peers.peers import figures, full_rows
 from tools.bench_peers.runs import run
-from tools.bench_peers.table import rates, table
+from tools.bench_peers.table import gpu_table, rates, table
+from tools.graphs.models import PRESETS, read_model
 
 TINY = MODEL | {
     "vocab_size": 96,
@@ -21,7 +23,15 @@ TINY = MODEL | {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
-SETTINGS = {"row_length": 64, "rows": 2, "steps": 2, "warmup": 2}
+SETTINGS = {
+    "row_length": 64,
+    "rows": 2,
+    "steps": 2,
+    "warmup": 2,
+    "bf16": False,
+    "gradient_checkpointing": "none",
+    "device": "cpu",
+}
 
 
 def markstep(tokens, positions, mfu):
@@ -56,6 +66,62 @@ def test_ratios_are_taken_within_a_round():
     # 400, 100, 200 tokens/s: 2.25, 3 and 3 times as slow; 500, 125, 250 positions/s at a peak of 1250, 1000
     # and 1000
     assert plain == "| plain loop on torch_xla, full rows | 200 | 50 | 3 (2.25 - 3) | 25% |"
+
+
+def test_the_table_of_a_gpu():
+    ours = markstep(900, 1000, 0.5) | {
+        "step_seconds": 0.5,
+        "step_trace_seconds": 1.5,
+        "gemm_flops_per_second": 8e14,
+        "first_step_seconds": 60.0,
+        "peak_device_memory_bytes": 21e9,
+    }
+    plain = peer(400, 500, 0.5, 1, 3) | {"first_step_seconds": 20.0, "memory_bytes": 31e9}
+    *_, traced, replayed, other, peak = gpu_table([{"markstep": ours, "plain_cuda": plain}])
+    assert traced == (
+        "| markstep, traced every step | 300 | 150 | 3 (3 - 3) | 1.5000 | 133 | 17% | 21.0 | 60.0 |"
+    )
+    assert replayed == "| markstep, packed | 900 | 450 | 1 (1 - 1) | 0.5000 | 400 | 50% | 21.0 | 60.0 |"
+    assert other == (
+        "| plain loop on torch, the same rows | 400 | 100 | 2.25 (2.25 - 2.25) | 1.0000 | 200 | 25% | 31.0 "
+        "| 20.0 |"
+    )
+    assert peak == "GEMM peak: 800 TFLOP/s"
+
+
+def test_a_preset_is_a_model_of_transformers(tmp_path):
+    """markstep reads of its config.json what it knows of the preset."""
+    for name in PRESETS:
+        (tmp_path / "config.json").write_text(json.dumps(model_of(name)))
+        assert read_model(str(tmp_path)) == read_model(name)
+
+
+def test_what_is_left_out_on_a_gpu(monkeypatch):
+    """torch has no CUDA here."""
+    monkeypatch.setattr(runs, "on_gpu", lambda: True)
+    monkeypatch.setattr(runs, "_ask", lambda python, program: "peft" if "find_spec" in program else "")
+    assert runs.sides_here() == ["markstep", "plain_cuda", "trl"]
+    assert runs.missing("markstep") == []
+    assert runs.missing("plain_cuda", "python") == ["peft", "a torch that finds CUDA"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("bf16, recomputed", [(False, "none"), (True, "full")])
+def test_the_plain_loop_of_a_gpu_trains_on_markstep_s_rows(tmp_path, bf16, recomputed):
+    settings = SETTINGS | {"bf16": bf16, "gradient_checkpointing": recomputed}
+    make(tmp_path, TINY, settings, examples=50)
+    save_rows(tmp_path)
+    tokens, _ = read(tmp_path)
+    found = np.load(tmp_path / "rows.npz")
+    trained = found["labels"] >= 0
+    assert (found["labels"][trained] == found["input_ids"][trained]).all()
+    assert found["lengths"].sum() == len(tokens.input_ids)
+    plain = run("plain_cuda", tmp_path, settings)
+    assert plain["positions"] == 128 and len(plain["seconds"]) == 2 and plain["memory_bytes"] is None
+    assert (
+        plain["tokens"] == 2 * found["lengths"].mean() and plain["target_tokens"] == 2 * trained.sum(1).mean()
+    )
+    assert abs(plain["loss"] - np.log(96)) < 0.5 and plain["first_step_seconds"] > 0
 
 
 @pytest.mark.process

@@ -57,6 +57,8 @@ def test_figures_of_a_run(tmp_path):
         assert found["step_seconds_least"] <= found["step_seconds"] <= found["step_seconds_most"]
         assert abs(found["hfu"] * found["gemm_flops_per_second"] / found["flops_per_second"] - 1) < 1e-9
         assert found["host_trace_seconds"] > 0 and found["device_seconds"] > 0
+        assert found["first_step_seconds"] > found["step_trace_seconds"] > 0
+        assert "peak_device_memory_bytes" not in found  # a CPU does not tell
     replayed = {"host_replay_seconds", "python_replay_seconds", "step_replay_seconds"}
     assert set(new) - set(old) == replayed and set(old) <= set(new)
     for how in ("trace", "replay"):
@@ -103,6 +105,7 @@ def test_bad_input_is_refused(tmp_path, capsys):
 
 def test_the_steps_of_a_run():
     parts = Parts.create(warmup=3, steps=4, recorded=2, replays=True)
-    assert parts == Parts(range(3, 7), range(7, 11), range(11, 13), range(14, 18)) and parts.total == 18
+    assert parts == Parts(range(3, 7), range(7, 11), range(11, 13), range(14, 18), range(18, 22))
+    assert parts.total == 22
     parts = Parts.create(warmup=3, steps=4, recorded=2, replays=False)
-    assert parts.traced == parts.waited and parts.total == 13
+    assert parts.traced == parts.waited and parts.traced_free == parts.free and parts.total == 13

@@ -3,12 +3,16 @@ tokens a step.
 
     pip install trl==1.16.0 accelerate
     python -m tools.bench_peers [--rounds 3] [--steps 5] [--max_seq_length 512] [--tokens 4096] \\
-      [--huge_pages] [--json FILE]
+      [--model small] [--bf16] [--gradient_checkpointing none] [--huge_pages] [--json FILE]
+    PJRT_DEVICE=GPU python -m tools.bench_peers --model llama3-8b --bf16 --max_seq_length 2048 \\
+      --tokens 2048 [--peer_python PYTHON]
 
 Each side is a process of its own on this machine's CPU (tools/bench_peers/peers.py; markstep's is
-tools.bench_step). The sides run one after the other, in rounds that alternate in direction. A side that is
-not installed is left out. The model is a Llama with random weights: 6 layers, hidden 512, vocabulary 8192,
-fp32, LoRA r 16 on all linear layers. The examples have lengths such as dolly's, cut to a row.
+tools.bench_step), or on its GPU: there beside a plain loop and trl on torch's own CUDA
+(tools/bench_peers/cuda.py). The sides run one after the other, in rounds that alternate in direction. A side
+that is not installed is left out. The model is a Llama with random weights: 6 layers, hidden 512, vocabulary
+8192, or that of --model; LoRA r 16 on all linear layers. The examples have lengths such as dolly's, cut to a
+row.
 
 Tokens are those of prompts and answers, without padding; target tokens are those of answers alone. The
 seconds of a side are the median of its warm steps. Its share of the GEMM peak counts the products of all
@@ -21,33 +25,42 @@ import sys
 import tempfile
 from pathlib import Path
 
+from parallel.runtime import on_gpu
 from tools import cli
-from tools.bench_peers.inputs import MODEL, make
-from tools.bench_peers.runs import SIDES, missing, run, step_instructions
-from tools.bench_peers.table import rates, table, versions
+from tools.bench_peers.inputs import MODEL, make, save_rows
+from tools.bench_peers.runs import SIDES, missing, run, sides_here, step_instructions
+from tools.bench_peers.table import gpu_table, rates, table, versions
 from tools.example_lengths import SHORTEST
+from tools.graphs.models import PRESETS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The tool; returns its exit status."""
     chosen, settings = _parse(arguments)
-    sides = [side for side in SIDES if not missing(side)]
-    for side in SIDES:
+    lacking = {side: missing(side, chosen.peer_python) for side in sides_here()}
+    sides = [side for side in lacking if not lacking[side]]
+    for side in lacking:
         if side not in sides:
-            print(f"{SIDES[side]}: left out, {', '.join(missing(side))} not installed")
+            print(f"{SIDES[side]}: left out, {', '.join(lacking[side])} not installed")
+    try:
+        device = _device()
+    except ValueError as error:
+        return cli.fail(error)
     print(
-        f"{versions()}\n{settings['rows']} rows of {chosen.max_seq_length} a step, {chosen.steps} warm steps "
-        f"a process, {chosen.rounds} rounds, peers {'with' if chosen.huge_pages else 'without'} huge pages",
+        f"{versions()}{device}\n{chosen.model}, {settings['rows']} rows of {chosen.max_seq_length} a step, "
+        f"{chosen.steps} warm steps a process, {chosen.rounds} rounds, peers "
+        f"{'with' if chosen.huge_pages else 'without'} huge pages",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        make(directory, MODEL, settings)
+        make(directory, model_of(chosen.model), settings)
+        save_rows(directory)
         try:
             rounds = _measure(chosen, sides, directory, settings)
         except ValueError as error:
             return cli.fail(error)
-        print("\n".join(table(rounds)))
+        print("\n".join((gpu_table if on_gpu() else table)(rounds)))
         if "plain" in sides:
             plain = rounds[0]["plain"]
             ours, theirs = step_instructions(directory, settings), plain["instructions"]
@@ -59,6 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
     if "trl" in sides:
         print(f"trl's packed examples do not see each other: {[each['trl']['isolated'] for each in rounds]}")
     return 0
+
+
+def model_of(name: str) -> dict:
+    """The config.json of a model of --model."""
+    if name == "small":
+        return MODEL
+    rope = PRESETS[name].get("rope_scaling")
+    return MODEL | PRESETS[name] | ({"rope_scaling": {"rope_type": "llama3"} | rope} if rope else {})
+
+
+def _device() -> str:
+    """The GPU and its driver's CUDA, for the line of versions; raises ValueError where it cannot be used."""
+    if not on_gpu():
+        return ""
+    from parallel.runtime import gpu
+
+    found = gpu.check()
+    return f", {found.name}, driver of CUDA {found.cuda[0]}.{found.cuda[1]}"
 
 
 def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
@@ -74,6 +105,21 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument(
         "--huge_pages", action="store_true", help="markstep's peers get large allocations in huge pages too"
     )
+    models = ["small", *PRESETS]
+    parser.add_argument("--model", choices=models, default="small", help="with random weights; default small")
+    parser.add_argument("--bf16", action="store_true", help="all sides train in bf16; default fp32")
+    parser.add_argument(
+        "--gradient_checkpointing",
+        choices=("none", "selective", "full"),
+        default="none",
+        help="markstep's; the peers compute whole layers again unless it is none",
+    )
+    parser.add_argument(
+        "--peer_python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="on a GPU, the interpreter of the peers, where another one's torch has CUDA",
+    )
     parser.add_argument("--json", type=cli.path, help="where the figures of each round go")
     chosen = parser.parse_args(arguments)
     rows, rest = divmod(chosen.tokens, max(chosen.max_seq_length, 1))
@@ -84,7 +130,15 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
         )
     if chosen.json and not chosen.json.absolute().parent.is_dir():
         parser.error(f"--json {chosen.json}: a file in a directory that exists was expected")
-    return chosen, {"row_length": chosen.max_seq_length, "rows": rows, "steps": chosen.steps, "warmup": 3}
+    return chosen, {
+        "row_length": chosen.max_seq_length,
+        "rows": rows,
+        "steps": chosen.steps,
+        "warmup": 3,
+        "bf16": chosen.bf16,
+        "gradient_checkpointing": chosen.gradient_checkpointing,
+        "device": "cuda" if on_gpu() else "cpu",
+    }
 
 
 def _measure(
@@ -95,7 +149,7 @@ def _measure(
     for number in range(chosen.rounds):
         measured = {}
         for side in sides[:: -1 if number % 2 else 1]:
-            measured[side] = run(side, directory, settings, chosen.huge_pages)
+            measured[side] = run(side, directory, settings, chosen.huge_pages, chosen.peer_python)
             rate = rates(measured[side])["tokens"]
             print(f"round {number + 1}: {SIDES[side]}: {rate:.0f} tokens/s", flush=True)
         rounds.append({side: measured[side] for side in sides})

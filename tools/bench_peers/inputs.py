@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.token_cache import cache_directory
-from data.tokens import Tokens, tokenize
-from tools.example_lengths import draw_lengths
-
-FILES = {"data": "data.jsonl", "settings": "settings.json", "tokens": "tokens"}
+FILES = {"data": "data.jsonl", "settings": "settings.json", "tokens": "tokens", "rows": "rows.npz"}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": LINEAR, "task_type": "CAUSAL_LM"}
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -35,9 +33,12 @@ MODEL = {
 def make(directory: Path, model: dict, settings: dict, examples: int = 1000, seed: int = 0) -> None:
     """Write config.json, a tokenizer with a word for each token of the vocabulary, examples, and settings.
 
-    settings: row_length, rows of a step, steps, warmup. The examples have lengths such as dolly's, cut to a
-    row; 30 to 70 % of each is the prompt.
+    settings: row_length, rows of a step, steps, warmup, bf16, gradient_checkpointing (none, selective, full),
+    device (cpu, cuda). The examples have lengths such as dolly's, cut to a row; 30 to 70 % of each is the
+    prompt.
     """
+    from tools.example_lengths import draw_lengths
+
     words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, model["vocab_size"]))]
     _save_tokenizer(directory, words)
     (directory / "config.json").write_text(json.dumps(model), encoding="utf-8")
@@ -66,9 +67,33 @@ def _save_tokenizer(directory: Path, words: list[str]) -> None:
     ).save_pretrained(directory)
 
 
-def read(directory: Path) -> tuple[Tokens, dict]:
-    """(the tokens of the examples, the settings) that make() wrote."""
+def save_rows(directory: Path) -> None:
+    """Write the rows that markstep packs of what make() wrote: input_ids, labels (int64 [rows, row_length],
+    each label at its own token, as transformers wants them), and lengths without padding [rows]."""
+    from data.packing import Pieces, Rows, pack
+    from data.tokens import IGNORED
+
+    tokens, settings = read(directory)
+    pieces = Pieces(np.zeros(len(tokens), np.int64), tokens.offsets[:-1], tokens.offsets[1:])
+    groups = pack(pieces.lengths.tolist(), settings["row_length"])
+    packed = Rows([tokens], pieces, groups, settings["row_length"], MODEL["pad_token_id"])
+    rows = [packed.row(number) for number in range(len(packed))]
+    labels = np.roll([row["labels"] for row in rows], 1, axis=1)
+    labels[:, 0] = IGNORED
+    np.savez(
+        directory / FILES["rows"],
+        input_ids=np.array([row["input_ids"] for row in rows]),
+        labels=labels,
+        lengths=np.array([np.count_nonzero(row["segment_ids"]) for row in rows]),
+    )
+
+
+def read(directory: Path):
+    """(the data.tokens.Tokens of the examples, the settings) that make() wrote."""
     from transformers import AutoTokenizer
+
+    from data.token_cache import cache_directory
+    from data.tokens import tokenize
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     tokens = tokenize(

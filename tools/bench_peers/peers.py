@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokens import IGNORED, Tokens
-from tools.bench_peers.inputs import read
+BEGUN = time.perf_counter()  # before the slow imports
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+from data.tokens import IGNORED, Tokens  # noqa: E402
+from tools.bench_peers.cuda import memory_bytes, random_model  # noqa: E402
+from tools.bench_peers.inputs import LORA, read  # noqa: E402
 
 
 def full_rows(tokens: Tokens, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,17 +30,13 @@ def full_rows(tokens: Tokens, length: int) -> tuple[np.ndarray, np.ndarray]:
     return ids.reshape(count, length), labels.reshape(count, length)
 
 
-def adapted(directory: Path):
-    """(a transformers model with random weights in fp32, the LoRA that all sides train)."""
+def adapted(directory: Path, settings: dict):
+    """(a transformers model with random weights, the LoRA that all sides train)."""
     import torch
     from peft import LoraConfig
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(directory, attn_implementation="sdpa"))
-    return model, LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.0, target_modules=LINEAR, task_type="CAUSAL_LM"
-    )
+    dtype = torch.bfloat16 if settings["bf16"] else torch.float32
+    return random_model(directory, settings["device"], dtype), LoraConfig(**LORA)
 
 
 def plain(directory: Path) -> dict:
@@ -57,7 +54,7 @@ def plain(directory: Path) -> dict:
     tokens, settings = read(directory)
     ids, labels = full_rows(tokens, settings["row_length"])
     rows, device = settings["rows"], torch_xla.device()
-    model = get_peft_model(*adapted(directory)).train().to(device)
+    model = get_peft_model(*adapted(directory, settings)).train().to(device)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-4)
     ended, started = [], None
     for step in range(settings["warmup"] + settings["steps"]):
@@ -94,33 +91,42 @@ def pending_instructions() -> int:
 
 
 def trl(directory: Path, padded: bool) -> dict:
-    """Train with trl's SFTTrainer and peft on the CPU; returns the figures.
+    """Train with trl's SFTTrainer and peft on the CPU or GPU; returns the figures.
 
     Without `padded`, rows are packed by trl's strategy `bfd`. trl separates the examples of a packed row by
     position ids alone, and transformers makes a mask of these only where a batch is one row. So trl flattens
     a micro-batch into one row, and attention costs least where the micro-batch has one row: it has one here,
     and the others are accumulated. With `padded`, each row is one example. One step is enough as warmup.
+    Under bf16 it trains as trl does by default: a bf16 model, adapters in fp32, autocast.
     """
-    # Else accelerate would take the XLA device.
-    os.environ.update(USE_TORCH_XLA="0", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     tokens, settings = read(directory)
     rows, length, ended = settings["rows"], settings["row_length"], []
     trainer = _sft_trainer(directory, tokens, settings, padded, ended)
     several = [] if padded else [row for row in trainer.train_dataset if len(row["seq_lengths"]) > 1]
+    before = time.perf_counter()
     isolated = is_isolated(trainer.model, trainer.data_collator(several[:1])) if several else None
+    checking = time.perf_counter() - before
     trainer.train()
     packed = trainer.train_dataset
     found = figures(ended, rows, packed["input_ids"], packed["labels"], rows * length if padded else None)
-    return found | {"isolated": isolated}
+    return found | {
+        "isolated": isolated,
+        "first_step_seconds": ended[0] - BEGUN - checking,
+        "memory_bytes": memory_bytes(settings["device"]),
+    }
 
 
 def _sft_trainer(directory: Path, tokens: Tokens, settings: dict, padded: bool, ended: list[float]):
     """trl's trainer, which appends the moment of each step's end to `ended`."""
+    import torch
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
+            if settings["device"] == "cuda":
+                torch.cuda.synchronize()
             ended.append(time.perf_counter())
 
     rows, length = settings["rows"], settings["row_length"]
@@ -133,15 +139,16 @@ def _sft_trainer(directory: Path, tokens: Tokens, settings: dict, padded: bool, 
             "packing": True,
             "packing_strategy": "bfd",
         }
-    model, lora = adapted(directory)
+    model, lora = adapted(directory, settings)
     arguments = SFTConfig(
         str(directory / "trl"),
         max_length=length,
         max_steps=1 + settings["steps"],
         learning_rate=2e-4,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        use_cpu=settings["device"] != "cuda",
+        bf16=settings["bf16"],
+        gradient_checkpointing=settings["gradient_checkpointing"] != "none",
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="no",
         logging_steps=1000,
         report_to=[],
@@ -179,6 +186,7 @@ def is_isolated(model, batch: dict) -> bool:
     """
     import torch
 
+    batch = {name: value.to(model.device) for name, value in batch.items()}
     begin = int((batch["position_ids"][0] == 0).nonzero()[-1])
     changed = batch["input_ids"].clone()
     changed[:, :begin] = changed[:, :begin].roll(1, 1)

@@ -42,6 +42,59 @@ def table(rounds: list[dict[str, dict]]) -> list[str]:
     return lines
 
 
+def gpu_table(rounds: list[dict[str, dict]]) -> list[str]:
+    """As `table`, with a row for markstep's traced steps, and what a GPU has besides: seconds of a step,
+    FLOP/s, memory in use, and seconds from a side's start to the end of its first step.
+
+    FLOPs are those that the model needs for the positions of a step, by markstep's formula for all sides.
+    """
+    traced = [markstep_traced(each["markstep"]) for each in rounds]
+    flops = [
+        each["markstep"]["mfu"]
+        * each["markstep"]["gemm_flops_per_second"]
+        / rates(each["markstep"])["positions"]
+        for each in rounds
+    ]
+    peak = float(np.median([each["markstep"]["gemm_flops_per_second"] for each in rounds]))
+    lines = [
+        "| | tokens/s | target tokens/s | markstep to it | s a step | TFLOP/s | of the GEMM peak | memory GB "
+        "| first step s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    sides = {SIDES[side]: [each[side] for each in rounds] for side in rounds[0]}
+    for name, found in {"markstep, traced every step": traced, **sides}.items():
+        rate = [rates(each) for each in found]
+        ratios = [
+            rates(each["markstep"])["tokens"] / own["tokens"] for each, own in zip(rounds, rate, strict=True)
+        ]
+        first = np.median([each["first_step_seconds"] for each in found])
+        speed = float(np.median([own["positions"] * each for own, each in zip(rate, flops, strict=True)]))
+        lines.append(
+            f"| {name} | {np.median([each['tokens'] for each in rate]):.0f} "
+            f"| {np.median([each['target_tokens'] for each in rate]):.0f} | {_spread(ratios)} "
+            f"| {np.median([_seconds(each) for each in found]):.4f} | {speed / 1e12:.3g} "
+            f"| {speed / peak:.0%} | {_memory(found)} | {first:.1f} |"
+        )
+    return [*lines, f"GEMM peak: {peak / 1e12:.3g} TFLOP/s"]
+
+
+def markstep_traced(measured: dict) -> dict:
+    """The figures of markstep as they are where each step is traced."""
+    slower = measured["step_seconds"] / measured["step_trace_seconds"]
+    rate = {name: value * slower for name, value in measured.items() if name.endswith("_per_second")}
+    return measured | rate | {"step_seconds": measured["step_trace_seconds"]}
+
+
+def _seconds(measured: dict) -> float:
+    return float(np.median(measured["seconds"])) if "seconds" in measured else measured["step_seconds"]
+
+
+def _memory(found: list[dict]) -> str:
+    """GB of a side's device memory, the most of all rounds."""
+    most = [each.get("memory_bytes", each.get("peak_device_memory_bytes")) or 0 for each in found]
+    return f"{max(most) / 1e9:.1f}" if max(most) else "-"
+
+
 def versions() -> str:
     """The versions of Python and of the packages that are installed."""
     found = [f"Python {sys.version.split()[0]}"]

@@ -11,9 +11,9 @@ import numpy as np
 
 from parallel.graph import backend
 from parallel.mesh import ALONE
-from parallel.runtime import GraphListener
+from parallel.runtime import GraphListener, on_gpu
 
-GEMM = 2048  # rows and columns of the matrices whose product is the peak
+GEMM, GPU_GEMM = 2048, 8192  # rows and columns of the matrices whose product is the peak
 ROUNDS = 6
 RECORDED = 2  # steps in a Chrome trace
 COMPILING = 1  # steps in which torch_xla compiles again what is not replayed from then on
@@ -23,27 +23,32 @@ COMPILING = 1  # steps in which torch_xla compiles again what is not replayed fr
 class Parts:
     """The numbers of the steps of a run, from 0. Before `free` it warms up.
 
-    Steps `free` run as in training. In the steps `waited`, which run so too, and in `traced`, in which no
-    graph is replayed, each mark_step waits for the device. A Chrome trace shows `recorded`.
+    Steps `free` run as in training, and so do `traced_free`, in which no graph is replayed. In the steps
+    `waited`, and in `traced`, in which no graph is replayed either, each mark_step waits for the device. A
+    Chrome trace shows `recorded`.
     """
 
     free: range
     waited: range
     recorded: range
     traced: range
+    traced_free: range
 
     @staticmethod
     def create(warmup: int, steps: int, recorded: int, replays: bool) -> "Parts":
-        """Parts of `steps` steps each. Where nothing is replayed, the steps `traced` are those `waited`."""
+        """Parts of `steps` steps each. Where nothing is replayed, the first two are those that are traced."""
         ends = np.cumsum([warmup, steps, steps, recorded]).tolist()
         free, waited, shown = (range(*pair) for pair in pairwise(ends))
+        if not replays:
+            return Parts(free, waited, shown, waited, free)
         first = ends[-1] + COMPILING
-        return Parts(free, waited, shown, range(first, first + steps) if replays else waited)
+        middle, last = first + steps, first + 2 * steps
+        return Parts(free, waited, shown, range(first, middle), range(middle, last))
 
     @property
     def total(self) -> int:
         """The number of steps of the run."""
-        return max(self.traced.stop, self.recorded.stop)
+        return max(self.traced_free.stop, self.recorded.stop)
 
 
 class Clock(GraphListener):
@@ -122,13 +127,14 @@ def traces() -> int:
 
 
 def gemm_peak(dtype: str) -> float:
-    """FLOP/s of the fastest of ROUNDS products of [GEMM, GEMM] matrices on this process's first device."""
+    """FLOP/s of the fastest of ROUNDS products of square matrices (GEMM, on a GPU GPU_GEMM) on this process's
+    first device."""
     import torch
     import torch_xla
     import torch_xla.core.xla_model as xla_model
 
-    device = torch_xla.device()
-    left, right = (torch.randn(GEMM, GEMM).to(getattr(torch, dtype)).to(device) for _ in range(2))
+    device, size = torch_xla.device(), GPU_GEMM if on_gpu() else GEMM
+    left, right = (torch.randn(size, size).to(getattr(torch, dtype)).to(device) for _ in range(2))
     best = np.inf
     for _ in range(ROUNDS):
         torch_xla.sync()
@@ -139,18 +145,19 @@ def gemm_peak(dtype: str) -> float:
         xla_model.wait_device_ops()
         best = min(best, time.perf_counter() - begun)
         del product
-    return 2 * GEMM**3 / best
+    return 2 * size**3 / best
 
 
-def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dict:
+def measure(config, world_size: int, steps: int, warmup: int, trace=None, begun: float | None = None) -> dict:
     """Run the loop, and return the figures of a step: times in seconds, medians over `steps` steps.
 
-    Parts says which steps run; a StepTrace `trace` records RECORDED of them. Raises ValueError for a job that
-    cannot start.
+    Parts says which steps run; a StepTrace `trace` records RECORDED of them. `begun`: the time.perf_counter()
+    from which the first step's seconds count; default: now. Raises ValueError for a job that cannot start.
     """
     from parallel.mesh import Mesh
     from trainer.job import prepare
 
+    begun = begun or time.perf_counter()
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     parts = Parts.create(warmup, steps, RECORDED if trace else 0, config.replay)
     with tempfile.TemporaryDirectory() as output:
@@ -163,7 +170,8 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
             logging_steps=1,
         )
         job = prepare(config, world_size)
-        clock, peak, compiled = _run(job, world_size, parts, trace)
+        found = _run(job, world_size, parts, trace)
+        clock, peak, compiled = found.clock, found.peak, found.compiled
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     seconds = np.diff(clock.ended, prepend=np.nan)
     in_free = seconds[parts.free]
@@ -173,6 +181,8 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
         "step_seconds_least": float(in_free.min()),
         "step_seconds_most": float(in_free.max()),
         **_replayed("step_replay_seconds", seconds, clock, parts.free),
+        "step_trace_seconds": float(np.median(seconds[parts.traced_free])),
+        "first_step_seconds": clock.ended[0] - begun - found.peak_seconds,
         **_rates(job, mesh, float(np.median(in_free)), free_lines, peak),
         "data_wait_seconds": float(np.median([line["data_wait_seconds"] for line in free_lines])),
         "host_trace_seconds": float(np.median(np.array(clock.host_seconds)[parts.traced])),
@@ -182,6 +192,7 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None) -> dic
         "device_seconds": float(np.median(np.array(clock.device_seconds)[parts.waited])),
         "compilations": lines[parts.waited[-1] - 1]["compilations"] - compiled,
         "peak_memory_bytes": peak_memory(),
+        **({"peak_device_memory_bytes": found.memory} if found.memory else {}),
     }
 
 
@@ -191,8 +202,21 @@ def _replayed(name: str, seconds, clock: Clock, steps: range) -> dict[str, float
     return {name: float(np.median(found))} if found else {}
 
 
-def _run(job, world_size: int, parts: Parts, trace) -> tuple[Clock, float, int]:
-    """Run the loop; returns (rank 0's Clock, FLOP/s of gemm_peak, graphs compiled before the loop)."""
+@dataclass
+class _Found:
+    """What rank 0 found: its clock, FLOP/s of gemm_peak and the seconds that measuring it took, graphs that
+    were compiled before the loop, and the most bytes of the device's memory in use, None where it does not
+    tell."""
+
+    clock: Clock
+    peak: float
+    peak_seconds: float
+    compiled: int
+    memory: int | None = None
+
+
+def _run(job, world_size: int, parts: Parts, trace) -> _Found:
+    """Run the loop."""
     from parallel.runtime import launch
     from trainer.loop import run
 
@@ -200,18 +224,31 @@ def _run(job, world_size: int, parts: Parts, trace) -> tuple[Clock, float, int]:
 
     def program(runtime):
         if runtime.rank == 0:
+            begun = time.perf_counter()
             peak = gemm_peak("bfloat16" if job.config.bf16 else "float32")
-            compiled = runtime.compilations()
+            seconds = time.perf_counter() - begun
             clock = Clock(step_ends, parts, trace)
             runtime.listeners.append(clock)
-            found.extend((clock, peak, compiled))
+            found.append(_Found(clock, peak, seconds, runtime.compilations()))
         if job.config.replay:
             runtime.listeners.append(_EndsReplay(runtime, step_ends, parts))
         runtime.barrier()
         run(runtime, job)
+        if runtime.rank == 0:
+            found[0].memory = device_memory(runtime.device)
 
     launch(program, world_size)
-    return tuple(found)
+    return found[0]
+
+
+def device_memory(device) -> int | None:
+    """The most bytes of the device's memory in use so far; None where it does not tell, as a CPU."""
+    import torch_xla.core.xla_model as xla_model
+
+    try:
+        return xla_model.get_memory_info(device).get("peak_bytes_used")
+    except RuntimeError:
+        return None
 
 
 def _rates(job, mesh, seconds: float, lines: list[dict], peak: float) -> dict[str, float]:

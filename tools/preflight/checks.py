@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 
 from parallel.layer_backend import OLDEST
+from parallel.runtime.gpu import PACKAGE, PLUGIN
 from tools.neuron_cache.cache import cache_location
 from tools.preflight.host import Host
 from tools.preflight.plan import Finding, Plan
@@ -22,8 +23,12 @@ INSTALL = (
 
 
 def versions(host: Host, plan: Plan) -> Iterator[Finding]:
-    """torch and torch-xla are 2.9; on Neuron, AWS's packages are installed, not PyPI's placeholders."""
+    """torch and torch-xla are 2.9; on Neuron, AWS's packages are installed, not PyPI's placeholders; on a
+    GPU, those of the extra."""
     wanted = {"torch": "2.9.", "torch-xla": "2.9."}
+    if host.on_gpu and not host.environment.get(PLUGIN):
+        plugin, version = PACKAGE.split("==")
+        wanted |= {plugin: version, "nvidia-cuda-nvcc-cu12": "12."}
     if host.on_neuron:
         wanted |= {"torch-neuronx": "2.9.", "neuronx-cc": "2.", "neuronx-distributed": ""}
     elif host.device_files and host.environment.get("PJRT_DEVICE") != "CPU":
@@ -57,7 +62,10 @@ def versions(host: Host, plan: Plan) -> Iterator[Finding]:
 
 
 def devices(host: Host, plan: Plan) -> Iterator[Finding]:
-    """Each process has a NeuronCore of its own, and several nodes have EFA."""
+    """Each process has a NeuronCore of its own, and several nodes have EFA; or one has a GPU."""
+    if host.on_gpu:
+        yield from _gpu(host, plan)
+        return
     if not host.on_neuron:
         yield Finding("ok", f"no Neuron: {plan.world} ranks are rehearsed on this CPU")
         if plan.nnodes > 1:
@@ -107,6 +115,22 @@ def devices(host: Host, plan: Plan) -> Iterator[Finding]:
             f"{plan.nnodes} nodes, and this one has no EFA interface",
             "launch trn1.32xlarge with its 8 EFA interfaces "
             '(AWS: "How to prepare trn1.32xlarge for multi-node execution")',
+        )
+
+
+def _gpu(host: Host, plan: Plan) -> Iterator[Finding]:
+    """There is a GPU with a driver, a plugin and free memory, and one rank."""
+    if isinstance(host.gpu, str):
+        yield Finding("error", host.gpu, "what it names; PJRT_DEVICE=CPU rehearses on this CPU")
+    elif host.gpu:
+        cuda = ".".join(map(str, host.gpu.cuda))
+        free, total = host.gpu.free / GB, host.gpu.total / GB
+        yield Finding("ok", f"{host.gpu.name}: {free:.0f} of {total:.0f} GB free, driver of CUDA {cuda}")
+    if plan.world > 1:
+        yield Finding(
+            "error",
+            f"{plan.world} ranks, and PJRT_DEVICE=GPU runs one rank on one GPU",
+            "--nproc_per_node 1 on one node; PJRT_DEVICE=CPU rehearses any topology on the CPU",
         )
 
 

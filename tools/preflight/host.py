@@ -11,9 +11,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from parallel.runtime import devices
+from parallel.runtime.gpu import Gpu, check
 from tools import TAKEN_AWAY
 
-PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc")
+PACKAGES = (
+    *("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc"),
+    *("jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
+)
 COMMANDS = ("neuron-ls", "neuron_parallel_compile")
 
 
@@ -26,7 +30,8 @@ class Host:
     number of /dev/neuron<n>; neuron_cores: the number of their cores by neuron-ls, or None; users: ids of the
     processes that have a Neuron device open. efa: the number of EFA interfaces. memory, shm: bytes available.
     open_files: the limit of a process. free_bytes and writable take a path, and look at the nearest of its
-    parents that exists.
+    parents that exists. on_gpu: whether the rank would be a GPU; gpu: what its driver says, or why a run on
+    it could not start.
     """
 
     on_neuron: bool
@@ -43,6 +48,8 @@ class Host:
     open_files: int
     free_bytes: Callable[[str], int]
     writable: Callable[[str], bool]
+    on_gpu: bool = False
+    gpu: Gpu | str | None = None
 
 
 def look() -> Host:
@@ -66,7 +73,17 @@ def look() -> Host:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         free_bytes=lambda path: shutil.disk_usage(existing(path)).free,
         writable=lambda path: existing(path).is_dir() and os.access(existing(path), os.W_OK | os.X_OK),
+        on_gpu=devices.on_gpu(),
+        gpu=look_at_gpu() if devices.on_gpu() else None,
     )
+
+
+def look_at_gpu() -> Gpu | str:
+    """The GPU, or the problem that a run on it would end with at its start."""
+    try:
+        return check()
+    except ValueError as error:
+        return str(error)
 
 
 def existing(path: str) -> Path:
