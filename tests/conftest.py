@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
@@ -24,6 +25,9 @@ os.environ.setdefault(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Said before torch_xla is imported, or it warns that it has to guess.
 os.environ.setdefault("PJRT_DEVICE", "CPU")
+# An example's time is that of the machine, not of the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")
