@@ -126,19 +126,20 @@ class Places(TorchFunctionMode):
             if node is None or "place" in node.metadata:
                 continue
             node.metadata["place"] = True
-            node.register_prehook(lambda _: self._enter_node(place))
-            node.register_hook(lambda *_: self._leave_node())
+            running = replace(place, phase=BACKWARD)  # an object of its own for each node
+            node.register_prehook(lambda _, running=running: self._enter_node(running))
+            node.register_hook(lambda *_, running=running: self._leave_node(running))
             pending += [below for below, _ in node.next_functions]
 
-    def _enter_node(self, place: Place) -> None:
+    def _enter_node(self, running: Place) -> None:
         if self._records:
             self._phase = UPDATE  # behind the last node
-            place = replace(place, phase=BACKWARD)
-            self._nodes.append(place)
-            self._enter(place)
+            self._nodes.append(running)
+            self._enter(running)
 
-    def _leave_node(self) -> None:
-        if self._records:
+    def _leave_node(self, running: Place) -> None:
+        # A node that gets no gradient is left without having been entered.
+        if self._records and self._nodes and self._nodes[-1] is running:
             self._leave()
             self._nodes.pop()
 
