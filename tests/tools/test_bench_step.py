@@ -65,7 +65,8 @@ def test_figures_of_a_run(tmp_path):
         assert 0 < new[f"python_{how}_seconds"] < new[f"host_{how}_seconds"]
     assert 0 < new["host_replay_seconds"] < new["host_trace_seconds"] / 2
     assert new["step_seconds_least"] <= new["step_replay_seconds"] <= new["step_seconds_most"]
-    assert old["mfu"] == old["hfu"] and 1.2 < new["hfu"] / new["mfu"] < 1.6  # the layers' forward once more
+    assert 1 < old["hfu"] / old["mfu"] < 1.1  # attention's scores are computed twice
+    assert 1.2 < new["hfu"] / new["mfu"] < 1.6  # and the layers' forward
     flops = [found["mfu"] * found["gemm_flops_per_second"] * found["step_seconds"] for found in (old, new)]
     assert abs(flops[0] / flops[1] - 1) < 1e-9
     ratio = new["step_seconds"] / old["step_seconds"]
