@@ -64,7 +64,8 @@ def fill(
 
 def _computed(function: Callable, arguments: Iterable[tuple], threads: int) -> Iterator:
     """function(*each) of all arguments, in their order; so many threads compute the next ones meanwhile."""
-    if not threads:
+    # A thread has not the default device of its caller, and on the meta device there is nothing to compute.
+    if not threads or torch.get_default_device().type == "meta":
         yield from starmap(function, arguments)
         return
     waiting = deque()

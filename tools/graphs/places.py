@@ -53,7 +53,9 @@ class Places(TorchFunctionMode):
         """Within this context operations are recorded with their places."""
         hooks = []
         for name, module in model.named_modules():
-            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self._enter_module(name)))
+            hooks.append(
+                module.register_forward_pre_hook(lambda _, given, name=name: self._enter_module(name, given))
+            )
             hooks.append(module.register_forward_hook(lambda *called: self._leave_module(called[2])))
         self._records = True
         backend.record_lines(True)
@@ -105,9 +107,10 @@ class Places(TorchFunctionMode):
     def _leave(self) -> None:
         self._scopes.pop()
 
-    def _enter_module(self, name: str) -> None:
+    def _enter_module(self, name: str, given) -> None:
         if not self._nodes:
             self._phase = FORWARD
+        self._claim(given, self._here(""))  # an autograd function of ours is no torch function
         self._modules.append(name)
         self._enter(self._here(""))
 

@@ -92,11 +92,11 @@ class _Tracer(Runtime):
             backend.end_graph(self.device, backend.random_seed(self.device))
             graph = list(self.traced).index(key)
             self._inputs |= {
-                backend.data_handle(same[0]): Input(KEPT, made=(graph, number))
+                _data_handle(same[0]): Input(KEPT, made=(graph, number))
                 for number, same in enumerate(outputs)
             }
         for kind, name, tensor in state_tensors(self.state):
-            self._handles[id(tensor)] = backend.data_handle(tensor)
+            self._handles[id(tensor)] = _data_handle(tensor)
             self._inputs[self._handles[id(tensor)]] = Input(kind, name)
         self._begun = time.perf_counter()
 
@@ -128,6 +128,15 @@ class _Tracer(Runtime):
             lowered - begun,
             compile_seconds,
         )
+
+
+def _data_handle(tensor: torch.Tensor) -> int:
+    """The handle that the data of a tensor, which is not pending, has as an input of a graph.
+
+    The tensor's own handle is another one as soon as an operation has read it.
+    """
+    [(_, data)] = backend.graph_inputs([tensor])
+    return backend.data_handle(data)
 
 
 def state_tensors(state: TrainState) -> Iterator[tuple[str, str, torch.Tensor]]:

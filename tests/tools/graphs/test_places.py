@@ -43,7 +43,7 @@ def recorded(runtime):
     with places.recording(model):
         model(x).log().sum().backward()
         new = model.weight - model.weight.grad.sqrt()
-    graph = Graph(backend.hlo_text([new]))
+        graph = Graph(backend.hlo_text([new]))
     found = {}
     for each in graph.instructions:
         place = places.of(each)
