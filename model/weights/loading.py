@@ -1,9 +1,6 @@
 """Loading: every parameter of a model gets this rank's slice of the weights, on its device."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import starmap
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -38,19 +35,16 @@ def fill(
     adapter; without it, LoRA factors are initialised as peft does, by `seed`, and all other parameters come
     from `weights`. Returns the values of the trained parameters by name, fp32 on the CPU, before rounding.
     """
-
-    def initial(name, parameter, shard):
+    modules, trained = dict(model.named_modules()), {}
+    for name, parameter, shard in list(named_shards(model)):
         if shard.padding:
-            return torch.zeros(shard.local_shape)
-        if read_trained and parameter.requires_grad:
-            return read_trained(name, shard)
-        if is_lora(name):
-            return initial_factor(name, shard, seed)
-        return weights.read_finite(hf_name(name), shard.slices)
-
-    modules, trained, shards = dict(model.named_modules()), {}, list(named_shards(model))
-    values = _computed(initial, shards, weights.threads)
-    for (name, parameter, shard), value in zip(shards, values, strict=True):
+            value = torch.zeros(shard.local_shape)
+        elif read_trained and parameter.requires_grad:
+            value = read_trained(name, shard)
+        elif is_lora(name):
+            value = initial_factor(name, shard, seed)
+        else:
+            value = weights.read_finite(hf_name(name), shard.slices)
         value = shard.pad(value)
         if parameter.requires_grad:
             trained[name] = value.float()
@@ -60,18 +54,3 @@ def fill(
     model.tie_weights()
     model.to(device)
     return trained
-
-
-def _computed(function: Callable, arguments: Iterable[tuple], threads: int) -> Iterator:
-    """function(*each) of all arguments, in their order; so many threads compute the next ones meanwhile."""
-    # A thread has not the default device of its caller, and on the meta device there is nothing to compute.
-    if not threads or torch.get_default_device().type == "meta":
-        yield from starmap(function, arguments)
-        return
-    waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for each in arguments:
-            waiting.append(pool.submit(function, *each))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        yield from (each.result() for each in waiting)

@@ -24,8 +24,6 @@ class SafetensorsFiles:
     requested part is read. Raises ValueError where a file is missing or damaged, and where both are there.
     """
 
-    threads = 0  # that read ahead: memory holds one tensor's slices
-
     def __init__(self, directory: Path, stem: str = "model"):
         self.directory, self._file_of, self.shapes = Path(directory), {}, {}
         paths, listed = _find_files(self.directory, stem)
@@ -158,8 +156,6 @@ class RandomWeights:
     GPT-2 (section 2.3 of "Language Models are Unsupervised Multitask Learners"). Each weight is drawn as a
     whole, so it is the same on every topology.
     """
-
-    threads = os.cpu_count() or 1  # that draw ahead: a weight is drawn by one
 
     def __init__(self, config: ModelConfig, seed: int, depth_scaled: bool = False):
         self._std, self._seed, self._shapes = config.initializer_range, seed, base_shapes(config)
