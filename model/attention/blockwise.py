@@ -9,6 +9,7 @@ BLOCKS = (
     256,
     1024,
 )  # the fewest and the most queries that attend at once: a tensor of scores is [heads, block, sequence]
+KEYS = 128  # a block's keys begin at a multiple of this, which a systolic array takes at once
 
 
 def block_size(sequence: int) -> int:
@@ -21,19 +22,35 @@ def block_size(sequence: int) -> int:
     return min(max(sequence // 2, fewest), most)
 
 
-def segment_masks(segment_ids: torch.Tensor) -> list[torch.Tensor]:
-    """For each block of queries, bool [batch, queries, keys]; the keys are those up to the block's end.
+def first_key(first_query: int, window: int) -> int:
+    """The first key of a block of queries that begins at `first_query`: with a window, the first multiple of
+    KEYS that it does not hide from the whole block."""
+    return max(0, first_query - window + 1) // KEYS * KEYS if window else 0
 
-    Position i sees j when both belong to one segment and j is not later than i. segment_ids [batch,
-    sequence]; padding is segment 0 and sees itself only, so no row of the softmax is empty.
+
+def segment_masks(
+    segment_ids: torch.Tensor, window: int = 0, own_window: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """For each block of queries, bool [batch, queries, keys]; the keys are those from first_key up to the
+    block's end.
+
+    Position i sees j when both belong to one segment, j is not later than i, and i - j < `window`, if that is
+    not 0. Where pipeline stages differ, `own_window` is this stage's as data, int32 [1], and `window` the
+    largest, or 0. segment_ids [batch, sequence]; padding is segment 0 and sees itself only, so no row of the
+    softmax is empty.
     """
     sequence = segment_ids.shape[1]
     order = torch.arange(sequence, device=segment_ids.device)
+    limit = own_window if own_window is not None else window if 0 < window < sequence else None
     masks = []
     for first in range(0, sequence, block_size(sequence)):
         last = min(first + block_size(sequence), sequence)
-        same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, :last].unsqueeze(1)
-        masks.append(same & (order[first:last].unsqueeze(1) >= order[:last].unsqueeze(0)))
+        keys = slice(first_key(first, window), last)
+        same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, keys].unsqueeze(1)
+        seen = same & (order[first:last].unsqueeze(1) >= order[keys].unsqueeze(0))
+        if limit is not None:
+            seen = seen & (order[first:last].unsqueeze(1) - order[keys].unsqueeze(0) < limit)
+        masks.append(seen)
     return masks
 
 
@@ -48,7 +65,8 @@ def attend(
 
     query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of
     segment_masks. Returns [sequence * batch, heads * head_dim]. Block by block of queries, with the keys up
-    to its end: blocks above the diagonal are not computed, and no tensor holds the scores of all queries.
+    to its end: blocks above the diagonal, or that a window hides, are not computed, and no tensor holds the
+    scores of all queries.
     With `gradient_checkpointing` the backward computes scores again, and holds one block's at a time. The
     query heads that share a KV head form one product: nothing is repeated.
     """
@@ -105,7 +123,7 @@ class _Attention(torch.autograd.Function):
             # Sums as [head_dim, keys]: of the same products as [keys, head_dim], XLA:CPU takes twice the
             # time.
             if wants[2]:
-                sums[1] = _add_to_first(torch.bmm(outer.transpose(1, 2), exponentials), sums[1])
+                sums[1] = _add(torch.bmm(outer.transpose(1, 2), exponentials), sums[1], keys)
             if wants[0] or wants[1]:
                 scores = (torch.bmm(outer, value[:, keys].transpose(1, 2)).float() - inner) * (
                     exponentials.float() * scale
@@ -114,7 +132,7 @@ class _Attention(torch.autograd.Function):
             if wants[0]:
                 of_query.append(torch.bmm(scores, key[:, keys]).view(*query.shape[:2], -1, query.shape[-1]))
             if wants[1]:
-                sums[0] = _add_to_first(torch.bmm(block.transpose(1, 2), scores), sums[0])
+                sums[0] = _add(torch.bmm(block.transpose(1, 2), scores), sums[0], keys)
         of_key, of_value = (total if total is None else total.transpose(1, 2) for total in sums)
         return torch.cat(of_query, 2) if wants[0] else None, of_key, of_value, None, *(None for _ in masks)
 
@@ -124,12 +142,14 @@ def _blocks(query, masks):
     first = 0
     for mask in masks:
         queries, keys = mask.shape[1:]
-        yield slice(first, first + queries), slice(0, keys), mask
-        first += queries
+        last = first + queries
+        yield slice(first, last), slice(last - keys, last), mask
+        first = last
 
 
-def _add_to_first(more, sums):
-    """`more` [..., head_dim, keys] with the sums of fewer keys, or None, added to its first."""
+def _add(more, sums, keys):
+    """`more` [..., head_dim, keys] of a block, added to the sums of the blocks before, or None."""
+    more = F.pad(more, (keys.start, 0)) if keys.start else more
     return more if sums is None else F.pad(sums, (0, more.shape[2] - sums.shape[2])) + more
 
 
