@@ -225,12 +225,12 @@ class ModelConfig:
         """A config.json that is read as this one."""
         row = ARCHITECTURES[self.model_type]
         sizes = {name: getattr(self, name) for name in DEFAULTS | row.defaults if hasattr(self, name)}
+        sizes.pop("rope_theta", None)
         found = {
             **sizes,
             "model_type": self.model_type,
             "architectures": [row.class_name],
-            "rope_theta": self.rope_theta,
-            "rope_scaling": self.rope_scaling,
+            "rope_parameters": {**(self.rope_scaling or {}), "rope_theta": self.rope_theta},
             "use_sliding_window": bool(self.windows),
             "sliding_window": max(self.windows, default=0) or None,
             "layer_types": [SLIDING if window else FULL for window in self.windows] or None,

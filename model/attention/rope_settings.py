@@ -91,11 +91,14 @@ def _complete_longrope(form: str, found: dict[str, Any], settings: dict, sizes: 
     found[ORIGINAL] = original
     if not (beside or within):
         check_number(f"{form}.factor", found.get("factor"), float)
-    elif found.setdefault("factor", most / original) != most / original and "attention_factor" not in found:
+    ratio = most / original
+    disagree = form == "rope_scaling" and beside and found.setdefault("factor", ratio) != ratio
+    if disagree and "attention_factor" not in found:
         raise ValueError(
-            f"{form}.factor is {found['factor']} and max_position_embeddings / {ORIGINAL} is "
-            f"{most / original}: which of them holds is not known"
+            f"{form}.factor is {found['factor']} and max_position_embeddings / {ORIGINAL} is {ratio}: which of "
+            "them holds is not known"
         )
+    found.setdefault("factor", ratio)
 
 
 def _check(form: str, found: dict[str, Any], head_dim: Any) -> None:

@@ -1,9 +1,10 @@
 """The report of a deep model in a large world, extrapolated from traces of shallow models in a small world.
 
-Layers: all layers but the first have the same operations, or those of a period of layers, so every count of a
-graph is a straight line over the number of layers. DEPTHS layers of each stage are traced, or a period more. FLOPs and bytes of messages, inputs and outputs
-are exact; the peak is within 0.1 % (compared with a trace of all layers of Llama-2 7B). Messages over dp are
-those of buckets, which are filled, so their count may be slightly too large.
+Layers: all layers but the first have the same operations, or where layers differ those of the layer a period
+before, so every count of a graph is a straight line over the number of layers. DEPTHS layers of each stage
+are traced, or a period more. FLOPs and bytes of messages, inputs and outputs are exact; the peak is within
+0.1 % (compared with a trace of all layers of Llama-2 7B). Messages over dp are those of buckets, which are
+filled, so their count may be slightly too large.
 
 Ranks: with more data parallel ranks only the replica groups change, and under ZeRO-1 the size of the
 optimizer's state, which is corrected. Partial gradients (of norms, of replicated heads and factors) then also
