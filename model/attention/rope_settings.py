@@ -95,8 +95,8 @@ def _complete_longrope(form: str, found: dict[str, Any], settings: dict, sizes: 
     disagree = form == "rope_scaling" and beside and found.setdefault("factor", ratio) != ratio
     if disagree and "attention_factor" not in found:
         raise ValueError(
-            f"{form}.factor is {found['factor']} and max_position_embeddings / {ORIGINAL} is {ratio}: which of "
-            "them holds is not known"
+            f"{form}.factor is {found['factor']} and max_position_embeddings / {ORIGINAL} is {ratio}: "
+            "which of them holds is not known"
         )
     found.setdefault("factor", ratio)
 

@@ -85,7 +85,7 @@ def test_theta_without_scaling(tmp_path, rope, theta):
         ({"quantization": {"bits": 4}}, "quantization is"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
-            "rope_parameters of type 'dynamic', whose frequencies change with the longest row of a batch; 'li",
+            "rope_parameters of type 'dynamic', whose frequencies change with the longest row of a batch; ",
         ),
         ({"rope_parameters": {"type": "linear"}}, "rope_parameters.factor is None; scaling of type 'linear'"),
         ({"rope_parameters": YARN | {"beta_fast": 0.5}}, "beta_fast is 0.5; more than the beta_slow 1"),

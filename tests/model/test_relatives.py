@@ -124,8 +124,8 @@ def _gradients(runtime, config, files, stages, tp, sequence_parallel, checkpoint
 
 
 def dense(model):
-    """{name: gradient of the sum of all losses}, with each example alone, in float64 but for what transformers
-    insists to have in fp32."""
+    """{name: gradient of the sum of all losses}, with each example alone, in float64 but for what
+    transformers insists to have in fp32."""
     batch, examples, _ = rows()
     model.double().zero_grad()
     for number, example in enumerate(examples):
