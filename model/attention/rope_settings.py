@@ -65,9 +65,9 @@ def _scaling(form, values, settings, sizes) -> dict[str, Any] | None:
     if kind == "default":
         return None
     found = {"rope_type": kind} | {key: values[key] for key in names if values.get(key) is not None}
-    if kind == "yarn":
-        # Both versions of transformers take the model's own length where the file has none.
-        found.setdefault(ORIGINAL, sizes["max_position_embeddings"])
+    if kind == "yarn":  # what transformers takes where the file has none
+        defaults = {"beta_fast": 32, "beta_slow": 1, ORIGINAL: sizes["max_position_embeddings"]}
+        found = defaults | found
     if kind == "longrope":
         _complete_longrope(form, found, settings, sizes)
     _check(form, found, sizes["head_dim"])

@@ -164,7 +164,7 @@ def test_what_only_tools_write_changes_nothing(tmp_path):
     read(tmp_path, pretraining_tp=2, model_max_length=4096, unsloth_version="2026.1", rope_interleaved=False)
 
 
-QWEN = {"model_type": "qwen3", "num_hidden_layers": 3, "num_attention_heads": 8, "sliding_window": 16}
+QWEN = {"model_type": "qwen3", "num_hidden_layers": 3, "sliding_window": 16}
 SMOL = {"model_type": "smollm3", "num_hidden_layers": 3}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
