@@ -1,4 +1,4 @@
-"""bench_compile and plan of Llama's relatives: FLOPs by the formula, with windows, and extrapolated layers."""
+"""bench_compile and plan of Llama's relatives: FLOPs with windows, and extrapolated layers."""
 
 import json
 
@@ -34,7 +34,7 @@ MODELS = {
     "smollm3": SIZES | {"model_type": "smollm3", "no_rope_layers": [1, 0]},
 }
 FLAGS = {
-    "window of some stages": "--pipeline_parallel_size 2 --per_device_train_batch_size 2 --num_microbatches 2",
+    "window of some stages": "--pipeline_parallel_size 2 --per_device_train_batch_size 2",
     "granite": "--lora_r 0 --gradient_checkpointing full",
 }
 
