@@ -43,7 +43,8 @@ class LlamaAttention(nn.Module):
     ):
         super().__init__()
         self.head_dim, self.gradient_checkpointing, self.kind = config.head_dim, gradient_checkpointing, kind
-        self.query_factor = config.attention_scale * config.head_dim**0.5
+        scale = config.attention_multiplier
+        self.query_factor = 1.0 if scale is None else scale * config.head_dim**0.5  # attention has 1 / sqrt
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         column = {"bias": config.attention_bias or config.qkv_bias, **layout}

@@ -81,8 +81,10 @@ def test_model(tmp_path, copy):
     )
     edit_config(copy, architectures=["GPT2LMHeadModel"])
     assert "architecture is ['GPT2LMHeadModel']" in refused(tmp_path, model=copy)
-    edit_config(copy, architectures=["LlamaForCausalLM"], rope_scaling={"rope_type": "yarn", "factor": 2.0})
-    assert "rope_scaling of type 'yarn'" in refused(tmp_path, model=copy)
+    edit_config(
+        copy, architectures=["LlamaForCausalLM"], rope_scaling={"rope_type": "dynamic", "factor": 2.0}
+    )
+    assert "rope_scaling of type 'dynamic'" in refused(tmp_path, model=copy)
     edit_config(copy, model_type="nonsense", rope_scaling=None)
     assert "not the config of a known model architecture" in refused(tmp_path, model=copy)
     edit_config(copy, model_type="llama")
@@ -94,7 +96,7 @@ def test_model(tmp_path, copy):
         ({"rope_theta": None}, "rope_theta is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; an object was expected"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is None"),
         ({"rope_scaling": LLAMA3 | {"factor": 0.0}}, "rope_scaling.factor is 0.0"),
     ]:
         original = (copy / "config.json").read_text()
