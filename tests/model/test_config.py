@@ -8,6 +8,7 @@ import torch
 from model.attention.rotary import rotary_cos_sin, rotary_frequencies
 from model.config import ARCHITECTURES, ModelConfig
 from model.config_fields import DEFAULTS, WITHOUT_EFFECT
+from model.config_layers import BY_LAYER
 from tests.support.models import LLAMA3
 
 SIZES = {
@@ -150,13 +151,8 @@ def test_every_field_that_transformers_writes_is_known(tmp_path, kind):
     assert config == ModelConfig.from_settings({"model_type": kind})
     assert config.rope_theta == row.defaults.get("rope_theta", 10000.0) and config.rope_scaling is None
     for name, default in (DEFAULTS | row.defaults).items():
-        if name not in (
-            "rope_theta",
-            "layer_types",
-            "no_rope_layers",
-            "sliding_window",
-        ):  # which it completes
-            assert default in (None, settings[name]), name
+        if name not in ("rope_theta", *BY_LAYER):  # which it completes
+            assert default is None or default == settings[name], name
     assert not WITHOUT_EFFECT & set(DEFAULTS | row.defaults)
 
 
