@@ -13,11 +13,12 @@ from trainer.job import prepare
 pytestmark = pytest.mark.process
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LENGTHS, NEW = [3, 31, 40, 20], 40  # of prompts and answers: past the windows of 24 positions
-TOPOLOGIES = {
-    "stages": "--pipeline_parallel_size 2 --tensor_parallel_size 2 --num_microbatches 2",
-    "replicated KV heads": "--tensor_parallel_size 4 --gradient_checkpointing --zero_1",
-}
+LENGTHS, NEW = [3, 40], 30  # of prompts and answers: past the windows of 24 positions
+# (stages, tensor parallel ranks) and flags; the relatives take turns.
+TOPOLOGIES = [
+    ((2, 2), "--pipeline_parallel_size 2 --tensor_parallel_size 2 --num_microbatches 2"),
+    ((1, 4), "--tensor_parallel_size 4 --gradient_checkpointing --zero_1"),
+]
 
 
 def prompts():
@@ -25,8 +26,9 @@ def prompts():
     return [torch.randint(3, 512, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def train_and_answer(runtime, commands, merged):
-    """Train by each command line; answers to the prompts of each merged model, on tp 4 and on two stages."""
+def train_and_answer(runtime, commands, merged, topologies):
+    """Train by each command line. Returns the merged models' answers to the prompts, and how many graphs those
+    took."""
     from pathlib import Path
 
     from model.generation import Generator, capacity_for
@@ -35,20 +37,18 @@ def train_and_answer(runtime, commands, merged):
     from tools.model_source import ModelSource
 
     found = []
-    for flags, directory in zip(commands, map(Path, merged), strict=True):
+    for flags, directory, (stages, tp) in zip(commands, map(Path, merged), topologies, strict=True):
         run_one(runtime, flags)
         if runtime.rank == 0:
             merge(directory.parent / "out" / "checkpoint-10", directory)
         runtime.barrier()
-        source, answers, before = ModelSource.of_model(str(directory)), [], runtime.compilations()
-        for stages, tp in ((1, 4), (2, 2)):
-            mesh = Mesh.create(runtime.rank, runtime.world_size, tp, stages)
-            pipeline = Pipeline(mesh.pp, mesh.model)
-            model = source.build(mesh.tp, runtime.device, torch.float32, pipeline=pipeline)
-            runtime.mark_step()
-            capacity = capacity_for(max(LENGTHS), NEW, source.config.max_positions)
-            generator = Generator(runtime, model, mesh.tp, len(LENGTHS), capacity)
-            answers.append(generator.generate(prompts(), NEW, set()))
+        source, before = ModelSource.of_model(str(directory)), runtime.compilations()
+        mesh = Mesh.create(runtime.rank, runtime.world_size, tp, stages)
+        pipeline = Pipeline(mesh.pp, mesh.model)
+        model = source.build(mesh.tp, runtime.device, torch.float32, pipeline=pipeline)
+        runtime.mark_step()
+        capacity = capacity_for(max(LENGTHS), NEW, source.config.max_positions)
+        answers = Generator(runtime, model, mesh.tp, len(LENGTHS), capacity).generate(prompts(), NEW, set())
         found.append((answers, runtime.compilations() - before))
     return found
 
@@ -62,13 +62,14 @@ def trained(tmp_path_factory):
         adapted = save_adapter(save_model(directory / "base", kind, **changes), directory / "adapter", LINEAR)
         flags = f"""--model_id {directory}/base --adapter_name_or_path {directory}/adapter --max_seq_length 64
             --learning_rate 1e-2 --lr_scheduler_type constant --world_size 4 --per_device_train_batch_size 4
-            --max_steps 10 --output_dir {directory}/out {list(TOPOLOGIES.values())[number % 2]}""".split()
+            --max_steps 10 --output_dir {directory}/out {TOPOLOGIES[number % 2][1]}""".split()
         made[name] = (directory, adapted, flags)
     ranks = on_ranks(
         train_and_answer,
         4,
         commands=[flags for *_, flags in made.values()],
         merged=[str(directory / "merged") for directory, *_ in made.values()],
+        topologies=[TOPOLOGIES[number % 2][0] for number in range(len(made))],
     )
     return {
         name: (*each, answers)
@@ -93,16 +94,14 @@ def test_ten_steps_follow_peft_and_come_back_merged(trained, name):
         expected, found = adapted.eval()(ids).logits, merged.eval()(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3 * expected.abs().max().item())
     # The files themselves, to float32's precision: what ranks answer is what transformers does.
-    for answers, compilations in ranks:
-        assert compilations == 2 * 2  # prefill of one bucket and decoding, on each topology
-        for answer in answers:
-            for prompt, tokens in zip(prompts(), answer, strict=True):
-                theirs = merged.generate(
-                    torch.tensor([prompt]),
-                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                    max_new_tokens=NEW,
-                    do_sample=False,
-                    eos_token_id=None,
-                    pad_token_id=0,
-                )
-                assert tokens == theirs[0, len(prompt) :].tolist(), name
+    for prompt, *answers in zip(prompts(), *(answers for answers, _ in ranks), strict=True):
+        theirs = merged.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert answers == [theirs[0, len(prompt) :].tolist()] * 4, name
+    assert [compilations for _, compilations in ranks] == [2] * 4  # prefill of one bucket, and decoding
