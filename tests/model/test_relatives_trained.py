@@ -27,8 +27,7 @@ def prompts():
 
 
 def train_and_answer(runtime, commands, merged, topologies):
-    """Train by each command line. Returns the merged models' answers to the prompts, and how many graphs those
-    took."""
+    """Train by each command line; the answers of each merged model, and how many graphs those took."""
     from pathlib import Path
 
     from model.generation import Generator, capacity_for
