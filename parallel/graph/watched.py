@@ -3,19 +3,17 @@
 import sys
 from collections.abc import Iterable
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, eq, is_
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C._dynamo.guards import dict_version
 from torch.utils.hooks import RemovableHandle
 
 OURS = ("data", "model", "parallel", "trainer")  # packages whose module variables are watched
 PLAIN = (int, float, complex, bool, str, bytes, type(None), type, ModuleType, torch.Tensor, torch.dtype)
-# nn.Module's own attributes that are dictionaries, whose contents are watched, or are never set: their names.
-HOOKS = "_hooks"  # a part of them
-OF_MODULES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook"}
-END = object()
+HOOKS = "_hooks"  # a part of the names of the dictionaries of an nn.Module that hold hooks
 KIND = [attrgetter(name) for name in ("requires_grad", "dtype", "shape")]  # of a tensor
 
 
@@ -30,16 +28,16 @@ class Watched:
 
     Containers are dictionaries, lists, tuples, the attributes of objects, closures, and the variables of this
     project's modules and of the module of a root function. An object that is opaque to replay is not entered.
-    It is compared before each replay, so the comparison runs in C: dictionaries with equal names, as the
-    modules of a model have, are read by one itemgetter.
+    It is compared before each replay. Most of what is watched is in dictionaries, and Python gives a
+    dictionary a new version whenever it changes (PEP 509): only those with a new version are looked into.
     """
 
     def __init__(self, roots: Iterable[Any]):
         roots = list(roots)
-        self._empty: list[Any] = []
-        self._hooks: list[dict] = []  # those dictionaries of modules that are empty
+        self._hooks: list[dict] = []  # dictionaries of modules
         self._hook_id = RemovableHandle.next_id
-        self._groups: dict[tuple, list[dict]] = {}  # by the names that are watched
+        self._dictionaries: list[dict] = []
+        self._empty: list[dict] = []  # whose versions do not show an update of theirs (Python 3.12)
         self._owners: dict[int, str] = {}  # by the id of a dictionary
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] in OURS:
@@ -55,14 +53,16 @@ class Watched:
             if not isinstance(thing, PLAIN) and not is_opaque(thing) and id(thing) not in seen:
                 seen.add(id(thing))
                 waiting += self._enter(thing)
-        self._lengths = list(self._sizes())
-        self._identities = list(self._contents())
-        self._tensors = list({id(each): each for each in self._identities if _is_leaf(each)}.values())
-        self._kinds = self._kinds_now()
+        self._versions = list(map(dict_version, self._dictionaries))
+        self._version_sum = sum(self._versions)
+        self._contents = [each.copy() for each in self._dictionaries]
+        self._lengths, self._in_lists = list(map(len, self._lists)), list(chain(*self._lists))
+        held = chain(*(each.values() for each in self._contents), self._in_lists)
+        self._tensors = list({id(each): each for each in held if _is_leaf(each)}.values())
+        self._kinds = list(map(list, self._kinds_now()))
 
-    def _note(self, dictionary, owner, names=None):
-        """Watch these names of a dictionary; without names, all."""
-        self._groups.setdefault(tuple(dictionary if names is None else names), []).append(dictionary)
+    def _note(self, dictionary, owner):
+        self._dictionaries.append(dictionary)
         self._owners.setdefault(id(dictionary), owner)
 
     def _enter(self, thing) -> Iterable[Any]:
@@ -71,7 +71,7 @@ class Watched:
             return self._enter_module(thing)
         if isinstance(thing, tuple):
             return thing
-        if isinstance(thing, (dict, list)) and not thing:
+        if isinstance(thing, dict) and not thing:
             self._empty.append(thing)
         elif isinstance(thing, dict):
             self._note(thing, "a dictionary")
@@ -89,90 +89,77 @@ class Watched:
 
     def _enter_module(self, module):
         attributes = vars(module)
-        hooks = [name for name in attributes if HOOKS in name]
-        empty = [name for name in hooks if not attributes[name]]
+        self._note(attributes, type(module).__name__)
+        empty = [name for name in attributes if HOOKS in name and not attributes[name]]
         self._hooks += [attributes[name] for name in empty]
-        names = [name for name in attributes if name not in OF_MODULES and name not in hooks]
-        self._note(attributes, type(module).__name__, names)
         return [value for name, value in attributes.items() if name not in empty]
-
-    def _containers(self):
-        return chain(*self._groups.values(), self._lists)
-
-    def _sizes(self):
-        return map(len, self._containers())
-
-    def _contents(self):
-        of_dictionaries = (_values(names, each) for names, each in self._groups.items() if names)
-        return chain(*of_dictionaries, *self._lists, (END,))
 
     def _has_new_hook(self):
         # Each module has ten dictionaries of hooks. Whoever registers one, anywhere, raises this number.
         if self._hook_id == RemovableHandle.next_id:
             return False
+        if any(self._hooks):
+            return True
         self._hook_id = RemovableHandle.next_id
-        return any(self._hooks)
+        return False
 
-    def _kinds_now(self) -> list[list]:
+    def _kinds_now(self) -> list[Iterable]:
         """For each attribute its values, by tensor."""
-        have_gradients = [tensor.grad is not None for tensor in self._tensors]
-        return [*(list(map(attribute, self._tensors)) for attribute in KIND), have_gradients]
-
-    def _unchanged(self):
-        try:
-            return (
-                not any(self._empty)
-                and not self._has_new_hook()
-                and list(self._sizes()) == self._lengths
-                and self._kinds_now() == self._kinds
-                and all(map(is_, self._contents(), self._identities))
-            )
-        except KeyError:
-            return False
+        have_gradients = (tensor.grad is not None for tensor in self._tensors)
+        return [*(map(attribute, self._tensors) for attribute in KIND), have_gradients]
 
     def change(self) -> str:
         """What changed first, in words; empty if nothing. A list that was replaced by one of the same objects
         has not changed."""
-        if self._unchanged():
-            return ""
-        if any(self._hooks):
+        if self._has_new_hook():
             return f"the hooks of a module ({next(filter(None, self._hooks))})"
+        return self._change_in_dictionaries() or self._change_in_lists() or self._change_of_tensors()
+
+    def _change_in_dictionaries(self):
         if any(self._empty):
-            return f"something that was empty ({next(filter(None, self._empty))})"
-        for now, before in zip(self._kinds_now(), self._kinds, strict=True):
-            for tensor, new, old in zip(self._tensors, now, before, strict=True):
-                if new != old:
-                    return f"{self._holder(tensor)}'s requires_grad, dtype, shape or gradient"
-        before = iter(self._identities)
-        watched = ((names, each) for names, group in self._groups.items() for each in group)
-        lists = ((range(len(each)), each) for each in self._lists)
-        for (names, container), length in zip(chain(watched, lists), self._lengths, strict=True):
-            owner = self._owners.get(id(container), "a list")
-            if len(container) != length:
-                return f"what {owner} holds"
-            for name, old in zip(names, before, strict=False):
-                new = container.get(name, END) if isinstance(container, dict) else container[name]
-                if old is not new and not _same_objects(old, new):
-                    return f"{owner}.{name}"
+            return "what a dictionary holds"
+        # Versions only rise. So their sum, which takes no list of them, shows whether any one did.
+        if sum(map(dict_version, self._dictionaries)) == self._version_sum:
+            return ""
+        for number, now in enumerate(self._dictionaries):
+            version, before = dict_version(now), self._contents[number]
+            if version == self._versions[number]:
+                continue
+            if now.keys() != before.keys():
+                return f"what {self._owners[id(now)]} holds"
+            changed = [name for name, old in before.items() if now[name] is not old]
+            for name in changed:
+                if not _same_objects(now[name], before[name]):
+                    return f"{self._owners[id(now)]}.{name}"
+            if not changed:
+                self._versions[number] = version
+        self._version_sum = sum(self._versions)
         return ""
 
-    def _holder(self, thing):
-        """The first name that a thing has."""
-        for names, group in self._groups.items():
-            for name, each in ((name, each) for each in group for name in names):
-                if each.get(name) is thing:
-                    return f"{self._owners[id(each)]}.{name}"
+    def _change_in_lists(self):
+        same_lengths = list(map(len, self._lists)) == self._lengths
+        same = same_lengths and all(map(is_, chain(*self._lists), self._in_lists))
+        return "" if same else "what a list holds"
+
+    def _change_of_tensors(self):
+        for now, before in zip(self._kinds_now(), self._kinds, strict=True):
+            same = list(map(eq, now, before))
+            if not all(same):
+                holder = self._holder(self._tensors[same.index(False)])
+                return f"{holder}'s requires_grad, dtype, shape or gradient"
+        return ""
+
+    def _holder(self, tensor):
+        """The first name that a tensor has."""
+        for dictionary in self._dictionaries:
+            for name, each in dictionary.items():
+                if each is tensor:
+                    return f"{self._owners[id(dictionary)]}.{name}"
         return "a tensor in a list"
 
 
 def _is_leaf(thing) -> bool:
     return isinstance(thing, torch.Tensor) and thing.is_leaf
-
-
-def _values(names, dictionaries):
-    """The values of these names in each dictionary."""
-    found = map(itemgetter(*names), dictionaries)
-    return found if len(names) == 1 else chain.from_iterable(found)
 
 
 def _is_frozen(thing) -> bool:

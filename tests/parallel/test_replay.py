@@ -216,13 +216,3 @@ def test_what_is_replayed_is_what_would_have_been_traced(said, cause):
     assert len(traced) == 12 and replayed == traced, found[cause]
     expected = CAUSES[cause][1]
     assert any(re.search(expected, each) for each in found[cause]) if expected else not found[cause]
-
-
-def test_only_a_modules_own_hooks_have_names_that_are_not_watched():
-    from parallel.graph.watched import Watched
-
-    state = types.SimpleNamespace(loss_hooks=1.5)
-    watched = Watched([state])
-    assert watched.change() == ""
-    state.loss_hooks = 2.5
-    assert watched.change() == "SimpleNamespace.loss_hooks"
