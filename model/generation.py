@@ -193,9 +193,7 @@ class Generator:
         """input_ids and position_ids [batch, 1]."""
         slots = torch.arange(self.capacity, device=input_ids.device).unsqueeze(0)
         position_of_head = position_ids.expand(-1, self._kv_heads).flatten().unsqueeze(1)
-        masks = [
-            [seen.unsqueeze(1)] for seen in self._model.kinds.seen((position_of_head - slots).to(torch.int32))
-        ]
+        masks = [[seen.unsqueeze(1)] for seen in self._model.kinds.seen(slots, position_of_head)]
         with WeightFirst():
             x = self._stages(input_ids, position_ids, slots == position_of_head, masks)
             return self._step(x, position_ids)

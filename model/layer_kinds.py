@@ -80,12 +80,12 @@ class LayerKinds(nn.Module):
         """StageInputs.masks of rows [batch, sequence]."""
         return [segment_masks(segment_ids, *each) for each in self._limits()]
 
-    def seen(self, distance: torch.Tensor) -> list[torch.Tensor]:
-        """Of each kind of masks, whether a query sees the position that is `distance` before its own."""
+    def seen(self, slots: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
+        """Of each kind of masks, which slots of a cache, by position, queries at these positions see."""
         found = []
         for window, own in self._limits():
-            limit = own if own is not None else window or EVERYTHING
-            found.append((distance >= 0) & (distance < limit))
+            seen, limit = slots <= positions, window if own is None else own
+            found.append(seen & (positions - slots < limit) if window or own is not None else seen)
         return found
 
     def _limits(self):
