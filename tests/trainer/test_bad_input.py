@@ -214,10 +214,7 @@ def test_merging(tmp_path):
         (["--gradient_checkpointing", "some"], "invalid choice: 'some'"),
         (["--pipeline_parallel_size", "0"], "--pipeline_parallel_size 0: at least 1"),
         (["--global_batch_size", "8", "--gradient_accumulation_steps", "2"], "choose one of them"),
-        (
-            ["--preset", "llama9"],
-            "--preset llama9: dolly-llama3-8b, hyperpod-llama3-8b, or a file of flags, was expected",
-        ),
+        (["--preset", "llama9"], "smollm3-3b, or a file of flags, was expected"),
         (["--depth_scaled_init", "--model_id", "x"], "pass --random_weights too"),
         (
             ["--num_microbatches", "2", "--per_device_train_batch_size", "3"],
