@@ -91,8 +91,8 @@ def difference(found, expected):
     [(2, 4, [[0, 1], [2, 3]]), (4, 4, [[0, 1, 2, 3]]), (4, 8, [[0, 2, 4, 6], [1, 3, 5, 7]])],
 )
 def test_llama_equals_that_of_our_layers(tmp_path, tp, world_size, groups):
-    """With biases, norms of heads, multipliers, LoRA on all layers, KV heads that two ranks hold each at TP 4,
-    and a vocabulary that the ranks do not divide; packed rows. TP 4 is strided."""
+    """With biases, norms of heads, multipliers, LoRA on all layers, KV heads that two ranks hold at TP 4, and
+    a vocabulary that the ranks do not divide; packed rows. TP 4 is strided."""
     bases = []
     for kv_heads in (2, 4):
         bases.append(str(tmp_path / f"kv{kv_heads}"))

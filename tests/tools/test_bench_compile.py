@@ -8,6 +8,7 @@ import pytest
 
 from parallel.graph.hlo import Graph
 from tests.support.on_ranks import run_program
+from tools.graphs.models import PRESETS
 from trainer.config import SAMPLE
 
 TOKENS = 128
@@ -279,8 +280,7 @@ def test_what_cannot_be_read_is_refused(text, message):
 
 BAD = {
     "--model llama9": (
-        "--model llama9: llama2-7b, llama3-8b, llama3.1-8b, llama3.2-1b, llama3-70b, tiny, a directory or a "
-        "config.json was expected"
+        f"--model llama9: {', '.join(PRESETS)}, tiny, a directory or a config.json was expected"
     ),
     "--model llama3-8b --world_size 6 --tensor_parallel_size 4": (
         "the world size 6 is not divisible by --tensor_parallel_size 4"
