@@ -5,7 +5,7 @@ import torch
 
 from tests.support.models import RELATIVES, peft_losses, save_adapter, save_model
 from tests.support.on_ranks import on_ranks
-from tests.support.runs import column, run_one
+from tests.support.runs import column, run_one, several_runs
 from tools.merge_checkpoint.merging import merge
 from trainer.config import parse
 from trainer.job import prepare
@@ -104,3 +104,41 @@ def test_ten_steps_follow_peft_and_come_back_merged(trained, name):
         )
         assert answers == [theirs[0, len(prompt) :].tolist()] * 4, name
     assert [compilations for _, compilations in ranks] == [2] * 4  # prefill of one bucket, and decoding
+
+
+def test_all_weights_train_and_go_on_with_other_stages(tmp_path):
+    """Biases, norms of heads and windows of some layers: six steps, of which the last three also on two
+    stages, from a checkpoint of four ranks with ZeRO-1."""
+    kind, changes = RELATIVES["qwen3 with windows"]
+    save_model(tmp_path / "base", kind, **changes)
+    flags = f"""--model_id {tmp_path}/base --lora_r 0 --max_seq_length 64 --learning_rate 1e-2 --max_steps 6
+        --lr_scheduler_type constant --world_size 4 --per_device_train_batch_size 4""".split()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    on_ranks(
+        several_runs,
+        4,
+        commands=[
+            [
+                *flags,
+                "--tensor_parallel_size",
+                "4",
+                "--zero_1",
+                "--save_steps",
+                "3",
+                "--output_dir",
+                f"{whole}",
+            ],
+            [
+                *flags,
+                *TOPOLOGIES[0][1].split(),
+                "--resume",
+                f"{whole}/checkpoint-3",
+                "--output_dir",
+                f"{parts}",
+            ],
+        ],
+    )
+    losses = column(whole)
+    assert losses[-1] < losses[0]
+    torch.testing.assert_close(column(parts), losses[3:], rtol=1e-4, atol=0)
+    torch.testing.assert_close(column(parts, "grad_norm"), column(whole, "grad_norm")[3:], rtol=1e-4, atol=0)
