@@ -1,7 +1,10 @@
-"""The fields of a Llama's config.json: their defaults, and those that change nothing."""
+"""The fields of a config.json: their defaults, those that change nothing, and checks of values."""
 
-# What transformers' LlamaConfig has for a field that the file lacks. Null, of the last two, is
-# the number of attention heads, and what a head has of hidden_size.
+import math
+from typing import Any
+
+# What transformers' LlamaConfig has for a field that the file lacks; model/config.py's rows may have another.
+# Null, of the last two, is the number of attention heads, and what a head has of hidden_size.
 DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -11,13 +14,25 @@ DEFAULTS = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
     "initializer_range": 0.02,
     "num_key_value_heads": None,
     "head_dim": None,
 }
-# Fields that do not change the logits of LlamaForCausalLM, nor its loss. All other fields are refused unless
+# Model types that users ask for, and what of them is not computed.
+REFUSED = {
+    "deepseek_v3": "its latent attention and mixture of experts",
+    "gemma": "its norms' weights, which are added to one, and its GELU",
+    "gemma2": "its norms' weights, which are added to one, its GELU and its capped logits",
+    "gemma3": "its norms' weights, which are added to one, its GELU and its rotary bases by layer",
+    "gemma3_text": "its norms' weights, which are added to one, its GELU and its rotary bases by layer",
+    "gpt_oss": "its mixture of experts and attention sinks",
+    "granitemoe": "its mixture of experts",
+    "mixtral": "its mixture of experts",
+    "phi3": "its projections, which are stored as one weight (qkv_proj, gate_up_proj)",
+    "qwen2_moe": "its mixture of experts",
+    "qwen3_moe": "its mixture of experts",
+}
+# Fields that do not change the logits of these models, nor their loss. All other fields are refused unless
 # they are off.
 WITHOUT_EFFECT = frozenset(
     (
@@ -103,3 +118,21 @@ WITHOUT_EFFECT = frozenset(
 )
 # What is off, where it is not null, false, 0 or empty.
 NEUTRAL = {"partial_rotary_factor": 1}
+
+
+def check_number(name: str, value: Any, kind: type) -> None:
+    """Raise ValueError unless the value is a number above 0, of type `kind`: int or float."""
+    if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{name} is {value!r}; {'an integer' if kind is int else 'a number'} above 0 was expected"
+        )
+
+
+def check_unknown(values: dict[str, Any]) -> None:
+    """Raise ValueError for the first field that is not off: what is ignored would train another model."""
+    for name, value in values.items():
+        if value and value != NEUTRAL.get(name.rsplit(".", 1)[-1]):
+            raise ValueError(
+                f"{name} is {str(value)[:80]!r}, which markstep does not compute; where it changes nothing, "
+                "take it out of the file"
+            )

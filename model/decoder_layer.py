@@ -1,4 +1,4 @@
-"""Llama's decoder layer: attention and MLP, for training and for generation with a cache."""
+"""The decoder layer of Llama and its relatives, for training and for generation with a cache."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,6 +11,7 @@ from model.attention.blockwise import attend
 from model.attention.flash_nki import flash_attend
 from model.attention.rotary import apply_rotary
 from model.config import ModelConfig
+from model.layer_kinds import LayerKind
 from model.norm import LlamaRMSNorm
 from model.swiglu import swiglu
 from parallel.layers import column_parallel
@@ -27,29 +28,24 @@ class LayerCache(Protocol):
 
 @dataclass
 class LayerInputs:
-    """What every layer needs to know about the tokens of a batch.
-
-    cos, sin: fp32 [sequence, batch, 1, head_dim] of the rotary embedding. masks: those of segment_masks;
-    None for flash attention, and with caches, which know what is seen. token_seeds: of LoRA's dropout, int32
-    [sequence, batch], or None where nothing is dropped.
-    """
+    """What a layer needs to know about the tokens of a batch: its part of StageInputs."""
 
     cos: torch.Tensor
     sin: torch.Tensor
     masks: list[torch.Tensor] | None
-    token_seeds: torch.Tensor | None = None
 
 
 class LlamaAttention(nn.Module):
     """Self-attention with this rank's heads. Where there are more ranks than KV heads, neighbours hold the
     same KV head."""
 
-    def __init__(self, config: ModelConfig, layers: ModuleType, **layout):
+    def __init__(self, config: ModelConfig, kind: LayerKind, layers: ModuleType, **layout):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.kind = config.head_dim, kind
+        self.scale = config.attention_multiplier or config.head_dim**-0.5
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        column = {"bias": config.attention_bias, **layout}
+        column = {"bias": config.attention_bias or config.qkv_bias, **layout}
         replicas = max(1, layout["tensor_model_parallel_group"].size() // config.num_key_value_heads)
         self.q_proj = layers.ColumnParallelLinear(config.hidden_size, queries, **column)
         self.k_proj = layers.ColumnParallelLinear(config.hidden_size, keys, replicas=replicas, **column)
@@ -57,6 +53,11 @@ class LlamaAttention(nn.Module):
         self.o_proj = layers.RowParallelLinear(
             queries, config.hidden_size, bias=config.attention_bias, input_is_parallel=True, **layout
         )
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                LlamaRMSNorm(config.head_dim, config.rms_norm_eps, by_head=True, **layout) for _ in range(2)
+            )
 
     def forward(self, x: torch.Tensor, inputs: LayerInputs, cache: LayerCache | None = None) -> torch.Tensor:
         """x [tokens, features] -> the same shape; with a `cache`, attention to earlier tokens, too."""
@@ -64,11 +65,19 @@ class LlamaAttention(nn.Module):
             each.view(*inputs.cos.shape[:2], -1, self.head_dim)  # [sequence, batch, heads, head_dim]
             for each in column_parallel(x, [self.q_proj, self.k_proj, self.v_proj])
         )
-        key = apply_rotary(key, inputs.cos, inputs.sin)
-        if cache is None and inputs.masks is None:
-            return self.o_proj(flash_attend(apply_rotary(query, inputs.cos, inputs.sin), key, value))
-        # Scaled before it is rounded: no pass over the scores, and no rounding more.
-        query = apply_rotary(query, inputs.cos, inputs.sin, self.head_dim**-0.5)
+        if self.q_norm is not None:
+            query = self.q_norm(query.flatten(0, 2)).view(query.shape)
+            key = self.k_norm(key.flatten(0, 2)).view(key.shape)
+        flash = cache is None and inputs.masks is None
+        # Scaled before it is rounded: no pass over the scores, no rounding more. The kernel scales itself.
+        scale = self.scale / (self.head_dim**-0.5 if flash else 1)
+        if self.kind.rotates:
+            query = apply_rotary(query, inputs.cos, inputs.sin, scale)
+            key = apply_rotary(key, inputs.cos, inputs.sin)
+        else:
+            query = times(query, scale)
+        if flash:
+            return self.o_proj(flash_attend(query, key, value))
         if cache is not None:
             return self.o_proj(cache.attend(query, key, value))
         return self.o_proj(attend(query, key, value, inputs.masks))
@@ -98,14 +107,20 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each after a norm and added to the residual."""
 
-    def __init__(self, config: ModelConfig, layers: ModuleType, **layout):
+    def __init__(self, config: ModelConfig, kind: LayerKind, layers: ModuleType, **layout):
         super().__init__()
-        self.self_attn = LlamaAttention(config, layers, **layout)
+        self.kind, self.residual_multiplier = kind, config.residual_multiplier
+        self.self_attn = LlamaAttention(config, kind, layers, **layout)
         self.mlp = LlamaMLP(config, layers, **layout)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
     def forward(self, x: torch.Tensor, inputs: LayerInputs, cache: LayerCache | None = None) -> torch.Tensor:
         """x [tokens, features] -> the same shape."""
-        x = x + self.self_attn(self.input_layernorm(x), inputs, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + times(self.self_attn(self.input_layernorm(x), inputs, cache), self.residual_multiplier)
+        return x + times(self.mlp(self.post_attention_layernorm(x)), self.residual_multiplier)
+
+
+def times(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """x * factor; x itself where that is 1, because a product would be in the graph."""
+    return x if factor == 1 else x * factor

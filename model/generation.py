@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from model.attention.blockwise import block_size, segment_masks
-from model.attention.rotary import rotary_cos_sin
 from model.cache import CacheUpdate
-from model.decoder_layer import LayerInputs
+from model.layer_kinds import StageInputs
 from model.llama import Llama
 from model.sampling import GREEDY, Sampling
 from parallel.collectives import all_gather, permute
@@ -186,8 +184,7 @@ class Generator:
             torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape)
         )
         # One causal segment: padding stands at the end, where no token of the prompt sees it.
-        block = block_size(input_ids.shape[1], len(self._model.model.layers))
-        masks = segment_masks(torch.ones_like(input_ids), block)
+        masks = self._model.kinds.masks(torch.ones_like(input_ids))
         with WeightFirst():
             x = self._stages(input_ids, positions, None, masks)
             # Of a prompt only the last token's logits are needed.
@@ -199,20 +196,24 @@ class Generator:
         """input_ids and position_ids [batch, 1]."""
         slots = torch.arange(self.capacity, device=input_ids.device).unsqueeze(0)
         position_of_head = position_ids.expand(-1, self._kv_heads).flatten().unsqueeze(1)
-        masks = [(slots <= position_of_head).unsqueeze(1)]
+        masks = [[seen.unsqueeze(1)] for seen in self._model.kinds.seen(slots, position_of_head)]
         with WeightFirst():
             x = self._stages(input_ids, position_ids, slots == position_of_head, masks)
             return self._step(x, position_ids)
 
     def _stages(self, input_ids, positions, write_slots, masks):
-        """The output of the last stage, x [tokens, features]; the last two are CacheUpdate's."""
+        """The output of the last stage, x [tokens, features]; the last two are CacheUpdate's, the masks by
+        kind (StageInputs)."""
         model, stages = self._model, self._model.pipeline.group
         x = model.embed(input_ids)
-        inputs = LayerInputs(*rotary_cos_sin(positions.t(), model.rotary_frequencies), None)
+        inputs = StageInputs(model.rotary(positions), None)
         for stage in range(stages.size()):
             x = permute(x, stages, 1) if stage else x
             is_turn = model.stage_index == stage if stages.size() > 1 else None
-            updates = [CacheUpdate(cache, write_slots, masks, is_turn) for cache in self._caches]
+            updates = [
+                CacheUpdate(cache, write_slots, masks[kind.masks], is_turn)
+                for cache, kind in zip(self._caches, model.kinds.layers, strict=True)
+            ]
             x = model.stage(x, inputs, updates)
         return x
 

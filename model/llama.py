@@ -1,7 +1,12 @@
-"""Llama 2, 3, 3.1 and 3.2, written in parallel layers, with Hugging Face's parameter names.
+"""Llama and its relatives, written in parallel layers, with Hugging Face's parameter names.
 
 A `Llama` is one rank's part of the model. With a tensor parallel group of one it is the whole model, by the
-same code.
+same code. In what a relative differs is data of its ModelConfig (the table in model/config.py):
+
+    qkv_bias, qk_norm, attention_multiplier, residual_multiplier    model/decoder_layer.py
+    windows, rotary_layers                                          model/layer_kinds.py
+    rope_theta, rope_scaling                                        model/attention/rotary.py
+    embedding_multiplier, logits_scaling, tie_word_embeddings       here
 """
 
 from types import ModuleType
@@ -10,10 +15,10 @@ import torch
 from torch import nn
 from torch_xla.utils.checkpoint import checkpoint
 
-from model.attention.blockwise import block_size, segment_masks
 from model.attention.rotary import rotary_cos_sin, rotary_frequencies
 from model.config import ModelConfig
-from model.decoder_layer import LayerCache, LayerInputs, LlamaDecoderLayer
+from model.decoder_layer import LayerCache, LayerInputs, LlamaDecoderLayer, times
+from model.layer_kinds import LayerKind, LayerKinds, StageInputs
 from model.lora import TokenSeeds, hash_token_seeds
 from model.norm import LlamaRMSNorm
 from parallel import layers as native
@@ -27,14 +32,16 @@ from parallel.pipeline import ONE_STAGE, Pipeline
 class LlamaModel(nn.Module):
     """Embedding, decoder layers and the last norm (the name prefix `model.`)."""
 
-    def __init__(self, config: ModelConfig, layers: ModuleType, pipeline: Pipeline, **layout):
+    def __init__(
+        self, config: ModelConfig, kinds: list[LayerKind], layers: ModuleType, pipeline: Pipeline, **layout
+    ):
         super().__init__()
         self.embed_tokens = layers.ParallelEmbedding(
             config.vocab_size, config.hidden_size, parameter_group=pipeline.vocabulary, pad=True, **layout
         )
         self.layers = nn.ModuleList()  # this stage's, by their ids in the whole model
-        for layer_id in pipeline.layer_ids(config.num_hidden_layers):
-            self.layers.add_module(str(layer_id), LlamaDecoderLayer(config, layers, **layout))
+        for layer_id, kind in zip(pipeline.layer_ids(config.num_hidden_layers), kinds, strict=True):
+            self.layers.add_module(str(layer_id), LlamaDecoderLayer(config, kind, layers, **layout))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps, **layout)
 
 
@@ -73,7 +80,8 @@ class Llama(nn.Module):
             "sequence_parallel_enabled": sequence_parallel,
             "tensor_model_parallel_group": group,
         }
-        self.model = LlamaModel(config, layers, pipeline, **layout)
+        self.kinds = LayerKinds(config, pipeline)
+        self.model = LlamaModel(config, self.kinds.layers, layers, pipeline, **layout)
         self.lm_head = layers.ColumnParallelLinear(
             config.hidden_size,
             config.vocab_size,
@@ -84,7 +92,9 @@ class Llama(nn.Module):
         )
         self._mark_padding()
         self.register_buffer("stage_index", torch.tensor([pipeline.group.rank()]), persistent=False)
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies, self.rotary_factor = rotary_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
         self.register_buffer("rotary_frequencies", frequencies, persistent=False)
         self.tie_weights()
 
@@ -154,7 +164,7 @@ class Llama(nn.Module):
         sequence = labels.shape[1]
         seeds = self.dropout_seeds(row_seeds, sequence) if self.lm_head.has_adapter else None
         with self.token_seeds.during(seeds):
-            x, low_rank = gather_inputs(self.model.norm(hidden), [self.lm_head], self._from_last_stage)
+            x, low_rank = gather_inputs(self._normed(hidden), [self.lm_head], self._from_last_stage)
         results = linear_cross_entropy(
             self.lm_head.factors(x, *low_rank.values()),
             labels.t().flatten(),
@@ -168,18 +178,23 @@ class Llama(nn.Module):
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[batch, sequence] -> [tokens, features]."""
-        return sum_over_stages(self.model.embed_tokens(input_ids.t()).flatten(0, 1), self.pipeline.group)
+        x = sum_over_stages(self.model.embed_tokens(input_ids.t()).flatten(0, 1), self.pipeline.group)
+        return times(x, self.config.embedding_multiplier)
 
     def layer_inputs(
         self, position_ids: torch.Tensor, segment_ids: torch.Tensor, row_seeds: torch.Tensor | None = None
-    ) -> LayerInputs:
+    ) -> StageInputs:
         """Rotary angles, masks and dropout seeds of rows [batch, sequence]; row_seeds [batch] where LoRA may
         drop."""
-        cos, sin = rotary_cos_sin(position_ids.t(), self.rotary_frequencies)
-        masks = None
-        if not self.flash_attention:
-            masks = segment_masks(segment_ids, block_size(segment_ids.shape[1], len(self.model.layers)))
-        return LayerInputs(cos, sin, masks, self.dropout_seeds(row_seeds, position_ids.shape[1]))
+        masks = None if self.flash_attention else self.kinds.masks(segment_ids)
+        seeds = self.dropout_seeds(row_seeds, position_ids.shape[1])
+        return StageInputs(self.rotary(position_ids), masks, seeds)
+
+    def rotary(self, position_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """StageInputs.rotary of positions [batch, sequence]."""
+        return self.kinds.rotary(
+            *rotary_cos_sin(position_ids.t(), self.rotary_frequencies, self.rotary_factor)
+        )
 
     def dropout_seeds(self, row_seeds: torch.Tensor | None, sequence: int) -> torch.Tensor | None:
         """The seeds of LoRA's dropout, int32 [sequence, batch] from row_seeds [batch]; None where nothing is
@@ -188,7 +203,7 @@ class Llama(nn.Module):
         return hash_token_seeds(row_seeds, sequence) if drops else None
 
     def stage(
-        self, x: torch.Tensor, inputs: LayerInputs, caches: list[LayerCache] | None = None
+        self, x: torch.Tensor, inputs: StageInputs, caches: list[LayerCache] | None = None
     ) -> torch.Tensor:
         """This stage's decoder layers: x [tokens, features] -> the same shape."""
 
@@ -196,7 +211,8 @@ class Llama(nn.Module):
             # cos and sin are arguments of their own, because a checkpoint saves the tensors among its
             # arguments.
             with self.token_seeds.during(inputs.token_seeds):
-                return layer(x, LayerInputs(cos, sin, inputs.masks, inputs.token_seeds), cache)
+                masks = None if inputs.masks is None else inputs.masks[layer.kind.masks]
+                return layer(x, LayerInputs(cos, sin, masks), cache)
 
         checkpoints = self.gradient_checkpointing == "full" and torch.is_grad_enabled()
         if checkpoints:
@@ -204,7 +220,7 @@ class Llama(nn.Module):
             # does not.
             x.requires_grad_(True)
         for layer, cache in zip(self.model.layers, caches or [None] * len(self.model.layers), strict=True):
-            layer_input, arguments = x, (x, layer, inputs.cos, inputs.sin, inputs)
+            layer_input, arguments = x, (x, layer, *inputs.rotary[layer.kind.rotary], inputs)
             x = (
                 checkpoint(run, *arguments, preserve_rng_state=False)
                 if checkpoints
@@ -216,8 +232,12 @@ class Llama(nn.Module):
         """The last stage's x [tokens, features] -> logits, [batch, sequence, this rank's part of the
         vocabulary]."""
         with self.token_seeds.during(token_seeds):
-            [logits] = column_parallel(self.model.norm(x), [self.lm_head], self._from_last_stage)
+            [logits] = column_parallel(self._normed(x), [self.lm_head], self._from_last_stage)
         return logits.unflatten(0, (-1, batch)).transpose(0, 1)
+
+    def _normed(self, x):
+        """What the head multiplies."""
+        return times(self.model.norm(x), 1 / self.config.logits_scaling)
 
     def _from_last_stage(self, tensor):
         return self.pipeline.from_last_stage(tensor, self.stage_index)

@@ -8,7 +8,10 @@ from parallel.recomputed import recompute
 
 
 class LlamaRMSNorm(ParallelLayer):
-    """x / sqrt(mean(x^2) + eps) * weight of x [tokens, size], statistics in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight of x [tokens, size], statistics in fp32.
+
+    by_head: x has this rank's heads, so that the weight's gradient is a sum over the tensor parallel ranks.
+    """
 
     def __init__(
         self,
@@ -18,10 +21,11 @@ class LlamaRMSNorm(ParallelLayer):
         device,
         sequence_parallel_enabled: bool = False,
         tensor_model_parallel_group: Group | None = None,
+        by_head: bool = False,
     ):
         super().__init__(tensor_model_parallel_group, sequence_parallel_enabled)
         self.eps = eps
-        self.add_parameter("weight", (size,), None, dtype, device)
+        self.add_parameter("weight", (size,), None, dtype, device, partial=by_head)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps)

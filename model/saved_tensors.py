@@ -1,12 +1,13 @@
 """What autograd saves in a forward tick, apart from its record of how to go back (model/stage.py)."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from model.decoder_layer import LayerInputs
+from model.layer_kinds import StageInputs
 from parallel.graph import backend
 
 
@@ -16,7 +17,7 @@ class BackwardRecord:
 
     It holds no tensor of the tick but the parameters. What autograd saves goes into a list, of which the
     record has the numbers. So it serves every tick whose forward has the same graph, also one that was
-    replayed, each with a list of its own. LayerInputs are not saved: the backward computes them again.
+    replayed, each with a list of its own. StageInputs are not saved: the backward computes them again.
     """
 
     is_opaque_to_replay = True  # parallel/graph/watched.py
@@ -25,17 +26,17 @@ class BackwardRecord:
         self._output_edge: GradientEdge | None = None
         self._embedding_edge: GradientEdge | None = None
         self._input_grad: torch.Tensor | None = None
-        self._inputs = LayerInputs(None, None, None)  # a checkpoint of a layer holds the object
+        self._inputs = StageInputs(None, None)  # a checkpoint of a layer holds the object
         self._anchor = torch.zeros((), requires_grad=True)  # makes autograd record layers that train nothing
         self._forget()
 
     def _forget(self) -> None:
         """Let go of the tensors of the tick."""
         self._compute, self._saved, self._packed = None, [], {}
-        self._fill(LayerInputs(None, None, None))
+        self._fill(StageInputs(None, None))
 
     @contextmanager
-    def saving(self, compute: Callable[[], LayerInputs], saved: list[torch.Tensor]) -> Iterator[LayerInputs]:
+    def saving(self, compute: Callable[[], StageInputs], saved: list[torch.Tensor]) -> Iterator[StageInputs]:
         """Within this context autograd saves tensors in `saved`; gives the result of `compute`."""
         self._fill(compute())
         self._saved = saved
@@ -57,7 +58,7 @@ class BackwardRecord:
     def backward(
         self,
         saved: list[torch.Tensor],
-        compute: Callable[[], LayerInputs],
+        compute: Callable[[], StageInputs],
         output_grad: torch.Tensor,
         is_first: torch.Tensor,
     ) -> torch.Tensor:
@@ -77,12 +78,12 @@ class BackwardRecord:
         self._forget()
         return torch.where(is_first, zeros, input_grad)
 
-    def _fill(self, values: LayerInputs) -> None:
+    def _fill(self, values: StageInputs) -> None:
         vars(self._inputs).update(vars(values))
 
     def _layer_tensors(self):
         inputs = self._inputs
-        tensors = (inputs.cos, inputs.sin, *(inputs.masks or ()), inputs.token_seeds)
+        tensors = [*itertools.chain(*inputs.rotary, *(inputs.masks or ())), inputs.token_seeds]
         return [each for each in tensors if each is not None]
 
     def _pack(self, tensor):
@@ -103,7 +104,7 @@ class BackwardRecord:
         kind, number = packed
         if kind == "saved":
             return self._saved[number].clone()  # optimization barriers change what they get in place
-        if self._inputs.cos is None:
+        if self._inputs.rotary is None:
             self._fill(self._compute())
         return self._layer_tensors()[number]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.decoder_layer import LayerInputs
+from model.layer_kinds import StageInputs
 from model.llama import Llama
 from model.saved_tensors import BackwardRecord
 from parallel.collectives import permute
@@ -69,8 +69,8 @@ def backward_through_stage(
 
 def _stage_layer_inputs(
     model: Llama, batch: dict[str, torch.Tensor], tick: torch.Tensor
-) -> Callable[[], LayerInputs]:
-    """A function that computes the LayerInputs of the micro-batch that this stage has in this tick."""
+) -> Callable[[], StageInputs]:
+    """A function that computes the StageInputs of the micro-batch that this stage has in this tick."""
 
     def compute():
         rows = model.pipeline.microbatch(batch, tick - model.stage_index)

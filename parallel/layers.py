@@ -71,16 +71,19 @@ class ParallelLayer(nn.Module):
         device,
         replicas: int = 1,
         pad: bool = False,
+        partial: bool = False,
     ) -> None:
         """Register an uninitialised parameter: the rank's slice along `dim`, or the whole where dim is None.
 
         A slice may be held by `replicas` neighbours, each of which uses it for other heads. A whole parameter
-        is held by all, and used for all positions, or under sequence parallelism for the rank's own. `pad`:
-        rows need not divide; the last ranks then have rows more than the whole, which are 0 (Shard).
+        is held by all, and used for all positions, or under sequence parallelism for the rank's own, or
+        where it is `partial` for the rank's own heads. `pad`: rows need not divide; the last ranks then have
+        rows more than the whole, which are 0 (Shard).
         """
         size, rank = self.parameter_group.size(), self.parameter_group.rank()
         if dim is None:
-            shard = Shard(global_shape, replicas=size, partial=self.sequence_parallel_enabled and size > 1)
+            partial = (partial or self.sequence_parallel_enabled) and size > 1
+            shard = Shard(global_shape, replicas=size, partial=partial)
         else:
             parts = divide(size, replicas, "the tensor parallel size")
             if not pad:

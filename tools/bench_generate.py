@@ -72,7 +72,7 @@ def measure(runtime, directory: Path, batch_size: int, new: int, rounds: int) ->
         model,
         model.model.embed_tokens.tensor_parallel_group,
         batch_size,
-        capacity_for(max(map(len, prompts)), new, config.max_position_embeddings),
+        capacity_for(max(map(len, prompts)), new, config.max_positions),
     )
     ours, theirs = [], []
     for number in range(rounds + 1):

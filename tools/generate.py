@@ -122,7 +122,7 @@ def answer(runtime, source, arguments, sampling, prompts: list[Prompt] | None) -
     mesh = Mesh.create(runtime.rank, runtime.world_size, arguments.tensor_parallel_size)
     model = source.build(mesh.tp, runtime.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     runtime.mark_step()
-    new, positions = arguments.max_new_tokens, source.config.max_position_embeddings
+    new, positions = arguments.max_new_tokens, source.config.max_positions
     longest = max(len(ids) for _, ids in prompts) if prompts else min(positions - new, LONGEST_TYPED)
     batch_size = min(arguments.batch_size, len(prompts)) if prompts else 1
     generator = Generator(runtime, model, mesh.tp, batch_size, capacity_for(longest, new, positions))
@@ -219,7 +219,7 @@ def prepare(chosen: argparse.Namespace, world_size: int):
     longest = max(len(ids) for _, ids in prompts) if prompts else 1
     if prompts and not all(ids for _, ids in prompts):
         raise ValueError("the question has no token: a text was expected")
-    capacity_for(longest, chosen.max_new_tokens, source.config.max_position_embeddings)
+    capacity_for(longest, chosen.max_new_tokens, source.config.max_positions)
     return source, sampling, prompts
 
 

@@ -33,7 +33,8 @@ class Config:
     )
     # model
     model_id: str | None = _flag(
-        None, "Directory or hub id of a Hugging Face Llama; default: a tiny one with random weights."
+        None,
+        "Directory or hub id of a Hugging Face Llama or relative; default: a tiny one with random weights.",
     )
     random_weights: bool = _flag(
         False, "Start from random weights: of --model_id, only config and tokenizer are read."

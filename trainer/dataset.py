@@ -15,10 +15,10 @@ from trainer.config import Config
 
 def check_row_length(config: Config, model_config: ModelConfig) -> None:
     """Raise ValueError where the model has fewer positions than a row has tokens."""
-    if config.max_seq_length > model_config.max_position_embeddings:
+    if config.max_seq_length > model_config.max_positions:
         raise ValueError(
             f"--max_seq_length {config.max_seq_length} is more than the model's positions "
-            f"(max_position_embeddings {model_config.max_position_embeddings})"
+            f"({model_config.positions_field} {model_config.max_positions})"
         )
 
 

@@ -203,7 +203,8 @@ def attention_of(
     if layers is native:
         return False, "markstep's own layers and blockwise attention"
     most_examples = max(len(group) for each in rows for group in each.groups)
-    reason = why_not_flash(most_examples, config.max_seq_length, model_config.head_dim, config.bf16)
+    window = min(filter(None, model_config.windows), default=0)
+    reason = why_not_flash(most_examples, config.max_seq_length, model_config.head_dim, config.bf16, window)
     chosen = f"blockwise attention: {reason}" if reason else "its NKI flash attention: a row is one example"
     return not reason, f"neuronx-distributed's layers, and {chosen}"
 

@@ -53,7 +53,7 @@ class Samples:
     """
 
     def __init__(self, runtime: Runtime, model: Llama, job: Job, group: Group):
-        positions, wanted = job.model_config.max_position_embeddings, job.config.eval_samples
+        positions, wanted = job.model_config.max_positions, job.config.eval_samples
         self._questions = (
             questions(job.eval_rows, positions - NEW_TOKENS, wanted) if job.eval_rows and wanted else []
         )

@@ -7,6 +7,7 @@ from parallel.collectives import keep_apart
 
 BLOCKS = 256, 1024  # the fewest and the most queries that attend at once
 LAYER_BLOCKS = 64  # of all layers of a graph; each adds some 130 operations to it
+KEYS = 128  # a block's keys begin at a multiple of this, which a systolic array takes at once
 
 
 def block_size(sequence: int, layers: int) -> int:
@@ -21,21 +22,35 @@ def block_size(sequence: int, layers: int) -> int:
     return min(max(-(-part // fewest) * fewest, fewest), most)
 
 
-def segment_masks(segment_ids: torch.Tensor, block: int) -> list[torch.Tensor]:
+def first_key(first_query: int, window: int) -> int:
+    """The first key of a block of queries that begins at `first_query`: with a window, the first multiple of
+    KEYS that it does not hide from the whole block."""
+    return max(0, first_query - window + 1) // KEYS * KEYS if window else 0
+
+
+def segment_masks(
+    segment_ids: torch.Tensor, block: int, window: int = 0, own_window: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """For each `block` of queries, what is added to scores: 0, or the least number where a key is not seen.
 
-    fp32 [batch, 1, queries, 1, keys]; the keys are those up to the block's end. Position i sees j when both
-    belong to one segment and j is not later than i. segment_ids [batch, sequence]; padding is segment 0 and
-    sees itself only, so no row of the softmax is empty.
+    fp32 [batch, 1, queries, 1, keys]; the keys are those from first_key up to the block's end. Position i
+    sees j when both belong to one segment, j is not later than i, and i - j < `window`, if that is not 0.
+    Where pipeline stages differ, `own_window` is this stage's as data, int32 [1], and `window` the largest,
+    or 0. segment_ids [batch, sequence]; padding is segment 0 and sees itself only, so no row of the softmax
+    is empty.
     """
     sequence, segment_ids = segment_ids.shape[1], segment_ids.to(torch.int32)
     order = torch.arange(sequence, dtype=torch.int32, device=segment_ids.device)
     least = torch.full((), torch.finfo(torch.float32).min, device=segment_ids.device)
+    limit = own_window if own_window is not None else window if 0 < window < sequence else None
     masks = []
     for first in range(0, sequence, block):
         last = min(first + block, sequence)
-        same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, :last].unsqueeze(1)
-        seen = same & (order[first:last].unsqueeze(1) >= order[:last].unsqueeze(0))
+        keys = slice(first_key(first, window), last)
+        same = segment_ids[:, first:last].unsqueeze(2) == segment_ids[:, keys].unsqueeze(1)
+        seen = same & (order[first:last].unsqueeze(1) >= order[keys].unsqueeze(0))
+        if limit is not None:
+            seen = seen & (order[first:last].unsqueeze(1) - order[keys].unsqueeze(0) < limit)
         masks.append(torch.where(seen, torch.zeros_like(least), least)[:, None, :, None])
     return masks
 
@@ -47,8 +62,8 @@ def attend(
 
     query [sequence, batch, heads, head_dim]; key, value [sequence, batch, kv_heads, head_dim]; `masks` of
     segment_masks. Returns [sequence * batch, heads * head_dim]. Block by block of queries, with the keys up
-    to its end: blocks above the diagonal are not computed, and no tensor holds the scores of all queries.
-    The query heads that share a KV head form one product: nothing is repeated.
+    to its end: blocks above the diagonal, or that a window hides, are not computed, and no tensor holds the
+    scores of all queries. The query heads that share a KV head form one product: nothing is repeated.
     """
     return _Attention.apply(query, key, value, *masks)
 
@@ -100,8 +115,8 @@ class _Attention(torch.autograd.Function):
             probabilities = (scores - log_sums[:, :, queries]).exp()
             scores = torch.bmm(value[:, keys], outer.transpose(1, 2)).float() - inner[:, :, queries]
             scores = (probabilities * scores).to(value.dtype)
-            of_value = _add_to_first(torch.bmm(probabilities.to(value.dtype), outer), of_value)
-            of_key = _add_to_first(torch.bmm(scores, block), of_key)
+            of_value = _add(torch.bmm(probabilities.to(value.dtype), outer), of_value, keys)
+            of_key = _add(torch.bmm(scores, block), of_key, keys)
             of_query.append(torch.bmm(scores.transpose(1, 2), key[:, keys]))
         of_three = torch.cat(of_query, 1), of_key, of_value
         return *(_by_tokens(each, ctx.tokens) for each in of_three), *(None for _ in masks)
@@ -122,10 +137,10 @@ def _by_tokens(x, tokens):
 
 def _blocks(query, masks):
     """(which rows of the query, which keys, mask) of each block."""
-    first, shared = 0, query.shape[1] // masks[-1].shape[4]
+    first, shared = 0, query.shape[1] // sum(mask.shape[2] for mask in masks)
     for mask in masks:
-        last = first + mask.shape[2] * shared
-        yield slice(first, last), slice(0, mask.shape[4]), mask
+        last = first + mask.shape[2]
+        yield slice(first * shared, last * shared), slice(last - mask.shape[4], last), mask
         first = last
 
 
@@ -138,6 +153,7 @@ def _add_mask(scores, mask, shared):
     return (scores.view(len(mask), kv_heads, *sizes) + mask).view(scores.shape)
 
 
-def _add_to_first(more, sums):
-    """`more` [..., keys, n] with the sums of fewer keys, or None, added to its first."""
+def _add(more, sums, keys):
+    """`more` [..., keys, n] of a block, added to the sums of the blocks before, or None."""
+    more = F.pad(more, (0, 0, keys.start, 0)) if keys.start else more
     return more if sums is None else F.pad(sums, (0, 0, 0, more.shape[1] - sums.shape[1])) + more

@@ -17,10 +17,11 @@ ROW_MULTIPLE = 2048  # the kernel takes rows of a multiple of this many position
 LARGEST_HEAD = 128  # elements
 
 
-def why_not_flash(examples: int, sequence: int, head_dim: int, bf16: bool) -> str:
+def why_not_flash(examples: int, sequence: int, head_dim: int, bf16: bool, window: int = 0) -> str:
     """Why the kernel cannot be used for rows of `sequence` positions; empty where it can.
 
-    `examples`: the most examples that a row holds. `bf16`: whether attention computes in bfloat16.
+    `examples`: the most examples that a row holds. `bf16`: whether attention computes in bfloat16. `window`:
+    the shortest of the model's layers, 0 where none has one.
     """
     if examples > 1:
         return (
@@ -29,6 +30,8 @@ def why_not_flash(examples: int, sequence: int, head_dim: int, bf16: bool) -> st
         )
     if sequence % ROW_MULTIPLE:
         return f"--max_seq_length {sequence} is no multiple of {ROW_MULTIPLE}"
+    if 0 < window < sequence:
+        return f"the kernel knows no window, and the model has one of {window} positions"
     if head_dim > LARGEST_HEAD:
         return f"the model's head_dim {head_dim} is above {LARGEST_HEAD}"
     if not bf16:

@@ -9,6 +9,7 @@ from pathlib import Path
 # Files of a hub model: weights, settings, the tokenizer, and its chat templates, of which
 # additional_chat_templates/ has further ones.
 NEEDED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+UNNEEDED = ["consolidated*"]  # Mistral's: the same weights once more, under its own names
 
 
 def in_one_line(error: Exception) -> str:
@@ -35,7 +36,7 @@ def resolve(model_id: str, flag: str = "--model_id") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=NEEDED))
+        return Path(snapshot_download(model_id, allow_patterns=NEEDED, ignore_patterns=UNNEEDED))
     except Exception as error:  # the hub's errors share no base class
         raise ValueError(
             f"{flag} {model_id}: no directory of that name, and the hub does not give it: "

@@ -195,6 +195,8 @@ def test_a_model_has_the_same_losses_and_gradients(tmp_path):
         ((1, 1024, 128, True), "no multiple of 2048"),
         ((1, 2048, 256, True), "head_dim 256 is above 128"),
         ((1, 2048, 128, False), "--bf16 is off"),
+        ((1, 2048, 128, True, 4096), ""),
+        ((1, 4096, 128, True, 2048), "knows no window, and the model has one of 2048 positions"),
     ],
 )
 def test_when_it_is_right(given, reason):
@@ -208,7 +210,7 @@ def test_the_choice_is_said_and_follows_the_rows():
     from trainer.config import Config
     from trainer.job import attention_of
 
-    config, head = Config(max_seq_length=2048, bf16=True), SimpleNamespace(head_dim=64)
+    config, head = Config(max_seq_length=2048, bf16=True), SimpleNamespace(head_dim=64, windows=())
     examples = [(list(range(5)), [True] * 5)] * 2
     alone, packed = rows_of(examples, [[0], [1]], 2048), rows_of(examples, [[0, 1]], 2048)
     nxd = ModuleType("nxd")
@@ -216,11 +218,13 @@ def test_the_choice_is_said_and_follows_the_rows():
         True,
         "neuronx-distributed's layers, and its NKI flash attention: a row is one example",
     )
-    for rows, settings, said in (
-        ([alone, packed], config, "--packing false"),
-        ([alone], replace(config, bf16=False), "bfloat16"),
+    windowed = SimpleNamespace(head_dim=64, windows=(0, 512))
+    for rows, settings, model, said in (
+        ([alone, packed], config, head, "--packing false"),
+        ([alone], replace(config, bf16=False), head, "bfloat16"),
+        ([alone], config, windowed, "one of 512 positions"),
     ):
-        flash, text = attention_of(settings, head, nxd, rows)
+        flash, text = attention_of(settings, model, nxd, rows)
         assert (
             not flash
             and text.startswith("neuronx-distributed's layers, and blockwise attention: ")

@@ -49,7 +49,7 @@ def test_a_rank_reads_its_slices_and_nothing_else(tmp_path, monkeypatch):
 def test_a_hub_id_is_fetched(tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         asked.append(name)
         if name == "no/access":
             raise OSError("401 Client Error\nmore")
@@ -73,12 +73,15 @@ def test_chat_templates_of_a_hub_id_are_fetched(tmp_path, monkeypatch):
     hub, cache = tmp_path / "hub", tmp_path / "cache"
     save_llama(hub)
     (hub / "additional_chat_templates").mkdir()
-    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja", "model.bin", "README.md"):
+    unneeded = {"model.bin", "README.md", "consolidated.safetensors"}
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja", *unneeded):
         (hub / name).write_text(f"{name}: {{{{ messages[0]['content'] }}}}")
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
         files = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+        for file in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
             (cache / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(hub / file, cache / file)
         return str(cache)
@@ -90,7 +93,7 @@ def test_chat_templates_of_a_hub_id_are_fetched(tmp_path, monkeypatch):
     assert PromptFormat.read(cache, tokenizer).chat
     assert tokenizer.decode(chat_ids(tokenizer, messages)) == "chat_template.jinja: hello"
     check_weights(ModelConfig.from_pretrained(cache), SafetensorsFiles(cache))
-    assert not {path.name for path in cache.iterdir()} & {"model.bin", "README.md"}
+    assert not {path.name for path in cache.iterdir()} & unneeded
 
 
 def test_random_weights_are_the_same_on_every_topology(tmp_path):

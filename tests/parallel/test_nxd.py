@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.models import save_adapter, save_llama
+from tests.support.models import RELATIVES, save_adapter, save_llama, save_model
 from tests.support.nxd_on_threads import needs_source
 from tests.support.on_ranks import ROOT, on_ranks
 from tests.support.runs import SHORT, column, prepare_on_a_rank
@@ -93,8 +93,8 @@ def difference(found, expected):
     [(2, 4, [[0, 1], [2, 3]]), (4, 4, [[0, 1, 2, 3]]), (4, 8, [[0, 2, 4, 6], [1, 3, 5, 7]])],
 )
 def test_llama_equals_that_of_our_layers(tmp_path, tp, world_size, groups):
-    """With biases, LoRA on all layers, KV heads that at TP 4 two ranks hold each, and a vocabulary that the
-    ranks do not divide; packed rows. TP 4 is strided."""
+    """With biases, norms of heads, multipliers, LoRA on all layers, KV heads that two ranks hold at TP 4, and
+    a vocabulary that the ranks do not divide; packed rows. TP 4 is strided."""
     bases = []
     for kv_heads in (2, 4):
         bases.append(str(tmp_path / f"kv{kv_heads}"))
@@ -107,9 +107,14 @@ def test_llama_equals_that_of_our_layers(tmp_path, tp, world_size, groups):
             mlp_bias=True,
         )
         save_adapter(base, tmp_path / f"kv{kv_heads}" / "adapter", LINEAR)
+    for name in ("qwen3 with windows", "granite"):
+        kind, changes = RELATIVES[name]
+        bases.append(str(tmp_path / name))
+        base = save_model(tmp_path / name, kind, **changes | {"num_key_value_heads": 2})
+        save_adapter(base, tmp_path / name / "adapter", LINEAR)
     worst = {}
     for found, replica_groups in on_ranks(both, world_size, tp=tp, bases=bases):
-        assert replica_groups == groups and len(found) == 8
+        assert replica_groups == groups and len(found) == 4 * len(bases)
         for (_, dtype, sequence_parallel), kinds in found.items():
             (losses, gradients, norm), (expected, dense, expected_norm) = kinds["nxd"], kinds["native"]
             assert len(gradients) == len(dense) > 50

@@ -2,13 +2,17 @@
 
 import pytest
 
+from model.llama import check_divisible
+from parallel.mesh import Mesh
+from tools.graphs.models import PRESETS as MODELS
+from tools.graphs.models import read_model
 from trainer.command_line import PRESETS, read_preset
 from trainer.config import Config, parse
 
 
 def test_presets_are_the_flags_of_the_published_jobs():
     seen = {path.stem: parse(["--preset", path.stem]) for path in PRESETS.glob("*.txt")}
-    assert sorted(seen) == ["dolly-llama3-8b", "hyperpod-llama3-8b"]
+    assert set(seen) - set(MODELS) == {"dolly-llama3-8b", "hyperpod-llama3-8b"}
     job, dolly = seen["hyperpod-llama3-8b"], seen["dolly-llama3-8b"]
     assert (job.tensor_parallel_size, job.max_seq_length, job.learning_rate, job.global_batch_size) == (
         8,
@@ -30,6 +34,15 @@ def test_presets_are_the_flags_of_the_published_jobs():
     assert dolly.checkpointing_mode == "full"
 
 
+@pytest.mark.parametrize("path", [path for path in PRESETS.glob("*.txt") if path.stem in MODELS], ids=str)
+def test_a_models_preset_names_it_and_divides_it(path):
+    """Its name is bench_compile's, whose configuration the tensor parallel ranks can divide."""
+    config, model = parse(["--preset", path.stem]), read_model(path.stem)
+    assert path.stem in config.model_id.lower().replace("-instruct", "").replace("llama-", "llama")
+    check_divisible(model, Mesh.create(0, config.tensor_parallel_size, config.tensor_parallel_size).tp)
+    assert config.max_seq_length <= model.max_positions
+
+
 def test_the_command_line_wins(tmp_path):
     config = parse(["--learning_rate", "1e-5", "--preset=hyperpod-llama3-8b", "--random_weights", "false"])
     assert config.learning_rate == 1e-5 and not config.random_weights and config.max_steps == 10000
@@ -39,7 +52,7 @@ def test_the_command_line_wins(tmp_path):
         preset=str(mine), dataset=["a b.txt", "c.txt"], seed=4
     )
     with pytest.raises(
-        ValueError, match="--preset none: dolly-llama3-8b, hyperpod-llama3-8b, or a file of flags"
+        ValueError, match="--preset none: dolly-llama3-8b, granite-3.3-8b, .*, smollm3-3b, or a file of flags"
     ):
         read_preset("none")
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.support.models import save_adapter, save_llama
+from tests.support.models import peft_losses, save_adapter, save_llama
 from tests.support.on_ranks import ROOT, on_ranks
 from tests.support.runs import SHORT, column, environment, read, several_runs, start
 from tools.merge_checkpoint.merging import merge
@@ -201,32 +201,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
         whole / "checkpoint-5",
     )
     torch.testing.assert_close(column(other), column(whole)[5:], rtol=1e-4, atol=0)
-
-
-def peft_losses(adapted, rows):
-    """Ten steps of peft and torch.optim.AdamW on the rows, each segment alone in a row of its own."""
-    from data.loader import Loader
-
-    loader = Loader(rows, batch_size=1, accumulation=4, dp_rank=0, dp_size=1, seed=42)
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
-    adapted.train()
-    curve = []
-    for step in range(10):
-        total, count = 0.0, 0
-        for batch in loader.step(step):
-            for segment in range(1, int(batch["segment_ids"].max()) + 1):
-                where = batch["segment_ids"][0] == segment
-                ids, labels = batch["input_ids"][0, where][None], batch["labels"][0, where]
-                logits = adapted(input_ids=ids).logits[0]
-                total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-                count += int((labels != -100).sum())
-        (total / count).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append(total.item() / count)
-    return curve
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,7 @@ def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, li
     )
     loss, _ = evaluate(runtime, model, loader, mesh)
     capacity = capacity_for(
-        max(len(each.prompt) for each in questions),
-        chosen.max_new_tokens,
-        source.config.max_position_embeddings,
+        max(len(each.prompt) for each in questions), chosen.max_new_tokens, source.config.max_positions
     )
     generator = Generator(runtime, model, mesh.tp, min(chosen.batch_size, len(questions)), capacity)
     answers = generator.generate([each.prompt for each in questions], chosen.max_new_tokens, source.ends)
@@ -95,7 +93,7 @@ def prepare(chosen, config):
     if min(chosen.max_new_tokens, chosen.batch_size) < 1:
         raise ValueError("--max_new_tokens and --batch_size: at least 1 was expected")
     sources = open_sources(chosen)
-    positions = min(source.config.max_position_embeddings for source in sources)
+    positions = min(source.config.max_positions for source in sources)
     capacity_for(1, chosen.max_new_tokens, positions)
     # A date in the prompts is the one of training; models of others have none of their own.
     asked = next((source for source in sources if source.prompts.date), sources[0])

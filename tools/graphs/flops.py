@@ -7,7 +7,7 @@ softmax, the embedding (gather and scatter) and the optimizer have no matrix pro
 
 from torch import nn
 
-from model.attention.blockwise import block_size
+from model.attention.blockwise import block_size, first_key
 from model.decoder_layer import LlamaDecoderLayer
 from model.llama import Llama
 from model.lora import LoraLinear
@@ -99,14 +99,14 @@ class _Count:
     def scores(self, attention: nn.Module) -> int:
         """FLOPs of the rank's attention scores: 2 x rows x heads x head_dim x q x k, summed over the blocks.
 
-        A block of q queries is multiplied with all k keys up to its last query. The causal mask saves nothing
-        within a block.
+        A block of q queries is multiplied with all k keys up to its last query, or with a window from
+        first_key on. The causal mask saves nothing within a block.
         """
         query = getattr(attention.q_proj, "base_layer", attention.q_proj)
         length, area = self.config.max_seq_length, 0
         for first in range(0, length, self.block):
             end = min(first + self.block, length)
-            area += (end - first) * end
+            area += (end - first) * (end - first_key(first, attention.kind.window))
         return 2 * self.rows * query.weight.shape[0] * area
 
     def linear(

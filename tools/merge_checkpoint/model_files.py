@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from model.config import ARCHITECTURES
 from model.weights.hub import naming, read_json
 from model.weights.peft import adapter_config, peft_name
 from model.weights.safetensors_file import TensorWriter
@@ -96,7 +97,9 @@ def write_config(files: dict[str, Tensors], output: Path) -> None:
     """Say in the config.json of `output` of which class and dtype the written model is."""
     dtypes = {dtype for tensors in files.values() for dtype, _ in tensors.values()}
     name = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-    settings = read_json(output / CONFIG) | {"architectures": ["LlamaForCausalLM"], "torch_dtype": name}
+    settings = read_json(output / CONFIG)
+    class_name = ARCHITECTURES[settings["model_type"]].class_name
+    settings |= {"architectures": [class_name], "torch_dtype": name}
     if "dtype" in settings:  # the newer name, which transformers prefers
         settings["dtype"] = name
     _write_settings(output / CONFIG, settings)

@@ -86,9 +86,10 @@ class NxdCheckpoint:
     """
 
     def __init__(self, directory: Path, config: ModelConfig):
-        if config.attention_bias or config.mlp_bias:
+        if config.attention_bias or config.mlp_bias or config.qkv_bias or config.qk_norm:
             raise ValueError(
-                f"{directory}: the config asks for biases, which neuronx-distributed's Llama does not have"
+                f"{directory}: the config asks for biases or norms of queries and keys, which "
+                "neuronx-distributed's Llama does not have"
             )
         stages = find_ranks(Path(directory))
         # The files may hold the head where the config ties it to the embedding.

@@ -1,9 +1,10 @@
 """The report of a deep model in a large world, extrapolated from traces of shallow models in a small world.
 
-Layers: all layers but the first have the same operations, so every count of a graph is a straight line over
-the number of layers. DEPTHS layers of each stage are traced. FLOPs and bytes of messages, inputs and outputs
-are exact; the peak is within 0.1 % (compared with a trace of all layers of Llama-2 7B). Messages over dp are
-those of buckets, which are filled, so their count may be slightly too large.
+Layers: all layers but the first have the same operations, or where layers differ those of the layer a period
+before, so every count of a graph is a straight line over the number of layers. DEPTHS layers of each stage
+are traced, or a period more. FLOPs and bytes of messages, inputs and outputs are exact; the peak is within
+0.1 % (compared with a trace of all layers of Llama-2 7B). Messages over dp are those of buckets, which are
+filled, so their count may be slightly too large.
 
 Ranks: with more data parallel ranks only the replica groups change, and under ZeRO-1 the size of the
 optimizer's state, which is corrected. Partial gradients (of norms, of replicated heads and factors) then also
@@ -22,6 +23,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from model.layer_kinds import LayerKinds
+from parallel.pipeline import Pipeline
 from tools.graphs.memory import state_of
 from tools.graphs.models import rank_model
 from tools.graphs.report import rank_0_mesh
@@ -69,10 +72,10 @@ def _reports_of_a_world(world_size: int, configs: list, model_config) -> list[di
         for number, config in enumerate(traced):
             files.append([])
             for depth in _depths(model_config, config):
-                layers = depth * config.pipeline_parallel_size
-                model = Path(directory) / str(layers)
-                model.mkdir(exist_ok=True)
-                _write(replace(model_config, num_hidden_layers=layers), model / "config.json")
+                model = Path(directory) / f"{number}-{depth}"
+                model.mkdir()
+                settings = _shallow(model_config, config, depth).settings()
+                (model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
                 file = Path(directory) / f"{number}-{depth}.json"
                 cases.append(["--model", str(model), "--json", str(file), *_flags(config)])
                 files[-1].append(file)
@@ -100,27 +103,33 @@ def _config_to_trace(config):
     )
 
 
-def _layers_of_a_stage(model_config, config) -> int:
-    """The layers of a stage, padding layers included."""
-    return -(-model_config.num_hidden_layers // config.pipeline_parallel_size)
-
-
 def _depths(model_config, config) -> tuple[int, ...]:
-    """The numbers of layers of a stage that are traced."""
-    layers = _layers_of_a_stage(model_config, config)
-    return DEPTHS if layers > DEPTHS[-1] else (layers,)
+    """The numbers of layers of a stage that are traced.
+
+    The second has as many layers more as the further ones repeat: where layers differ, a period of their
+    kinds, or all of them.
+    """
+    kinds = LayerKinds(model_config, Pipeline(rank_0_mesh(config).pp)).layers
+    if len(kinds) <= DEPTHS[-1]:
+        return (len(kinds),)
+    period = DEPTHS[1] - DEPTHS[0]
+    while any(one != other for one, other in zip(kinds, kinds[period:], strict=False)):
+        period += 1
+    first = DEPTHS[0] + (len(kinds) - DEPTHS[0]) % period
+    return (first, first + period) if first + period < len(kinds) else (len(kinds),)
 
 
-def _write(model_config, path: Path) -> None:
-    """Write a config.json."""
-    values = vars(model_config) | {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_act": "silu",
+def _shallow(model_config, config, depth: int):
+    """The ModelConfig whose stages have the first `depth` layers of the model's stages."""
+    stages = Pipeline(rank_0_mesh(config).pp).layer_ids_of_stages(model_config.num_hidden_layers)
+    last = model_config.num_hidden_layers - 1
+    ids = [min(layer_id, last) for stage in stages for layer_id in stage[:depth]]
+    of_layers = {
+        name: tuple(values[layer_id] for layer_id in ids)
+        for name in ("windows", "rotary_layers")
+        if (values := getattr(model_config, name))
     }
-    if model_config.rope_scaling:
-        values["rope_scaling"] = model_config.rope_scaling | {"rope_type": "llama3"}
-    path.write_text(json.dumps(values), encoding="utf-8")
+    return replace(model_config, num_hidden_layers=len(ids), **of_layers)
 
 
 def _flags(config) -> list[str]:
@@ -154,14 +163,15 @@ def _trace(cases: list[list[str]], world_size: int) -> None:
 
 
 def _add_layers(shallow: list[dict], config, model_config) -> dict:
-    """The report with all layers, on the line through the reports of DEPTHS layers.
+    """The report with all layers, on the line through the reports of _depths layers.
 
     Where the model has so few layers that all were traced, it is the one report that there is.
     """
     if len(shallow) == 1:
         return shallow[0]
-    layers = _layers_of_a_stage(model_config, config)
-    times = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    layers = -(-model_config.num_hidden_layers // config.pipeline_parallel_size)
+    first, second = _depths(model_config, config)
+    times = (layers - first) / (second - first)
 
     def on_the_line(one, two):
         if isinstance(two, dict):

@@ -10,6 +10,7 @@ import pytest
 from parallel.graph.hlo import BYTES, Graph
 from tests.support.on_ranks import run_program
 from tools.graphs.memory import MARGIN
+from tools.graphs.models import PRESETS
 from tools.graphs.peak import find_peak
 from trainer.config import SAMPLE
 
@@ -321,8 +322,7 @@ def test_what_cannot_be_read_is_refused(text, message):
 
 BAD = {
     "--model llama9": (
-        "--model llama9: llama2-7b, llama3-8b, llama3.1-8b, llama3.2-1b, llama3-70b, tiny, a directory or a "
-        "config.json was expected"
+        f"--model llama9: {', '.join(PRESETS)}, tiny, a directory or a config.json was expected"
     ),
     "--model llama3-8b --world_size 6 --tensor_parallel_size 4": (
         "the world size 6 is not divisible by --tensor_parallel_size 4"
