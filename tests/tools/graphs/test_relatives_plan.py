@@ -60,13 +60,14 @@ def test_products_are_those_of_the_formula(reports):
 
 
 def test_a_window_leaves_out_the_keys_that_it_hides(reports):
-    """By hand: a row of 1024 is two blocks of 512 queries, of which the second sees keys from 512 - 127 on,
-    from 384 with what is cut at a multiple of 128."""
-    assert first_key(512, 128) == 384 and first_key(512, 0) == 0 and first_key(0, 128) == 0
+    """By hand: a row of 1024 is four blocks of 256 queries, which see keys from 256 - 127, 512 - 127 and 768
+    - 127 on, or from a multiple of 128 before."""
+    assert [first_key(first, 128) for first in (0, 256, 512, 768)] == [0, 128, 384, 640]
+    assert first_key(512, 0) == 0
     product = 2 * 2 * 16  # of a pair of positions: two heads on a rank
-    saved = product * 512 * 384
-    backward = (reports["full"]["step_flops"] - reports["window"]["step_flops"]) / (2 * saved)
-    assert backward in (6, 7)  # products of a layer with LoRA; 7 where the backward computes scores again
+    saved = product * 256 * (128 + 384 + 640)
+    # Seven products of a layer with LoRA: its backward computes the scores again.
+    assert reports["full"]["step_flops"] - reports["window"]["step_flops"] == 2 * 7 * saved
 
 
 def test_layers_of_a_period_are_extrapolated(monkeypatch, forked_traces):  # noqa: F811
