@@ -242,7 +242,7 @@ def test_what_lives_at_the_peak(reports, case):
             assert each["bytes"] == each["count"] * prod(each["shape"]) * BYTES[each["dtype"]]
             assert each["module"] or each["line"] or each["kind"] == "work", (name, each)
     most = max(sum(graph["at_peak"]["bytes"].values()) for graph in report["graphs"].values())
-    assert report["most_bytes"] <= most < report["most_bytes"] + 20_000  # the batch
+    assert report["most_bytes"] <= most < report["most_bytes"] + 50_000  # the batch, what the next stage sent
 
 
 @pytest.mark.process
@@ -264,10 +264,11 @@ def test_the_layers_activations_are_named(reports):
 
 @pytest.mark.process
 def test_recomputation_is_seen_to_save_memory(reports):
-    kept, recomputed = (
-        reports[f"memory {case}"]["graphs"]["step"]["peak_bytes"] for case in ("lora", "recomputed")
-    )
-    assert recomputed < 0.8 * kept
+    """In what layers keep: most of the peak are the scores of one layer, which live either way."""
+    one, other = (reports[f"memory {case}"]["graphs"]["step"] for case in ("lora", "recomputed"))
+    kept, recomputed = (each["at_peak"]["bytes"]["kept activations"] for each in (one, other))
+    assert recomputed < 0.5 * kept, (kept, recomputed)
+    assert other["peak_bytes"] < one["peak_bytes"]
 
 
 BY_HAND = """HloModule m
