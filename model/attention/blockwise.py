@@ -70,7 +70,10 @@ class _Attention(torch.autograd.Function):
         query, key, value = (_by_heads(each, kv_heads) for each in (query, key, value))
         mixed, largest, total = [], [], []
         for queries, keys, mask in _blocks(query, masks):
-            scores = torch.bmm(query[:, queries], key[:, keys].transpose(1, 2)).float()
+            block = query[:, queries].clone()
+            if mixed:
+                keep_apart([block, mixed[-1]])  # one block after the other: memory holds the scores of one
+            scores = torch.bmm(block, key[:, keys].transpose(1, 2)).float()
             scores = _add_mask(scores, mask, -2)
             largest.append(scores.amax(-1, keepdim=True))
             exponentials = (scores - largest[-1]).exp()
@@ -85,16 +88,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, key, value, mixed, log_sums, *masks = ctx.saved_tensors
-        # The compiler computes no scores again before it has `grad`. Barriers change what they get in place.
-        grad, query, key, log_sums = (each.clone() for each in (grad, query, key, log_sums))
-        keep_apart([grad, query, key, log_sums])
         kv_heads = len(key) // ctx.tokens[1]
         inner = (grad.float() * mixed.float()).view(ctx.tokens).sum(-1, keepdim=True)
         inner = _by_heads(inner, kv_heads).transpose(1, 2)  # [batch * kv_heads, 1, rows of the query]
         grad = _by_heads(grad.view(ctx.tokens), kv_heads)
         of_query, of_key, of_value = [], None, None
         for queries, keys, mask in _blocks(query, masks):
-            block, outer = query[:, queries], grad[:, queries]
+            block, outer = query[:, queries].clone(), grad[:, queries].clone()
+            # The compiler computes no scores again before it has `grad` and has done with the block before.
+            keep_apart([block, outer, *of_query[-1:]])
             scores = torch.bmm(key[:, keys], block.transpose(1, 2)).float()
             scores = _add_mask(scores, mask.permute(0, 1, 4, 2, 3), -1)
             probabilities = (scores - log_sums[:, :, queries]).exp()
