@@ -186,7 +186,7 @@ class Generator:
             torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape)
         )
         # One causal segment: padding stands at the end, where no token of the prompt sees it.
-        block = block_size(input_ids.shape[1], len(self._model.model.layers))
+        block = block_size(input_ids.shape[1])
         masks = segment_masks(torch.ones_like(input_ids), block)
         with WeightFirst():
             x = self._stages(input_ids, positions, None, masks)

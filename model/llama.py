@@ -178,7 +178,7 @@ class Llama(nn.Module):
         cos, sin = rotary_cos_sin(position_ids.t(), self.rotary_frequencies)
         masks = None
         if not self.flash_attention:
-            masks = segment_masks(segment_ids, block_size(segment_ids.shape[1], len(self.model.layers)))
+            masks = segment_masks(segment_ids, block_size(segment_ids.shape[1]))
         return LayerInputs(cos, sin, masks, self.dropout_seeds(row_seeds, position_ids.shape[1]))
 
     def dropout_seeds(self, row_seeds: torch.Tensor | None, sequence: int) -> torch.Tensor | None:

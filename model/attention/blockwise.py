@@ -6,19 +6,16 @@ import torch.nn.functional as F
 from parallel.collectives import keep_apart
 
 BLOCKS = 256, 1024  # the fewest and the most queries that attend at once
-LAYER_BLOCKS = 64  # of all layers of a graph; each adds some 130 operations to it
 
 
-def block_size(sequence: int, layers: int) -> int:
-    """Queries that attend at once, in a graph of so many layers: a tensor of scores is [heads, block, keys].
+def block_size(sequence: int) -> int:
+    """Queries that attend at once: half a row, within BLOCKS. A tensor of scores is [heads, block, keys].
 
-    Smaller blocks skip more of the square above the diagonal: two leave 3/4 of it, four 5/8, eight 9/16. A
-    small model has many of them. In a deep one, whose graph would take the Neuron compiler long, they are
-    half a row or BLOCKS's most.
+    Smaller blocks skip more of the square above the diagonal: two leave 3/4 of it, four 5/8, eight 9/16. Each
+    adds some 130 operations a layer to the graph.
     """
     fewest, most = BLOCKS
-    part = -(-sequence // max(LAYER_BLOCKS // layers, 2))
-    return min(max(-(-part // fewest) * fewest, fewest), most)
+    return min(max(sequence // 2, fewest), most)
 
 
 def segment_masks(segment_ids: torch.Tensor, block: int) -> list[torch.Tensor]:
