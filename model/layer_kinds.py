@@ -78,7 +78,7 @@ class LayerKinds(nn.Module):
 
     def masks(self, segment_ids: torch.Tensor) -> list[list[torch.Tensor]]:
         """StageInputs.masks of rows [batch, sequence]."""
-        block = block_size(segment_ids.shape[1], len(self.layers))
+        block = block_size(segment_ids.shape[1])
         return [segment_masks(segment_ids, block, *each) for each in self._limits()]
 
     def seen(self, slots: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:

@@ -6,20 +6,17 @@ import torch.nn.functional as F
 from parallel.collectives import keep_apart
 
 BLOCKS = 256, 1024  # the fewest and the most queries that attend at once
-LAYER_BLOCKS = 64  # of all layers of a graph; each adds some 130 operations to it
 KEYS = 128  # a block's keys begin at a multiple of this, which a systolic array takes at once
 
 
-def block_size(sequence: int, layers: int) -> int:
-    """Queries that attend at once, in a graph of so many layers: a tensor of scores is [heads, block, keys].
+def block_size(sequence: int) -> int:
+    """Queries that attend at once: half a row, within BLOCKS. A tensor of scores is [heads, block, keys].
 
-    Smaller blocks skip more of the square above the diagonal: two leave 3/4 of it, four 5/8, eight 9/16. A
-    small model has many of them. In a deep one, whose graph would take the Neuron compiler long, they are
-    half a row or BLOCKS's most.
+    Smaller blocks skip more of the square above the diagonal: two leave 3/4 of it, four 5/8, eight 9/16. Each
+    adds some 130 operations a layer to the graph.
     """
     fewest, most = BLOCKS
-    part = -(-sequence // max(LAYER_BLOCKS // layers, 2))
-    return min(max(-(-part // fewest) * fewest, fewest), most)
+    return min(max(sequence // 2, fewest), most)
 
 
 def first_key(first_query: int, window: int) -> int:
@@ -85,7 +82,10 @@ class _Attention(torch.autograd.Function):
         query, key, value = (_by_heads(each, kv_heads) for each in (query, key, value))
         mixed, largest, total = [], [], []
         for queries, keys, mask in _blocks(query, masks):
-            scores = torch.bmm(query[:, queries], key[:, keys].transpose(1, 2)).float()
+            block = query[:, queries].clone()
+            if mixed:
+                keep_apart([block, mixed[-1]])  # one block after the other: memory holds the scores of one
+            scores = torch.bmm(block, key[:, keys].transpose(1, 2)).float()
             scores = _add_mask(scores, mask, -2)
             largest.append(scores.amax(-1, keepdim=True))
             exponentials = (scores - largest[-1]).exp()
@@ -100,16 +100,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         query, key, value, mixed, log_sums, *masks = ctx.saved_tensors
-        # The compiler computes no scores again before it has `grad`. Barriers change what they get in place.
-        grad, query, key, log_sums = (each.clone() for each in (grad, query, key, log_sums))
-        keep_apart([grad, query, key, log_sums])
         kv_heads = len(key) // ctx.tokens[1]
         inner = (grad.float() * mixed.float()).view(ctx.tokens).sum(-1, keepdim=True)
         inner = _by_heads(inner, kv_heads).transpose(1, 2)  # [batch * kv_heads, 1, rows of the query]
         grad = _by_heads(grad.view(ctx.tokens), kv_heads)
         of_query, of_key, of_value = [], None, None
         for queries, keys, mask in _blocks(query, masks):
-            block, outer = query[:, queries], grad[:, queries]
+            block, outer = query[:, queries].clone(), grad[:, queries].clone()
+            # The compiler computes no scores again before it has `grad` and has done with the block before.
+            keep_apart([block, outer, *of_query[-1:]])
             scores = torch.bmm(key[:, keys], block.transpose(1, 2)).float()
             scores = _add_mask(scores, mask.permute(0, 1, 4, 2, 3), -1)
             probabilities = (scores - log_sums[:, :, queries]).exp()

@@ -113,19 +113,6 @@ def test_the_forward_keeps_no_scores():
     assert sorted(each.numel() for each in kept) == sorted([64 * 16, 64 * 8, 64 * 8, 64 * 16, 64 * 4])
 
 
-def test_blocks_are_many_in_small_models_and_few_in_deep_ones():
-    found = {
-        (rows, layers): blockwise.block_size(rows, layers)
-        for rows in (100, 512, 1024, 2048, 4096, 8192)
-        for layers in (6, 32, 80)
-    }
-    small, llama_8b, llama_70b = (
-        [found[rows, layers] for rows in (100, 512, 1024, 2048, 4096, 8192)] for layers in (6, 32, 80)
-    )
-    assert small == [256, 256, 256, 256, 512, 1024]
-    assert llama_8b == llama_70b == [256, 256, 512, 1024, 1024, 1024]
-
-
 def largest_tensors(runtime, base, sequence):
     """{gradient checkpointing: (elements of the largest tensor, barriers) of forward and backward, traced and
     not executed}."""

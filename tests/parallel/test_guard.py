@@ -129,8 +129,8 @@ def test_what_changed_is_named_and_its_line(tmp_path):
         'step 4: mark_step("step"): a graph was compiled before it, because a value was read'
     )
 
-    counted = line_of("parallel/loss.py", "counted = target != ignore_index")
-    change = f"an input is s64[1,32] where it was s64[1,64] (made at {lines['shape']}, used at {counted})"
+    flattened = line_of("model/llama.py", "labels.t().flatten(),")
+    change = f"an input is s64[1,32] where it was s64[1,64] (made at {lines['shape']}, used at {flattened})"
     assert shape == new_graph(4, change)
     use = line_of("model/llama.py", "rotary_cos_sin(position_ids.t()")
     assert dtype == new_graph(

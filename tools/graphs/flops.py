@@ -22,7 +22,7 @@ def micro_batch_flops(model: Llama, config: Config, recomputation: bool = True) 
     Parameters may be on any device; their requires_grad says what is trained. A pipeline stage computes its
     layers, padding layers included, and its part of the head in each of its M + P - 1 ticks, idle or not.
     """
-    block = block_size(config.max_seq_length, len(model.model.layers))
+    block = block_size(config.max_seq_length)
     count = _Count(config, recomputation, block)
     for tick in range(config.ticks):
         # A tick sends the gradient of its input to the stage before. In the first tick that input is a

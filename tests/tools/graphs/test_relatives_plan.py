@@ -7,8 +7,8 @@ import pytest
 from model.attention.blockwise import first_key
 from model.config import ModelConfig
 from tests.support.on_ranks import run_program
-from tests.tools.test_bench_compile import PROGRAM
-from tests.tools.test_plan import forked_traces  # noqa: F401  (a fixture)
+from tests.tools.graphs.test_bench_compile import PROGRAM
+from tests.tools.graphs.test_plan import forked_traces  # noqa: F401  (a fixture)
 from tools.graphs.models import PRESETS, read_model
 from tools.plan import extrapolate
 from trainer.config import Config
@@ -60,12 +60,11 @@ def test_products_are_those_of_the_formula(reports):
 
 
 def test_a_window_leaves_out_the_keys_that_it_hides(reports):
-    """By hand: a row of 1024 is four blocks of 256 queries, which see keys from 256 - 127, 512 - 127 and 768
-    - 127 on, or from a multiple of 128 before."""
-    assert [first_key(first, 128) for first in (0, 256, 512, 768)] == [0, 128, 384, 640]
-    assert first_key(512, 0) == 0
+    """By hand: a row of 1024 is two blocks of 512 queries, of which the second sees keys from 512 - 127 on,
+    from 384 with what is cut at a multiple of 128."""
+    assert first_key(512, 128) == 384 and first_key(512, 0) == 0 and first_key(0, 128) == 0
     product = 2 * 2 * 16  # of a pair of positions: two heads on a rank
-    saved = product * 256 * (128 + 384 + 640)
+    saved = product * 512 * 384
     # Seven products of a layer with LoRA: its backward computes the scores again.
     assert reports["full"]["step_flops"] - reports["window"]["step_flops"] == 2 * 7 * saved
 
