@@ -123,7 +123,7 @@ def kept_by_a_layer(runtime, model_config):
     from model.lora import add_lora
     from parallel.graph.backend import tensor_id
 
-    config, found = ModelConfig(**model_config), {}
+    config, found = ModelConfig.from_settings(model_config), {}
     for training, dropout in (("all weights", None), ("LoRA", 0.0), ("LoRA with dropout", DROPOUT)):
         model = Llama(config, device="cpu")
         if dropout is not None:
