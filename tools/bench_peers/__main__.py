@@ -76,10 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def model_of(name: str) -> dict:
     """The config.json of a model of --model."""
-    if name == "small":
-        return MODEL
-    rope = PRESETS[name].get("rope_scaling")
-    return MODEL | PRESETS[name] | ({"rope_scaling": {"rope_type": "llama3"} | rope} if rope else {})
+    return MODEL if name == "small" else PRESETS[name]
 
 
 def _device() -> str:

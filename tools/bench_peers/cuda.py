@@ -23,16 +23,15 @@ from tools.bench_peers.inputs import FILES, LORA  # noqa: E402
 def random_model(directory: Path, device: str, dtype):
     """A transformers model with random weights, drawn on the device."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(directory, attn_implementation="sdpa")
+    config = AutoConfig.from_pretrained(directory, attn_implementation="sdpa")
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.to_empty(device=device)
     model.tie_weights()
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, device=device)  # has a buffer
+    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)  # has a buffer
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
