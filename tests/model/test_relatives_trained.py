@@ -78,6 +78,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RELATIVES)
 def test_ten_steps_follow_peft_and_come_back_merged(trained, name):
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     directory, adapted, flags, ranks = trained[name]
@@ -92,6 +93,12 @@ def test_ten_steps_follow_peft_and_come_back_merged(trained, name):
     with torch.no_grad():
         expected, found = adapted.eval()(ids).logits, merged.eval()(ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3 * expected.abs().max().item())
+    # What the ranks have trained, added to the base model by peft.
+    merge(directory / "out" / "checkpoint-10", directory / "own", adapter_only=True)
+    base = AutoModelForCausalLM.from_pretrained(directory / "base")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base, directory / "own").eval()(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     # The files themselves, to float32's precision: what ranks answer is what transformers does.
     for prompt, *answers in zip(prompts(), *(answers for answers, _ in ranks), strict=True):
         theirs = merged.generate(
