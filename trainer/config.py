@@ -51,8 +51,8 @@ class Config:
     )
     gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
         "none",
-        "What the backward computes again instead of keeping it: decoder layers and logits (full), or no layer "
-        "(none). Attention's scores are never kept: selective, which asks for that elsewhere, means none.",
+        "What the backward computes again instead of keeping it: decoder layers and logits (full), or "
+        "nothing (none). Attention's scores are never kept: selective, which asks for that elsewhere, means none.",
         nargs="?",
         const="full",
     )
