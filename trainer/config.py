@@ -52,7 +52,7 @@ class Config:
     gradient_checkpointing: Literal["none", "selective", "full", "true", "false"] = _flag(
         "none",
         "What the backward computes again instead of keeping it: decoder layers and logits (full), or "
-        "nothing (none). Attention's scores are never kept: selective, which asks for that elsewhere, means none.",
+        "nothing (none). Attention's scores are never kept, so selective means none.",
         nargs="?",
         const="full",
     )
