@@ -31,7 +31,7 @@ def random_model(directory: Path, device: str, dtype):
         model = AutoModelForCausalLM.from_config(config).to(dtype)
     model.to_empty(device=device)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)  # has a buffer
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # has a buffer
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
