@@ -40,11 +40,13 @@ def markstep(tokens, positions, mfu):
         "target_tokens_per_second": tokens / 2,
         "padded_tokens_per_second": positions,
         "mfu": mfu,
+        "peak_memory_bytes": 3e9,
     }
 
 
 def peer(tokens, positions, *seconds):
-    return {"seconds": list(seconds), "tokens": tokens, "target_tokens": tokens / 4, "positions": positions}
+    rates = {"tokens": tokens, "target_tokens": tokens / 4, "positions": positions}
+    return {"seconds": list(seconds), **rates, "memory_bytes": 5e9}
 
 
 def test_rates_are_of_the_warm_steps():
@@ -62,10 +64,10 @@ def test_ratios_are_taken_within_a_round():
         {"markstep": markstep(600, 800, 0.8), "plain": peer(400, 500, 2)},
     ]
     *_, ours, plain = table(rounds)
-    assert ours == "| markstep, packed | 600 | 300 | 1 (1 - 1) | 80% |"
+    assert ours == "| markstep, packed | 600 | 300 | 1 (1 - 1) | 80% | 3.00 |"
     # 400, 100, 200 tokens/s: 2.25, 3 and 3 times as slow; 500, 125, 250 positions/s at a peak of 1250, 1000
     # and 1000
-    assert plain == "| plain loop on torch_xla, full rows | 200 | 50 | 3 (2.25 - 3) | 25% |"
+    assert plain == "| plain loop on torch_xla, full rows | 200 | 50 | 3 (2.25 - 3) | 25% | 5.00 |"
 
 
 def test_the_table_of_a_gpu():
@@ -79,11 +81,11 @@ def test_the_table_of_a_gpu():
     plain = peer(400, 500, 0.5, 1, 3) | {"first_step_seconds": 20.0, "memory_bytes": 31e9}
     *_, traced, replayed, other, peak = gpu_table([{"markstep": ours, "plain_cuda": plain}])
     assert traced == (
-        "| markstep, traced every step | 300 | 150 | 3 (3 - 3) | 1.5000 | 133 | 17% | 21.0 | 60.0 |"
+        "| markstep, traced every step | 300 | 150 | 3 (3 - 3) | 1.5000 | 133 | 17% | 21.00 | 60.0 |"
     )
-    assert replayed == "| markstep, packed | 900 | 450 | 1 (1 - 1) | 0.5000 | 400 | 50% | 21.0 | 60.0 |"
+    assert replayed == "| markstep, packed | 900 | 450 | 1 (1 - 1) | 0.5000 | 400 | 50% | 21.00 | 60.0 |"
     assert other == (
-        "| plain loop on torch, the same rows | 400 | 100 | 2.25 (2.25 - 2.25) | 1.0000 | 200 | 25% | 31.0 "
+        "| plain loop on torch, the same rows | 400 | 100 | 2.25 (2.25 - 2.25) | 1.0000 | 200 | 25% | 31.00 "
         "| 20.0 |"
     )
     assert peak == "GEMM peak: 800 TFLOP/s"
@@ -117,7 +119,7 @@ def test_the_plain_loop_of_a_gpu_trains_on_markstep_s_rows(tmp_path, bf16, recom
     assert (found["labels"][trained] == found["input_ids"][trained]).all()
     assert found["lengths"].sum() == len(tokens.input_ids)
     plain = run("plain_cuda", tmp_path, settings)
-    assert plain["positions"] == 128 and len(plain["seconds"]) == 2 and plain["memory_bytes"] is None
+    assert plain["positions"] == 128 and len(plain["seconds"]) == 2 and plain["memory_bytes"] > 1e8
     assert (
         plain["tokens"] == 2 * found["lengths"].mean() and plain["target_tokens"] == 2 * trained.sum(1).mean()
     )

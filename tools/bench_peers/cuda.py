@@ -9,6 +9,7 @@ use.
 """
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -94,11 +95,13 @@ def row_figures(ended: list[float], rows: int, found) -> dict:
     }
 
 
-def memory_bytes(device: str) -> int | None:
-    """The most bytes of the GPU's memory that torch's tensors have had; None on a CPU."""
+def memory_bytes(device: str) -> int:
+    """The most bytes of the GPU's memory that torch's tensors have had; on a CPU, those of the process."""
     import torch
 
-    return torch.cuda.max_memory_allocated() if device == "cuda" else None
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

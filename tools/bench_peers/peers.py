@@ -77,6 +77,7 @@ def plain(directory: Path) -> dict:
         "instructions": instructions,
         "loss": started.item(),
         "recompilations": metric_data("CompileTime")[0] - compiled,
+        "memory_bytes": memory_bytes(device.type),
     }
 
 
@@ -186,7 +187,9 @@ def is_isolated(model, batch: dict) -> bool:
     """
     import torch
 
-    batch = {name: value.to(model.device) for name, value in batch.items()}
+    # Newer collators add plain numbers, the longest example's length among them.
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    batch |= {name: value.to(model.device) for name, value in tensors.items()}
     begin = int((batch["position_ids"][0] == 0).nonzero()[-1])
     changed = batch["input_ids"].clone()
     changed[:, :begin] = changed[:, :begin].roll(1, 1)

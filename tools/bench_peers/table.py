@@ -27,7 +27,10 @@ def table(rounds: list[dict[str, dict]]) -> list[str]:
     `rounds`: {side: its figures} of each round. Rates are medians over the rounds; ratios are those within a
     round.
     """
-    lines = ["| | tokens/s | target tokens/s | markstep to it | of the GEMM peak |", "|---|---|---|---|---|"]
+    lines = [
+        "| | tokens/s | target tokens/s | markstep to it | of the GEMM peak | memory GB |",
+        "|---|---|---|---|---|---|",
+    ]
     ours = [rates(each["markstep"]) for each in rounds]
     share = [each["markstep"]["mfu"] / rate["positions"] for each, rate in zip(rounds, ours, strict=True)]
     for side in rounds[0]:
@@ -37,7 +40,7 @@ def table(rounds: list[dict[str, dict]]) -> list[str]:
         lines.append(
             f"| {SIDES[side]} | {np.median([each['tokens'] for each in rate]):.0f} "
             f"| {np.median([each['target_tokens'] for each in rate]):.0f} "
-            f"| {_spread(ratios)} | {np.median(shares):.0%} |"
+            f"| {_spread(ratios)} | {np.median(shares):.0%} | {_memory([each[side] for each in rounds])} |"
         )
     return lines
 
@@ -90,9 +93,10 @@ def _seconds(measured: dict) -> float:
 
 
 def _memory(found: list[dict]) -> str:
-    """GB of a side's device memory, the most of all rounds."""
-    most = [each.get("memory_bytes", each.get("peak_device_memory_bytes")) or 0 for each in found]
-    return f"{max(most) / 1e9:.1f}" if max(most) else "-"
+    """GB of a side's memory, the most of all rounds: of the device, on a CPU of the process."""
+    names = ("memory_bytes", "peak_device_memory_bytes", "peak_memory_bytes")
+    most = [next(each[name] for name in names if name in each) for each in found]
+    return f"{max(most) / 1e9:.2f}"
 
 
 def versions() -> str:
