@@ -45,7 +45,9 @@ def page() -> str:
     lines, fields = [HEAD], {field.name: field for field in dataclasses.fields(Config)}
     types_of = typing.get_type_hints(Config)
     for topic, names in topics().items():
-        lines.append(f"## {topic[0].upper()}{topic[1:]}\n\n| flag | default | values | meaning |\n|---|---|---|---|")
+        lines.append(
+            f"## {topic[0].upper()}{topic[1:]}\n\n| flag | default | values | meaning |\n|---|---|---|---|"
+        )
         for name in names:
             cells = default_of(fields[name]), values_of(types_of[name]), fields[name].metadata["help"]
             lines.append(f"| `--{name}` | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -50,8 +50,8 @@ def anchors(page: Path) -> set[str]:
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of each command in the blocks of a page, without variables in front.
 
-    Variables that the block sets (FLAGS="...") are filled in. `$(...)` and what follows it are left out, as are
-    placeholders: FLAGS, [optional] brackets and "...".
+    Variables that the block sets (FLAGS="...") are filled in. `$(...)` and what follows it are left out, as
+    are placeholders: FLAGS, [optional] brackets and "...".
     """
     for language, text in blocks(page):
         if language not in ("bash", ""):
