@@ -1,4 +1,4 @@
-"""What the pages show runs: the diffs of docs/changing-the-loop.md, and the commands of docs/checkpoints.md."""
+"""What pages show runs: the diffs of docs/changing-the-loop.md, the commands of docs/checkpoints.md."""
 
 import math
 import shutil
