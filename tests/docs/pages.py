@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.support.on_ranks import ROOT
 
+OURS = r"python|torchrun|markstep|make|sbatch|tools/.*"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -50,8 +51,9 @@ def anchors(page: Path) -> set[str]:
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of each command in the blocks of a page, without variables in front.
 
-    Variables that the block sets (FLAGS="...") are filled in. `$(...)` and what follows it are left out, as
-    are placeholders: FLAGS, [optional] brackets and "...".
+    Of an indented block, only the lines that begin with a program of ours. Variables that the block sets
+    (FLAGS="...") are filled in. `$(...)` and what follows it are left out, as are placeholders: FLAGS,
+    [optional] brackets and "...".
     """
     for language, text in blocks(page):
         if language not in ("bash", ""):
@@ -61,12 +63,19 @@ def commands(page: Path) -> Iterator[list[str]]:
             line = re.sub(r"\$\(.*", "", line)
             for variable, value in variables.items():
                 line = re.sub(rf"\${variable}\b", value, line)
-            try:
-                words = shlex.split(line, comments=True)
-            except ValueError:  # a quotation that goes over several lines
-                continue
-            words = [word.strip("[]") for word in words if word not in ("FLAGS", "...", "$FLAGS")]
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words.pop(0)
-            if words:
-                yield words
+            for command in line.split(" && "):
+                words = words_of(command)
+                if words and (language or re.fullmatch(OURS, words[0])):
+                    yield words
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a line; none where a quotation goes over several lines."""
+    try:
+        words = shlex.split(command, comments=True)
+    except ValueError:
+        return []
+    words = [word.strip("[]") for word in words if word not in ("FLAGS", "...", "$FLAGS")]
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    return words

@@ -1,7 +1,7 @@
 """README and docs hold: links, commands, flags, names of files, the extract of the loop."""
 
 import argparse
-import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -14,34 +14,15 @@ from tests.support.on_ranks import ROOT
 README = ROOT / "README.md"
 # Programs that are not ours. What a page runs has to be one of them, or one that is parsed below.
 OTHERS = {
-    *(
-        ".",
-        "cd",
-        "cp",
-        "curl",
-        "docker",
-        "export",
-        "git",
-        "huggingface-cli",
-        "hf",
-        "kubectl",
-        "aws",
-        "ls",
-        "mkdir",
-    ),
-    *(
-        "neuron-ls",
-        "neuron-top",
-        "pip",
-        "sbatch",
-        "scancel",
-        "sudo",
-        "tensorboard",
-        "unset",
-        "wandb",
-        "source",
-    ),
+    *(".", "cd", "cp", "curl", "docker", "export", "git", "ls", "mkdir", "pip", "source", "sudo", "unset"),
+    *("aws", "hf", "huggingface-cli", "kubectl", "tensorboard", "wandb"),
+    *("neuron-ls", "neuron-top", "neuron_parallel_compile", "neuronx-cc"),
 }
+TRAINER = ["python", "trainer/main.py"]
+COMMANDS = {
+    "train": None,
+    "merge": "merge_checkpoint",
+}  # of markstep, where they are not python -m tools.NAME
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -62,7 +43,7 @@ def test_named_files_exist(page):
     folders = "trainer|model|parallel|data|tools|tests|docs"
     for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", prose(page)):
         assert list(ROOT.glob(path.rstrip("/"))), f"{path} is not there"
-    for module in re.findall(r"`(?:python -m )?tools\.(\w+)", prose(page)):
+    for module in re.findall(r"`(?:python -m )?tools\.(?!py\b)([a-z]\w+)", prose(page)):
         assert (ROOT / "tools" / module).is_dir() or (ROOT / "tools" / f"{module}.py").is_file(), module
 
 
@@ -96,39 +77,48 @@ def parse_tool(monkeypatch, tool, words):
 def test_commands_can_be_typed(monkeypatch, capsys):
     from trainer.config import parse
 
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    modules, seen = {path.stem for path in (ROOT / "tools").iterdir()}, 0
+    seen = 0
     for page in PAGES:
         for words in commands(page):
-            line, flags = f"{name(page)}: {' '.join(words)}", None
-            if words[0] == "torchrun":
-                start = next(number for number, word in enumerate(words) if word in ("trainer/main.py", "-m"))
-                words = ["python", *words[start:]]
-            if words[:2] == ["python", "trainer/main.py"]:
-                flags = words[2:]
-            elif words[:2] == ["python", "-m"] and words[2].startswith("tools."):
-                tool = words[2].removeprefix("tools.")
-                assert tool in modules, line
-                try:
-                    flags = parse_tool(monkeypatch, tool, words[3:])
-                except SystemExit:
-                    pytest.fail(f"{line}: {capsys.readouterr().err}")
-            elif words[0] == "make":
-                assert targets >= {word for word in words[1:] if re.fullmatch("[a-z]+", word)}, line
-            elif re.match(r"tools/|sbatch$", words[0]):
-                script = next(word for word in words if word.startswith("tools/"))
-                assert (ROOT / script).is_file(), line
-                flags = words[words.index(script) + 1 :]
-            else:
-                known = words[:3] == ["python", "-m", "pytest"] or words[:2] == ["python", "-c"]
-                assert known or words[0] in OTHERS or page.parent.name == "launch", line
-            if flags:
-                try:
+            try:
+                flags = flags_of(monkeypatch, words)
+                if flags:
                     parse(flags)
-                except SystemExit:
-                    pytest.fail(f"{line}: {capsys.readouterr().err}")
+            except (SystemExit, AssertionError) as error:
+                pytest.fail(f"{name(page)}: {' '.join(words)}: {error} {capsys.readouterr().err}")
             seen += flags is not None
     assert seen > 40
+
+
+def flags_of(monkeypatch, words):
+    """What trainer/main.py would parse of a command; None where that is no program of ours."""
+    if words[0] == "torchrun":
+        words = words[
+            next(n for n, word in enumerate(words) if word in ("trainer/main.py", "-m", "markstep")) :
+        ]
+        words = words if words[0] == "markstep" else ["python", *words]
+    if words[0] == "markstep" and len(words) > 1 and words[1] != "--help":
+        tool = COMMANDS.get(words[1], words[1])
+        words = ["python", "-m", f"tools.{tool}", *words[2:]] if tool else [*TRAINER, *words[2:]]
+    if words[:2] == TRAINER:
+        return words[2:]
+    if words[:2] == ["python", "-m"] and words[2].startswith("tools."):
+        tool = words[2].removeprefix("tools.")
+        assert importlib.util.find_spec(words[2]), "there is no such tool"
+        return parse_tool(monkeypatch, tool, words[3:])
+    if re.fullmatch(r"sbatch|tools/.*", words[0]):
+        last = max(number for number, word in enumerate(words) if word.startswith("tools/"))
+        assert (ROOT / words[last]).is_file(), "there is no such file"
+        return words[last + 1 :]
+    if words[0] == "make":
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+        assert targets >= {word for word in words[1:] if re.fullmatch("[a-z]+", word)}, "no such target"
+    elif words[:3] != ["python", "-m", "pytest"] and words[:2] not in (
+        ["python", "-c"],
+        ["markstep", "--help"],
+    ):
+        assert words[0] in OTHERS, "an unknown program"
+    return None
 
 
 def test_the_readme_is_short():
@@ -182,8 +172,9 @@ def test_the_keys_of_metrics_are_explained():
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == written
 
 
-def test_a_page_says_what_it_answers():
-    for page in PAGES:
-        if page.parent.name in ("docs", "benchmarks") and page.name != "log.md":
-            first = page.read_text().split("\n\n")[1]
-            assert first.startswith("This page"), f"{name(page)} begins with {first[:60]!r}"
+def test_a_page_begins_with_a_sentence():
+    """It says what the page is for: after the title, no command, table or list."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        title, first = page.read_text().split("\n\n")[:2]
+        assert title.startswith("# ") and "\n" not in title, name(page)
+        assert re.match(r"[A-Z`][^|#]*[.:]", first), f"{name(page)} begins with {first[:60]!r}"
