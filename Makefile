@@ -11,7 +11,7 @@ VENV := $(or $(word 1,$(USABLE)),.venv)
 PY := $(or $(word 2,$(USABLE)),.venv/bin/python)
 READY := $(VENV)/.markstep-ready
 
-.PHONY: train demo lint check test seconds golden clean
+.PHONY: train demo lint check test seconds golden flags clean
 train: $(READY)
 	@if [ -e $(OUT) ]; then echo "error: $(OUT) exists: move it away, or choose another: make train OUT=..." >&2; exit 1; fi
 	$(PY) -m torch.distributed.run --standalone --nproc_per_node=4 trainer/main.py --tensor_parallel_size 2 \
@@ -49,6 +49,10 @@ seconds: $(READY)
 # Writes down what the golden runs compute (tests/trainer/test_golden.py): after a change that is meant to change it.
 golden: $(READY)
 	$(PY) -c "import tests.conftest; from tests.trainer.test_golden import write; write()"
+
+# Writes docs/flags.md: after a change of the flags in trainer/config.py.
+flags: $(READY)
+	$(PY) -m tools.flags_page
 
 # A venv starts with the pip of its Python, and an old one takes minutes to choose versions.
 .venv/bin/python:

@@ -8,7 +8,7 @@ from types import ModuleType
 from parallel.runtime import devices
 
 OLDEST = (0, 17)  # of SDK 2.28, the first with torch 2.9
-WAY_OUT = "install it from AWS's package index (README, On Trainium), or pass --parallel_layers native"
+WAY_OUT = "install it from AWS's package index (docs/trainium.md), or pass --parallel_layers native"
 
 
 def parallel_layers(choice: str, stages: int = 1) -> ModuleType:

@@ -91,15 +91,3 @@ def test_the_loop_can_be_read():
     assert [step.count(part) for part in parts] == [1] * len(parts)
     positions = [step.index(part) for part in parts]
     assert positions == sorted(positions)
-
-
-def test_the_readme_shows_the_step():
-    """The functions in README.md are those of trainer/loop.py, to the letter."""
-    text, loop = (ROOT / "README.md").read_text(), (ROOT / "trainer" / "loop.py").read_text()
-    functions = {
-        node.name: ast.get_source_segment(loop, node)
-        for node in ast.parse(loop).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    for name in ("train_step", "forward_backward", "update"):
-        assert functions[name] in text, f"README.md shows another {name} than trainer/loop.py has"

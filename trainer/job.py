@@ -144,7 +144,7 @@ def _identity(
     weights: SafetensorsFiles | RandomWeights,
     train_rows: Rows,
 ) -> dict:
-    """What a checkpoint must agree with before a run resumes from it; CHECKPOINT_FORMAT.md describes it.
+    """What a checkpoint must agree with before a run resumes from it; docs/checkpoint-format.md describes it.
 
     Only the first process hashes the base weights.
     """

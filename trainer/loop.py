@@ -78,9 +78,7 @@ def run(runtime: Runtime, job: Job) -> TrainState:
             eval_loss, target_tokens = evaluate(runtime, state.model, eval_loader, state.mesh)
             metrics.evaluation(step + 1, eval_loss, target_tokens, samples.generate())
         if saves:
-            saver.save(
-                loader.position(step + 1), eval_loss
-            )  # the host waits until it has a copy of the state
+            saver.save(loader.position(step + 1), eval_loss)  # the host waits for its copy of the state
             metrics.restart_clock()
         if stop and not last:
             metrics.stopped(step + 1)
@@ -107,9 +105,7 @@ def train_step(
         return runtime.mark_step("step", whole_step, state, list(micro_batches), scalars, stop_request)
     for batch in micro_batches:
         if state.schedule.ticks:
-            forward_backward_in_ticks(
-                state, batch, runtime.mark_step
-            )  # a graph per tick: trainer/pipelined.py
+            forward_backward_in_ticks(state, batch, runtime.mark_step)  # trainer/pipelined.py
         else:
             runtime.mark_step("micro_batch", forward_backward, state, batch)
     return runtime.mark_step("update", update, state, scalars, stop_request)

@@ -1,8 +1,8 @@
 """The loss of a micro-batch, and what is counted of it for metrics.jsonl.
 
-To train on something else, or to log another figure, change this file; CONTRIBUTING.md has a recipe. Training
-and evaluation, with one stage or several, call `loss_and_counts` here. The names of its figures are in
-`FIGURES`.
+To train on something else, or to log another figure, change this file; docs/changing-the-loop.md shows how.
+Training and evaluation, with one stage or several, call `loss_and_counts` here. The names of its figures are
+in `FIGURES`.
 """
 
 import torch

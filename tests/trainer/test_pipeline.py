@@ -339,7 +339,7 @@ def test_a_language_model_follows_transformers(tmp_path):
         "--weight_decay",
         "0.1",
     ]
-    (tmp_path / "text.txt").write_text((ROOT / "CHECKPOINT_FORMAT.md").read_text())
+    (tmp_path / "text.txt").write_text((ROOT / "docs/checkpoint-format.md").read_text())
     on_ranks(
         several_runs,
         4,

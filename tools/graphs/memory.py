@@ -13,7 +13,7 @@ WEIGHTS, OPTIMIZER, GRADIENTS, KEPT, WORK = KINDS = (
     "kept activations",
     "work",
 )
-# most_bytes was 0.82 to 1.03 of what XLA:CPU allocates (BENCHMARKS.md).
+# most_bytes was 0.82 to 1.03 of what XLA:CPU allocates (docs/benchmarks/memory.md).
 MARGIN = 1.23
 
 

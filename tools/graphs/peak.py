@@ -1,6 +1,6 @@
 """What lives in memory while a graph runs: a model of what a compiler makes of it, and the most at once.
 
-The rules are those of XLA:CPU, as its buffer assignment shows them (BENCHMARKS.md):
+The rules are those of XLA:CPU, as its buffer assignment shows them (docs/benchmarks/memory.md):
 
 - What is computed element by element, or only moves elements, is fused into what reads it, and stored
   nowhere. It is stored where a product, a reduction, a collective or the graph's result reads it, and where

@@ -1,1 +1,1 @@
-"""Writing, finding and reading checkpoints, in the format of CHECKPOINT_FORMAT.md."""
+"""Writing, finding and reading checkpoints, in the format of docs/checkpoint-format.md."""

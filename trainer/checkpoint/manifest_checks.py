@@ -44,7 +44,7 @@ def check_manifest(manifest: dict) -> None:
 def check_pieces(tensors: dict, files: dict[str, TensorFile]) -> None:
     """Raise ValueError where the manifest says something else of a piece than the file that holds it.
 
-    `tensors`: those of the manifest. A file describes its pieces in its header (CHECKPOINT_FORMAT.md).
+    `tensors`: those of the manifest. A file describes its pieces in its header (docs/checkpoint-format.md).
     """
     described = {name: _described(file) for name, file in files.items()}
     for key, values in tensors.items():

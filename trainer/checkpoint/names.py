@@ -1,4 +1,4 @@
-"""The names in a checkpoint, which CHECKPOINT_FORMAT.md describes, and the checkpoints in a directory."""
+"""The names in a checkpoint (docs/checkpoint-format.md), and the checkpoints in a directory."""
 
 import json
 import os

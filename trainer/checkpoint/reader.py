@@ -1,6 +1,6 @@
 """Reading a checkpoint directory: its manifest, checks that it is whole, and any slice on any topology.
 
-CHECKPOINT_FORMAT.md describes the directory; trainer/checkpoint/writer.py writes it.
+docs/checkpoint-format.md describes the directory; trainer/checkpoint/writer.py writes it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Saving checkpoints in the background, complete or not at all. CHECKPOINT_FORMAT.md describes the directory.
+"""Saving checkpoints in the background, complete or not at all; the format is docs/checkpoint-format.md.
 
 Every rank that holds part of the state writes a file of its own, in a thread, from a copy on the host. Rank 0
 waits for the files of the others, writes the manifest and gives the directory its name. The ranks may be
