@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer import metrics
-from trainer.metrics import Metrics
+from trainer.reporting import metrics
+from trainer.reporting.metrics import Metrics
 
 
 @pytest.fixture

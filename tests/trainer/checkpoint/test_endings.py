@@ -24,7 +24,7 @@ def nothing_is_wrong():
 
 def metrics_take_no_more():
     """From its fourth line on, metrics.jsonl cannot be written."""
-    from trainer import metrics
+    from trainer.reporting import files
 
     lines = []
 
@@ -34,7 +34,7 @@ def metrics_take_no_more():
             raise FULL_DISK
         return builtins.open(path, mode, **how)
 
-    metrics.open = open_or_fail
+    files.open = open_or_fail
 
 
 def a_rank_cannot_save():
