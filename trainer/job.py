@@ -93,8 +93,8 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
     config = config.for_ranks(mesh.dp.size())
-    check_writers(config)
     resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir)
+    check_writers(config)
 
     directory = resolve(config.model_directory)
     model_config = ModelConfig.from_pretrained(directory)

@@ -26,17 +26,20 @@ class RunFiles:
         self._output, self._stop = output, stop
         self.error: OSError | None = None
 
-    def continue_from(self, first_step: int, evaluates: bool) -> bool:
+    def continue_from(self, first_step: int, evaluates: bool) -> tuple[int, bool]:
         """Drop what a run writes again that begins after `first_step` steps, with an evaluation or without.
 
-        Returns whether an evaluation at `first_step` was among that. Raises OSError, and leaves the file,
-        where it cannot be written.
+        Returns what there was before: (the last step, or -1; whether `first_step` had an evaluation). Raises
+        OSError, and leaves the file, where it cannot be written.
         """
+        steps, evaluations = (
+            [step for line in read_lines(self._output / name) if (step := step_of(line)) < math.inf]
+            for name in (METRICS, EVALUATIONS)
+        )
         drop_after(self._output / METRICS, first_step)
-        evaluated = first_step in map(step_of, read_lines(self._output / EVALUATIONS))
         for name in (EVALUATIONS, SAMPLES):
             drop_after(self._output / name, first_step - 1 if evaluates else first_step)
-        return evaluated
+        return max([*steps, *evaluations], default=-1), first_step in evaluations
 
     def append(self, name: str, record: dict) -> None:
         """Write a line, in which numbers that are not finite are null: JSON has no NaN."""

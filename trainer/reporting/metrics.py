@@ -70,13 +70,13 @@ class Metrics:
             print(job.summary, flush=True)
         if self._active:
             self._files = RunFiles(Path(job.config.output_dir), job.terminated)
-            evaluated = self._files.continue_from(first_step, bool(job.eval_rows))
+            logged, evaluated = self._files.continue_from(first_step, bool(job.eval_rows))
             self._drawn = first_step if evaluated else None  # the evaluation that the curves have
             device, peak = device_and_peak()
             peak = peak and (peak.bf16 if job.config.bf16 else peak.fp32)
             self._seconds_at_peak = seconds_at_peak(job, runtime.world_size, peak) if peak else None
             self._files.append(STARTS, start_record(runtime, job, first_step, device, peak))
-            self._curves = Curves(job, first_step)
+            self._curves = Curves(job, first_step, logged)
             self._progress = Progress(first_step, job.total_steps)
             self._host = HostTime()
             runtime.listeners.append(self._host)

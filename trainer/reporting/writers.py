@@ -76,7 +76,8 @@ def _check_directory(config: Config, directory: Path) -> None:
 def _check_wandb() -> None:
     import wandb
 
-    if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.api.api_key:
+    online = os.environ.get("WANDB_MODE", "online") == "online"
+    if online and not wandb.login(prompt=False, verify=False):
         raise ValueError(
             "--report_to wandb: no API key is known: run `wandb login`, or set WANDB_MODE=offline, which "
             "keeps the run in --output_dir until `wandb sync`"
@@ -86,7 +87,7 @@ def _check_wandb() -> None:
 class TensorBoard:
     """Writes event files. A resumed run hides what an earlier one wrote after the same step (purge_step)."""
 
-    def __init__(self, job: Job, first_step: int):
+    def __init__(self, job: Job, first_step: int, logged: int):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
@@ -123,10 +124,11 @@ def _as_code(text: str) -> str:
 class WandB:
     """Writes to a run of Weights & Biases; a resumed run goes on with the one of --output_dir.
 
-    W&B takes no step again that it has: the values of the first time stay.
+    W&B takes no step again that it has: the values of the first time stay. Offline it does not say which it
+    has, and those are taken for it that were `logged`.
     """
 
-    def __init__(self, job: Job, first_step: int):
+    def __init__(self, job: Job, first_step: int, logged: int):
         import wandb
 
         config, path = job.config, Path(job.config.output_dir, RUN_ID)
@@ -142,7 +144,8 @@ class WandB:
             config=asdict(config),
             resume="allow",
         )
-        self._done = self._run.step - 1 if self._run.resumed else -1
+        before = logged if resumes and self._run.offline else -1
+        self._done = self._run.step - 1 if self._run.resumed else before
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if step > self._done:
@@ -161,12 +164,18 @@ WRITERS: dict[str, Callable] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 class Curves:
-    """The writers of --report_to. One that fails is left out from then on, with a warning."""
+    """The writers of --report_to. One that fails is left out from then on, with a warning.
 
-    def __init__(self, job: Job, first_step: int):
+    The run begins after `first_step` steps; an earlier one that it continues had logged up to step `logged`.
+    """
+
+    def __init__(self, job: Job, first_step: int, logged: int):
         self._writers = {}
         for name in chosen(job.config):
-            self._try(name, lambda name=name: self._writers.update({name: WRITERS[name](job, first_step)}))
+            self._try(name, lambda name=name: self._open(name, job, first_step, logged))
+
+    def _open(self, name, *arguments):
+        self._writers[name] = WRITERS[name](*arguments)
 
     def step(self, record: dict) -> None:
         """Add a line of metrics.jsonl: train/loss and so on."""
