@@ -8,8 +8,10 @@ import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 
+import pytest
+
 from tools.show_run.__main__ import main
-from tools.show_run.chart import MOST_POINTS, Curve, draw, nice_ticks, thin
+from tools.show_run.chart import MOST_POINTS, Curve, draw, medians, nice_ticks, thin
 from tools.show_run.run import read_run
 from trainer.config import Config
 
@@ -85,7 +87,7 @@ def test_two_runs(tmp_path):
     assert text.count('class="swatch c0"') == text.count('class="swatch c1"') == 1
     assert "5 of 20 parameters (25.00%)" in text
     # the first step's 90 seconds do not hide the others
-    assert "; cut off, up to 90<" in text
+    assert "cut off, up to 90<" in text
     assert text.count("step 7: not finite") == 2
     assert (
         "high &lt;rate&gt;: started again after step 10" in text
@@ -138,6 +140,9 @@ def test_a_long_curve_keeps_its_extremes():
     found = thin(points)
     assert len(found) <= MOST_POINTS + 1 and {points[51_234], points[70_001]} <= set(found)
     assert found == sorted(found, key=lambda point: point[0]) and thin(points[:10]) == points[:10]
+    line = [(step, 3.0 if step == 500 else None if step == 7 else step / 1000) for step in range(1000)]
+    assert medians(line)[50] == pytest.approx((504.5, 0.5055)) and medians(line)[0] == (4, 0.004)
+    assert not medians(line[:99])
 
 
 def test_ticks():

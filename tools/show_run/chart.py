@@ -4,10 +4,12 @@ import html
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 30
 MOST_POINTS = 600  # of a curve
+PARTS = 100  # of a long curve, each with a median
 MOST_DOTS = 60  # up to which each point is drawn, and shows its value
 PERCENTILE, ROOM = 0.98, 1.15  # of a chart that is clipped
 
@@ -38,9 +40,10 @@ def draw(title: str, curves: list[Curve], unit: str, clips: bool) -> str:
     parts = [axes.grid()]
     for curve in curves:
         parts += [_marks(axes, curve), _line(axes, curve)]
-    note = f"; cut off, up to {_number(axes.beyond)}" if axes.beyond is not None else ""
+    note = f"cut off, up to {_number(axes.beyond)}" if axes.beyond is not None else ""
+    unit = "; ".join(filter(None, (unit, note)))
     return (
-        f"<figure><figcaption>{html.escape(title)} <small>{html.escape(unit)}{note}</small></figcaption>"
+        f"<figure><figcaption>{html.escape(title)} <small>{html.escape(unit)}</small></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{''.join(parts)}</svg></figure>"
     )
@@ -101,7 +104,12 @@ def _line(axes: _Axes, curve: Curve) -> str:
         else:
             path += f"{'M' if gap else 'L'}{axes.x(step):.1f} {axes.y(value):.1f}"
             gap = False
-    line = f'<path class="curve c{curve.number}" d="{path}"/>' if path else ""
+    middle = medians(curve.points)
+    faint = " faint" if middle else ""
+    line = f'<path class="curve c{curve.number}{faint}" d="{path}"/>' if path else ""
+    if middle:
+        path = "L".join(f"{axes.x(step):.1f} {axes.y(value):.1f}" for step, value in middle)
+        line += f'<path class="curve c{curve.number}" d="M{path}"/>'
     return line + "".join(parts) + _dots(axes, curve)
 
 
@@ -133,6 +141,17 @@ def _marks(axes: _Axes, curve: Curve) -> str:
             f"{html.escape(curve.name)}: graphs were compiled up to step {step}</title></path>"
         )
     return "".join(parts)
+
+
+def medians(points: list[tuple[int, float | None]]) -> list[tuple[float, float]]:
+    """Of a long curve, the middle step and the median of each of PARTS parts; of a short one nothing."""
+    if len(points) < 4 * PARTS:
+        return []
+    bounds = [len(points) * part // PARTS for part in range(PARTS + 1)]
+    known = [
+        [point for point in points[start:stop] if point[1] is not None] for start, stop in pairwise(bounds)
+    ]
+    return [(median(step for step, _ in part), median(value for _, value in part)) for part in known if part]
 
 
 def thin(points: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:

@@ -26,13 +26,16 @@ figure { margin: 0; padding: .6em .6em .2em; background: var(--box); border-radi
 figcaption { font-weight: 600 } small { color: var(--faint); font-weight: 400 }
 svg { width: 100%; height: auto; display: block } svg text { font-size: 12px; fill: var(--faint) }
 .grid { stroke: var(--grid) } .curve { fill: none; stroke-width: 1.6; stroke-linejoin: round }
+.faint { opacity: .25; stroke-width: 1 }
 .restart { fill: none; stroke-dasharray: 4 4; stroke-width: 1.2 } .compiled { fill: var(--mark) }
 .cross { stroke: var(--bad); stroke-width: 1.8; fill: none }
-table { border-collapse: collapse; margin: .4em 0 } td, th { padding: .25em .7em; text-align: left;
+table { border-collapse: collapse; margin: .4em 0; display: block; overflow-x: auto }
+td, th { padding: .25em .7em; text-align: left;
 vertical-align: top; border-bottom: 1px solid var(--grid) } th { white-space: nowrap }
 .number { font-variant-numeric: tabular-nums } .text { white-space: pre-wrap;
 font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere }
 .changed { background: var(--box); font-weight: 600 }
+td:has(.swatch) { white-space: nowrap }
 .swatch { display: inline-block; width: 1.6em; height: .35em; vertical-align: middle; margin-right: .5em }
 details { margin: .5em 0 } summary { cursor: pointer }
 """ + "\n".join(
@@ -67,7 +70,8 @@ def build(runs: list[Run]) -> str:
             map(_row, runs, _numbers(runs)),
         ),
         "<p><small>A dashed line is a restart, a triangle above a chart a step by which graphs were compiled "
-        "anew, a cross a value that is not finite. Points show their values under the mouse.</small></p>",
+        "anew, a cross a value that is not finite. Points show their values under the mouse; a long curve is "
+        "the median of neighbouring steps, before all values.</small></p>",
         '<div class="charts">',
         *(_chart(runs, *chart) for chart in (*CHARTS, *_others(runs))),
         "</div>",
