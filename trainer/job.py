@@ -94,7 +94,8 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
     config = config.for_ranks(mesh.dp.size())
     resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir)
-    check_writers(config)
+    if _is_first_process():
+        check_writers(config)
 
     directory = resolve(config.model_directory)
     model_config = ModelConfig.from_pretrained(directory)
@@ -216,7 +217,7 @@ def attention_of(
 
 
 def _is_first_process() -> bool:
-    """Whether this process hashes the base weights, locks --output_dir and writes the metrics of the run."""
+    """Whether this process hashes the base weights, locks --output_dir and writes metrics and curves."""
     return os.environ.get("RANK", "0") == "0"
 
 
