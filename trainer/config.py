@@ -14,7 +14,8 @@ from trainer.config_checks import check_values
 
 SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-PATHS = ("preset", "model_id", "adapter_name_or_path", "dataset", "data_cache_dir", "output_dir", "resume")
+OUTPUT_PATHS = ("output_dir", "logging_dir", "resume")
+PATHS = ("preset", "model_id", "adapter_name_or_path", "dataset", "data_cache_dir", *OUTPUT_PATHS)
 
 
 def _flag(default, help_text: str, **argument):
@@ -173,7 +174,13 @@ class Config:
     seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
     # output
     output_dir: str = _flag("output", "Where checkpoints and metrics.jsonl go.")
-    logging_steps: int = _flag(1, "A line in metrics.jsonl every so many steps.")
+    overwrite_output_dir: bool = _flag(
+        False, "Move a run that --output_dir holds into its folder overwritten-1, and start anew."
+    )
+    logging_steps: int = _flag(1, "A line in metrics.jsonl, and in the log, every so many steps.")
+    report_to: list[str] | None = _flag(None, "Curves for tensorboard, wandb or both; default: none.")
+    logging_dir: str | None = _flag(None, "Where TensorBoard's files go; default: OUTPUT_DIR/runs.")
+    run_name: str | None = _flag(None, "The name of the run in Weights & Biases and tools.show_run.")
     eval_steps: int = _flag(0, "With --do_eval, evaluate every so many steps too, where positive.")
     eval_samples: int = _flag(
         0, "With --do_eval, answer so many held-out examples at each evaluation, into samples.jsonl."

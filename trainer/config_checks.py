@@ -33,6 +33,7 @@ AT_LEAST = {
     "adam_epsilon": 1e-30,
 }
 ABOVE_ZERO = ("num_train_epochs", "lora_alpha", "max_minutes")
+REPORT_TO = ("none", "tensorboard", "wandb")
 FROM_ZERO_TO_BELOW_ONE = ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 
 
@@ -94,6 +95,12 @@ def _check_divisibility(config: Config) -> None:
 
 def _check_combinations(config: Config) -> None:
     """No flag contradicts another, or has no effect without it."""
+    unknown = [name for name in config.report_to or () if name not in REPORT_TO]
+    if unknown or config.report_to and "none" in config.report_to and len(config.report_to) > 1:
+        given = " ".join(config.report_to)
+        raise ValueError(f"--report_to {given}: none, tensorboard, wandb, or tensorboard wandb was expected")
+    if config.overwrite_output_dir and config.resume:
+        raise ValueError("--overwrite_output_dir starts anew, and --resume goes on: choose one of them")
     if config.stochastic_rounding and not config.bf16:
         raise ValueError("--stochastic_rounding rounds to bfloat16: pass --bf16 too")
     if config.depth_scaled_init and config.random_seed is None:

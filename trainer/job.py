@@ -26,11 +26,13 @@ from parallel.mesh import Mesh
 from parallel.runtime import extracts_graphs
 from trainer.build import build_model
 from trainer.checkpoint.find import find_checkpoint
+from trainer.checkpoint.previous import set_previous_aside
 from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
 from trainer.dataset import build_rows, fingerprint
-from trainer.lora_settings import lora_config, read_adapter
+from trainer.lora_settings import lora_config, read_adapter, trained_summary
 from trainer.prompts import PromptFormat, end_tokens, keep_date
+from trainer.reporting.writers import check_writers, files_of_a_run
 from trainer.tokenizer import load_tokenizer
 
 
@@ -91,7 +93,9 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
     config = config.for_ranks(mesh.dp.size())
-    resume = find_checkpoint(config.output_dir, config.resume)
+    resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir)
+    if _is_first_process():
+        check_writers(config)
 
     directory = resolve(config.model_directory)
     model_config = ModelConfig.from_pretrained(directory)
@@ -117,6 +121,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     flash_attention, attention_summary = attention_of(
         config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows]
     )
+    summary = [data_summary, *_start_summary(model_config, lora, resume, total_steps), attention_summary]
     if not extracts_graphs():
         _make_output_dir(config.output_dir)  # the only write here, after everything was checked
     return Job(
@@ -129,7 +134,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
         train_rows=train_rows,
         eval_rows=eval_rows,
         total_steps=total_steps,
-        summary="\n".join([data_summary, *_start_summary(resume, total_steps), attention_summary]),
+        summary="\n".join(summary),
         resume=resume,
         identity=identity,
         deadline=begun + 60 * config.max_minutes if config.max_minutes else None,
@@ -183,9 +188,11 @@ def _total_steps(config: Config, mesh: Mesh, train_rows: Rows, resume: Checkpoin
     return steps
 
 
-def _start_summary(resume: Checkpoint | None, total_steps: int) -> list[str]:
-    """Lines on how the run starts, where that is not the usual way."""
-    lines = []
+def _start_summary(
+    model_config: ModelConfig, lora: LoraConfig | None, resume: Checkpoint | None, total_steps: int
+) -> list[str]:
+    """Lines on what is trained, and on how the run starts, where that is not the usual way."""
+    lines = [trained_summary(model_config, lora)]
     if resume:
         lines.append(f"resume: {resume.path}, after step {resume.step} of {total_steps}")
     if extracts_graphs():
@@ -210,7 +217,7 @@ def attention_of(
 
 
 def _is_first_process() -> bool:
-    """Whether this process hashes the base weights, locks --output_dir and writes the metrics of the run."""
+    """Whether this process hashes the base weights, locks --output_dir and writes metrics and curves."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -242,3 +249,9 @@ def lock(output_dir: str) -> None:
             f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): "
             "take care that no other run uses it"
         )
+
+
+def make_way(config: Config) -> None:
+    """Move the run that --output_dir holds into a folder of it; raises ValueError where that cannot be."""
+    if _is_first_process() and not extracts_graphs():
+        set_previous_aside(Path(config.output_dir), files_of_a_run(config))

@@ -18,11 +18,11 @@ from trainer.build import TrainState, build_state
 from trainer.checkpoint.writer import Saver
 from trainer.evaluation import evaluate
 from trainer.job import Job
-from trainer.metrics import Metrics
 from trainer.nonfinite import FiniteCheck
 from trainer.objective import loss_and_counts
 from trainer.optimizer import learning_rate
 from trainer.pipelined import forward_backward_in_ticks, without_mark_step
+from trainer.reporting.metrics import Metrics
 from trainer.samples import Samples
 from trainer.stopping import Stopping
 

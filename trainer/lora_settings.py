@@ -1,13 +1,14 @@
 """LoRA's settings of a run: those of the flags, or of the adapter that it goes on from."""
 
 import re
+from math import prod
 
 from model.config import ModelConfig
 from model.llama import Llama
 from model.lora import LoraConfig
 from model.weights.hub import resolve
 from model.weights.peft import PeftAdapter
-from model.weights.shapes import trained_shapes
+from model.weights.shapes import base_shapes, trained_shapes
 from parallel.layers import ColumnParallelLinear, RowParallelLinear
 from trainer.config import ALL_LINEAR, Config
 
@@ -34,6 +35,23 @@ def read_adapter(config: Config, model_config: ModelConfig) -> PeftAdapter | Non
     adapter = PeftAdapter(directory)
     adapter.check(trained_shapes(model_config, _checked(str(directory), model_config, adapter.config)))
     return adapter
+
+
+def count_parameters(model_config: ModelConfig, lora: LoraConfig | None) -> tuple[int, int]:
+    """(trained parameters, all parameters) of the whole model, LoRA's factors included."""
+    trained = sum(map(prod, trained_shapes(model_config, lora).values()))
+    return trained, trained + (sum(map(prod, base_shapes(model_config).values())) if lora else 0)
+
+
+def trained_summary(model_config: ModelConfig, lora: LoraConfig | None) -> str:
+    """A line that says how much of the model is trained."""
+    trained, parameters = count_parameters(model_config, lora)
+    if not lora:
+        return f"trained: all {parameters:,} parameters"
+    # model.layers.0.self_attn.q_proj.lora_A.weight
+    kinds = sorted({name.split(".")[-3] for name in trained_shapes(model_config, lora)})
+    share = f"{trained:,} of {parameters:,} parameters ({trained / parameters:.3%})"
+    return f"trained: {share}: LoRA of rank {lora.r} on {', '.join(kinds)}"
 
 
 def _targets(text: str, model_config: ModelConfig) -> tuple[str, ...]:

@@ -46,11 +46,13 @@ def main() -> int:
         world_size = requested_world_size(config.world_size)
         prepare_environment(world_size, config.stochastic_rounding)
         from trainer.checkpoint.names import NonFinite
-        from trainer.job import lock, prepare
+        from trainer.job import lock, make_way, prepare
         from trainer.loop import run
 
         job = prepare(config, world_size, BEGUN)
         lock(config.output_dir)
+        if config.overwrite_output_dir:
+            make_way(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

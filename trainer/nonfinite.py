@@ -22,9 +22,9 @@ from parallel.collectives import all_gather
 from parallel.gradients import all_finite
 from parallel.runtime import Runtime
 from trainer.checkpoint.names import NonFinite, list_checkpoints
-from trainer.metrics import say
 from trainer.objective import FIGURES, loss_and_counts
 from trainer.pipelined import forward_backward_in_ticks
+from trainer.reporting.console import say
 
 if TYPE_CHECKING:
     from data.loader import Loader

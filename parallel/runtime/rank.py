@@ -224,6 +224,16 @@ class Runtime:
         pairs = [(tensor, output) for same, output in zip(pending, outputs, strict=True) for tensor in same]
         backend.set_data(pairs)
 
+    def device_memory(self) -> tuple[int, int] | None:
+        """(bytes of the device's memory in use, the most so far); None where it does not tell, as a CPU."""
+        import torch_xla.core.xla_model as xla_model
+
+        try:
+            found = xla_model.get_memory_info(self.device)
+            return found["bytes_used"], found["peak_bytes_used"]
+        except (RuntimeError, KeyError):
+            return None
+
     def compilations(self) -> int:
         """How many graphs this process has compiled so far. On a CPU all ranks live in one process."""
         return backend.count("CompileTime")

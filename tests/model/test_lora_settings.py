@@ -11,7 +11,7 @@ from model.llama import Llama
 from model.lora import LoraLinear, add_lora
 from tests.support.models import save_adapter, save_llama
 from trainer.config import ALL_LINEAR, Config
-from trainer.lora_settings import lora_config, read_adapter
+from trainer.lora_settings import count_parameters, lora_config, read_adapter, trained_summary
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +148,23 @@ def test_settings_of_an_adapter_that_are_not_known(tmp_path, changes):
     edit(tmp_path, **changes)
     message = refused(tmp_path)
     assert "only plain LoRA is read" in message and next(iter(changes)) in message
+
+
+def test_what_is_trained_is_what_peft_counts(base):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = ModelConfig.from_pretrained(base)
+    lora = lora_config(Config(lora_r=4, lora_target_modules="q_proj,down_proj"), config)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    everything = model.num_parameters()
+    model = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    trained, parameters = model.get_nb_trainable_parameters()
+    assert count_parameters(config, lora) == (trained, parameters)
+    assert trained_summary(config, lora) == (
+        f"trained: {trained:,} of {parameters:,} parameters ({100 * trained / parameters:.3f}%): "
+        "LoRA of rank 4 on down_proj, q_proj"
+    )
+    assert trained_summary(config, None) == f"trained: all {everything:,} parameters"

@@ -109,6 +109,7 @@ def test_a_run_that_collects_graphs_has_those_of_the_real_one_and_leaves_nothing
         "eval.jsonl",
         "metrics.jsonl",
         "samples.jsonl",
+        "starts.jsonl",
     ]
 
 

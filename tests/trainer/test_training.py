@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support.models import peft_losses, save_adapter, save_llama
 from tests.support.on_ranks import ROOT, on_ranks
@@ -166,6 +167,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
         5,
         "--gradient_checkpointing",
         "--zero_1",
+        "--report_to",
+        "tensorboard",
     ]
     whole, halves, other = tmp_path / "whole", tmp_path / "halves", tmp_path / "other"
     start(*flags, "--output_dir", whole)
@@ -174,11 +177,17 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
     # Stopped after the save: lines of steps that are done again, the last cut off, and a save that was not
     # completed.
     (halves / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in read(whole)[:7])[:-9])
+    shutil.copytree(whole / "runs", halves / "runs")
     shutil.copytree(whole / "checkpoint-10", halves / "checkpoint-10.incomplete")
     start(*flags, "--output_dir", halves, "--resume", "latest", "--save_total_limit", 1)
     for name in ("step", "loss", "grad_norm", "learning_rate", "target_tokens"):
         assert column(halves, name) == column(whole, name)
     assert read(halves, "eval.jsonl")[-1]["eval_loss"] == read(whole, "eval.jsonl")[-1]["eval_loss"]
+    curves = EventAccumulator(str(halves / "runs"))
+    curves.Reload()
+    drawn = [(event.step, event.value) for event in curves.Scalars("train/loss")]
+    assert drawn == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in read(halves)]
+    assert [line["step"] for line in read(halves, "starts.jsonl")] == [5]
     assert column(whole, "compilations") == [2] * 10  # the step and the evaluation
     assert [path.name for path in halves.glob("checkpoint-*")] == ["checkpoint-10"]
     # Another topology with the same global batch goes on too.
@@ -302,10 +311,16 @@ def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
         --gradient_accumulation_steps 2 --gradient_checkpointing true --bf16 --zero_1 false
         --tensor_parallel_size 8 --pipeline_parallel_size 1 --logging_steps 1 --save_total_limit 1
         --output_dir out --lr_scheduler_type constant --lora_r 16 --lora_alpha 32 --lora_dropout
-        0.0 --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128 --packing true""".split()
+        0.0 --lora_target_modules q_proj,k_proj,v_proj,o_proj --max_seq_length 128 --packing true
+        --report_to none --overwrite_output_dir --logging_dir logs""".split()
+    (tmp_path / "out").mkdir()
+    for name in ("metrics.jsonl", "notes.txt"):
+        (tmp_path / "out" / name).write_text("before\n")
     start(*flags, program=torchrun(8), cwd=tmp_path, forked=False)
     lines = read(tmp_path / "out")
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and lines[-1]["compilations"] == 2
+    for kept in ("notes.txt", "overwritten-1/metrics.jsonl"):
+        assert (tmp_path / "out" / kept).read_text() == "before\n"
     assert all(
         set(line)
         == {
@@ -316,10 +331,14 @@ def test_torchrun_from_elsewhere_with_the_tutorials_flags(tmp_path):
             "learning_rate",
             "target_tokens",
             "tokens_per_second",
+            "mfu",
             "step_seconds",
             "host_seconds",
             "data_wait_seconds",
             "save_stall_seconds",
+            "device_memory_bytes",
+            "device_memory_peak_bytes",
+            "host_memory_bytes",
             "compilations",
         }
         for line in lines

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from parallel.graph import backend
-from parallel.mesh import ALONE
 from parallel.runtime import GraphListener, on_gpu
 
 GEMM, GPU_GEMM = 2048, 8192  # rows and columns of the matrices whose product is the peak
@@ -237,20 +236,11 @@ def _run(job, world_size: int, parts: Parts, trace) -> _Found:
         runtime.barrier()
         run(runtime, job)
         if runtime.rank == 0:
-            found[0].memory = device_memory(runtime.device)
+            memory = runtime.device_memory()
+            found[0].memory = memory and memory[1]
 
     launch(program, world_size)
     return found[0]
-
-
-def device_memory(device) -> int | None:
-    """The most bytes of the device's memory in use so far; None where it does not tell, as a CPU."""
-    import torch_xla.core.xla_model as xla_model
-
-    try:
-        return xla_model.get_memory_info(device).get("peak_bytes_used")
-    except RuntimeError:
-        return None
 
 
 def _rates(job, mesh, seconds: float, lines: list[dict], peak: float) -> dict[str, float]:
@@ -282,17 +272,12 @@ def _micro_batch_flops(job, mesh) -> tuple[float, float]:
 
     The second ones include recomputation and idle ticks.
     """
-    from tools.graphs.flops import micro_batch_flops
     from trainer.build import build_model
+    from trainer.reporting.flops import micro_batch_flops, model_flops
 
     config = job.config
-    plain = replace(config, gradient_checkpointing="none", pipeline_parallel_size=1, num_microbatches=1)
-    one_stage = replace(mesh, pp=ALONE, model=mesh.tp)
     stage = build_model(config, job.model_config, mesh, job.lora)
-    whole = build_model(plain, job.model_config, one_stage, job.lora)
-    return micro_batch_flops(whole, plain, recomputation=False) / mesh.pp.size(), micro_batch_flops(
-        stage, config
-    )
+    return model_flops(config, job.model_config, job.lora, mesh), micro_batch_flops(stage, config)
 
 
 def peak_memory() -> int:

@@ -23,8 +23,8 @@ def report_step(config, model_config, keep_proto: bool, compiles: bool) -> tuple
     Bytes and FLOPs are those of one core. Raises RuntimeError where the step has other graphs than
     Config.graphs says.
     """
-    from tools.graphs.flops import micro_batch_flops
     from tools.graphs.tracing import trace
+    from trainer.reporting.flops import micro_batch_flops
 
     mesh = rank_0_mesh(config)
     model = rank_model(config, model_config, mesh)

@@ -18,6 +18,8 @@ heading), and the prices (PRICE_SOURCE).
 
 from dataclasses import dataclass
 
+from parallel.runtime.peaks import NEURONCORE_V2, TWO_NEURONCORES_V3
+
 GIB = 2**30
 PRICE_SOURCE = (
     "on demand, Linux, us-east-1, as others quoted AWS's list (trn1 June 2026, trn1n 2024); "
@@ -47,8 +49,8 @@ class Instance:
 INSTANCES = {
     "trn1.32xlarge": Instance(
         cores=32,
-        bf16_flops=190e12 / 2,
-        fp32_flops=47.5e12 / 2,
+        bf16_flops=NEURONCORE_V2.bf16,
+        fp32_flops=NEURONCORE_V2.fp32,
         memory_bytes=32 * GIB // 2,
         memory_bandwidth=820e9 / 2,
         link_bandwidth=384e9 / 2,
@@ -57,8 +59,8 @@ INSTANCES = {
     ),
     "trn1n.32xlarge": Instance(
         cores=32,
-        bf16_flops=190e12 / 2,
-        fp32_flops=47.5e12 / 2,
+        bf16_flops=NEURONCORE_V2.bf16,
+        fp32_flops=NEURONCORE_V2.fp32,
         memory_bytes=32 * GIB // 2,
         memory_bandwidth=820e9 / 2,
         link_bandwidth=768e9 / 2,
@@ -67,8 +69,8 @@ INSTANCES = {
     ),
     "trn2.48xlarge": Instance(
         cores=64,
-        bf16_flops=667e12 / 4,
-        fp32_flops=181e12 / 4,
+        bf16_flops=TWO_NEURONCORES_V3.bf16,
+        fp32_flops=TWO_NEURONCORES_V3.fp32,
         memory_bytes=96 * GIB // 4,
         memory_bandwidth=2.9e12 / 4,
         link_bandwidth=1024e9 / 4,

@@ -25,7 +25,7 @@ def read_report(path: str) -> dict:
 
 def check_report(report: dict, config, model_config) -> None:
     """Raise ValueError where the report is of another step than that of the Config and the model."""
-    from tools.graphs.flops import micro_batch_flops
+    from trainer.reporting.flops import micro_batch_flops
 
     mesh = rank_0_mesh(config)
     sizes = {

@@ -4,23 +4,33 @@ import os
 from pathlib import Path
 
 from trainer.checkpoint.names import INCOMPLETE, NAME, list_checkpoints, not_written
+from trainer.checkpoint.previous import previous_checkpoints
 from trainer.checkpoint.reader import Checkpoint
 
 
-def find_checkpoint(output_dir: str, resume: str | None) -> Checkpoint | None:
+def find_checkpoint(output_dir: str, resume: str | None, overwrites: bool = False) -> Checkpoint | None:
     """The verified checkpoint that --resume names; None where the run starts from the beginning.
 
     Raises ValueError where the checkpoint is damaged, and where `output_dir` holds files of another run
-    (checkpoints, metrics.jsonl): a run either continues them or leaves them alone.
+    (checkpoints, metrics.jsonl): a run either continues them or leaves them alone. Where it `overwrites` them
+    (--overwrite_output_dir), the error is for what no run has made.
     """
+    if overwrites:
+        _check_is_directory(Path(output_dir))
+        previous_checkpoints(Path(output_dir))
+        return None
     checkpoint = _find(Path(output_dir), resume)
     _check_names(Path(output_dir), checkpoint.step if checkpoint else 0)
     return checkpoint
 
 
-def _find(output: Path, resume: str | None) -> Checkpoint | None:
+def _check_is_directory(output: Path) -> None:
     if os.path.exists(output) and not os.path.isdir(output):
         raise ValueError(f"--output_dir {output} is a file: a directory was expected")
+
+
+def _find(output: Path, resume: str | None) -> Checkpoint | None:
+    _check_is_directory(output)
     present = list_checkpoints(output)
     if resume == "latest":
         return _latest(output, present)
@@ -38,7 +48,7 @@ def _find(output: Path, resume: str | None) -> Checkpoint | None:
         way_out = "pass --resume latest to go on with it" if present else "move it away"
         raise ValueError(
             f"--output_dir {output} holds {left.name} of another run: {way_out}, "
-            "or choose another --output_dir"
+            "or choose another --output_dir, or pass --overwrite_output_dir"
         )
     return checkpoint
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.on_ranks import run_program
-from tools.graphs.flops import micro_batch_flops
 from tools.graphs.memory import state_of
 from tools.graphs.models import rank_model, read_model
 from tools.graphs.report import rank_0_mesh
@@ -19,6 +18,7 @@ from tools.plan.output import describe
 from tools.plan.roofline import estimate
 from tools.plan.step_report import estimate_step
 from trainer.config import Config
+from trainer.reporting.flops import micro_batch_flops
 
 ROUND = Instance(
     cores=4,

@@ -24,7 +24,7 @@ def nothing_is_wrong():
 
 def metrics_take_no_more():
     """From its fourth line on, metrics.jsonl cannot be written."""
-    from trainer import metrics
+    from trainer.reporting import files
 
     lines = []
 
@@ -34,7 +34,7 @@ def metrics_take_no_more():
             raise FULL_DISK
         return builtins.open(path, mode, **how)
 
-    metrics.open = open_or_fail
+    files.open = open_or_fail
 
 
 def a_rank_cannot_save():
@@ -86,7 +86,7 @@ def test_a_save_that_fails_ends_the_run(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("error:") == 1 and "checkpoint-4.incomplete could not be written" in done.stderr
     assert f"No space left on device: '{tmp_path}/checkpoint-4.incomplete/rank-00003" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "starts.jsonl"]
     assert len(read(tmp_path)) < 20
 
 

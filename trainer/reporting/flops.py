@@ -5,13 +5,18 @@ compares it with the products that parallel/graph/hlo.py counts in the traced gr
 softmax, the embedding (gather and scatter) and the optimizer have no matrix products.
 """
 
+from dataclasses import replace
+
 from torch import nn
 
 from model.attention.blockwise import block_size, first_key
+from model.config import ModelConfig
 from model.decoder_layer import LlamaDecoderLayer
 from model.llama import Llama
-from model.lora import LoraLinear
+from model.lora import LoraConfig, LoraLinear
 from parallel.loss import chunk_sizes
+from parallel.mesh import ALONE, Mesh
+from trainer.build import build_model
 from trainer.config import Config
 
 
@@ -37,6 +42,14 @@ def micro_batch_flops(model: Llama, config: Config, recomputation: bool = True) 
         if config.checkpointing_mode != "none":
             count.logits_again(model.lm_head)
     return count.total
+
+
+def model_flops(config: Config, model_config: ModelConfig, lora: LoraConfig | None, mesh: Mesh) -> float:
+    """FLOPs that the model needs for an accumulation step: a rank's share, without what the backward computes
+    again and without idle ticks. Padding counts as tokens."""
+    plain = replace(config, gradient_checkpointing="none", pipeline_parallel_size=1, num_microbatches=1)
+    whole = build_model(plain, model_config, replace(mesh, pp=ALONE, model=mesh.tp), lora)
+    return micro_batch_flops(whole, plain, recomputation=False) / mesh.pp.size()
 
 
 class _Count:
