@@ -5,20 +5,20 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.command_line import expand
+from trainer.command_line import expand, program
 
 FAILED = 1
 
 
 def parser(tool: str, description: str, trainer_flags: bool = False) -> argparse.ArgumentParser:
-    """The parser of `python -m tools.<tool>`, whose help shows the first paragraph of `description`.
+    """The parser of `python -m tools.<tool>`, or of `markstep <command>`, whose help shows the first paragraph of `description`.
 
     With `trainer_flags` the tool hands unknown flags to the parser of trainer/main.py, so no flag may be
     abbreviated.
     """
     epilog = "All other flags are those of trainer/main.py." if trainer_flags else None
     return argparse.ArgumentParser(
-        prog=f"python -m tools.{tool}",
+        prog=program(f"python -m tools.{tool}"),
         description=description.split("\n\n")[0],
         allow_abbrev=not trainer_flags,
         epilog=epilog,
