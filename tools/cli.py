@@ -11,7 +11,7 @@ FAILED = 1
 
 
 def parser(tool: str, description: str, trainer_flags: bool = False) -> argparse.ArgumentParser:
-    """The parser of `python -m tools.<tool>`, or of `markstep <command>`, whose help shows the first paragraph of `description`.
+    """The parser of `python -m tools.<tool>`, whose help shows the first paragraph of `description`.
 
     With `trainer_flags` the tool hands unknown flags to the parser of trainer/main.py, so no flag may be
     abbreviated.
