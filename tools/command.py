@@ -32,11 +32,11 @@ def commands() -> dict[str, tuple[str, Path]]:
 
 
 def _is_program(text: str) -> bool:
-    return any(line.startswith("if __name__ == ") for line in text.splitlines())
+    return '\nif __name__ == "__main__":\n' in text
 
 
 def summary(path: Path) -> str:
-    """The first sentence of a file's docstring, which is read without importing the file."""
+    """The first paragraph of a file's docstring in one line, which is read without importing the file."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return " ".join(docstring.split("\n\n")[0].split()).removesuffix(".")
 

@@ -87,7 +87,7 @@ def model_card(
     method = [] if kind == BASE or not (checkpoint and checkpoint.lora) else ["lora"]
     data = ModelCardData(
         base_model=base.hub_id if base and base.random_seed is None else None,
-        datasets=_hub_datasets(checkpoint) if checkpoint and kind != BASE else None,
+        datasets=_hub_datasets(checkpoint) or None if checkpoint and kind != BASE else None,
         library_name="peft" if kind == ADAPTER else "transformers",
         pipeline_tag="text-generation",
         tags=["markstep", *method],
@@ -108,7 +108,11 @@ def last_part(path: str) -> str:
 
 def code(text: str) -> str:
     """A text as it is, in Markdown."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+    return f"`{_one_line(text)}`"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())
 
 
 def _introduction(kind: str, base: Base | None) -> str:
@@ -135,8 +139,8 @@ def _training(checkpoint: Checkpoint, base: Base) -> list[str]:
     lines.append(f"- Trained: {method}")
     if _is_text(config, "adapter_name_or_path"):
         lines.append(f"- From the adapter: {code(last_part(config['adapter_name_or_path']))}")
-    if "dataset" in config:
-        lines.append("- Data: " + ", ".join(_data(checkpoint)))
+    if "dataset" in config and (data := _data(checkpoint)):
+        lines.append("- Data: " + ", ".join(data))
     lines.append(f"- Steps: {checkpoint.step}")
     metrics = _lines(checkpoint, "metrics.jsonl", "loss")
     if [line["step"] for line in metrics] == list(range(1, checkpoint.step + 1)):
@@ -157,19 +161,26 @@ def _training(checkpoint: Checkpoint, base: Base) -> list[str]:
 def _data(checkpoint: Checkpoint) -> list[str]:
     """The data sets of a run, in Markdown: hub ids, and the last parts of paths."""
     names, hub = checkpoint.manifest["config"]["dataset"], _hub_datasets(checkpoint)
-    if not names:
+    if names is None:
         return ["the sample that comes with markstep"]
     links = {name: f"[{name}](https://huggingface.co/datasets/{name})" for name in hub}
-    return [links.get(name, code(last_part(name))) for name in names]
+    return [links.get(name, code(last_part(name))) for name in _texts(names)]
 
 
 def _hub_datasets(checkpoint: Checkpoint) -> list[str]:
     """The data sets that were read from the hub; older checkpoints do not say which were."""
     manifest = checkpoint.manifest
-    if "local_datasets" not in manifest:
-        return []
-    names = manifest["config"].get("dataset") or []
-    return [name for name in dict.fromkeys(names) if name not in manifest["local_datasets"]]
+    names = _texts(manifest["config"].get("dataset")) if "local_datasets" in manifest else []
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if name not in manifest["local_datasets"] and HUB_ID.fullmatch(name)
+    ]
+
+
+def _texts(values: object) -> list[str]:
+    """The texts in a list of a manifest, whose flags nobody has checked."""
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
 def _changed_flags(config: dict) -> list[str]:
@@ -180,7 +191,7 @@ def _changed_flags(config: dict) -> list[str]:
         if each.name in PATHS or value is None or value == each.default:
             continue
         values = value if isinstance(value, list) else [value]
-        found.append(" ".join([f"--{each.name}", *(shlex.quote(str(word)) for word in values)]))
+        found.append(" ".join([f"--{each.name}", *(shlex.quote(_one_line(str(word))) for word in values)]))
     return found
 
 
