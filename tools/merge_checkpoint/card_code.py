@@ -28,7 +28,8 @@ TEXT_CODE = """\
 inputs = tokenizer({prompt!r}, return_tensors="pt")
 """
 ANSWER_CODE = """\
-answer = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+ids, mask = inputs["input_ids"], inputs["attention_mask"]
+answer = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64)[0, ids.shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 

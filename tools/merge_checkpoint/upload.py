@@ -109,6 +109,7 @@ class Upload:
     def _say(self, error: Exception) -> str:
         """An error's message in one line, without what could be the token."""
         causes = [each for each in (error, error.__cause__) if each]
-        text = ": ".join(" ".join(str(each).split()) or type(each).__name__ for each in causes)
+        texts = [" ".join(str(each).split()) or type(each).__name__ for each in causes]
+        text = ": ".join(dict.fromkeys(texts))
         text = text.replace(self._token, "[token]")
         return re.sub(r"hf_\w+|(?<=Bearer )\S+", "[token]", text)[:MOST_CHARACTERS]
