@@ -24,6 +24,7 @@ import torch
 
 from tools import cli
 
+ROOT = Path(__file__).resolve().parent.parent
 RANKS = 8
 MODEL = {
     "model_type": "llama",
@@ -138,8 +139,15 @@ SIDES = {function.__name__: function for function in (copy, merge, naive, load)}
 
 def measure(side: str, source: Path, output: Path) -> tuple[float, float]:
     """(seconds, most MB of memory that were added to those of the imports) of a side in its own process."""
-    command = [sys.executable, "-m", "tools.bench_checkpoint", source, "--side", side, "--output", output]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    flags = [source.resolve(), "--side", side, "--output", output.resolve()]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench_checkpoint", *flags],
+        cwd=ROOT,  # the folder where the user stands may have a file tools.py
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
+    )
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.command_line import expand
+from trainer.command_line import expand, program
 
 FAILED = 1
 
@@ -18,7 +18,7 @@ def parser(tool: str, description: str, trainer_flags: bool = False) -> argparse
     """
     epilog = "All other flags are those of trainer/main.py." if trainer_flags else None
     return argparse.ArgumentParser(
-        prog=f"python -m tools.{tool}",
+        prog=program(f"python -m tools.{tool}"),
         description=description.split("\n\n")[0],
         allow_abbrev=not trainer_flags,
         epilog=epilog,

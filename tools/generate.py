@@ -1,8 +1,11 @@
 """Ask a merged model, or a checkpoint without merging it, formatted as in training.
 
     python -m tools.generate --model MERGED | --checkpoint CKPT [--tensor_parallel_size T]
-        [--instruction "What is the capital of France?" [--context ...] | --prompts FILE | --interactive]
+        [--instruction "What is the capital of France?" [--context ...] | --prompts FILE | --interactive
+         | --chat [--system ...]]
 
+--chat keeps a conversation, by the tokenizer's chat template: a line is a question, /reset forgets all turns,
+/exit or Ctrl-D ends. Where it no longer fits, its oldest turns are left out, and that is said.
 A file of prompts is JSON lines with instruction (and context), messages or prompt, or a text with a question
 on each line. On a CPU, T virtual ranks are threads of this process. On NeuronCores, torchrun starts them:
 torchrun --nproc_per_node=T -m tools.generate ...
@@ -14,15 +17,19 @@ from pathlib import Path
 
 from parallel.runtime import asks_for_bf16, launch, leaves_at_once, prepare_environment, requested_world_size
 from tools import cli
+from tools.chat import LONGEST_CHAT, Conversation, chat
 
 LONGEST_TYPED = 1024  # the most tokens of a question that is typed
 Prompt = tuple[str, list[int]]  # (title, tokens)
 
 
 class Terminal:
-    """Prints answers while they are generated, each when those before it are complete."""
+    """Prints answers while they are generated, each when those before it are complete.
 
-    def __init__(self, titles: list[str], tokenizer, ends: set[int], max_new_tokens: int):
+    An answer stands below its title; without one (None), it stands alone.
+    """
+
+    def __init__(self, titles: list[str | None], tokenizer, ends: set[int], max_new_tokens: int):
         self._titles, self._tokenizer, self._ends, self._max = titles, tokenizer, ends, max_new_tokens
         self._tokens: list[list[int]] = [[] for _ in titles]
         self._current, self._printed = 0, None
@@ -32,9 +39,10 @@ class Terminal:
         self._tokens[number].append(token)
         while self._current < len(self._titles):
             tokens = self._tokens[self._current]
-            if self._printed is None:
-                print(f"### Instruction\n{self._titles[self._current]}\n### Answer", flush=True)
-                self._printed = ""
+            title = self._titles[self._current]
+            if self._printed is None and title is not None:
+                print(f"### Instruction\n{title}\n### Answer", flush=True)
+            self._printed = self._printed or ""
             ended = bool(tokens) and tokens[-1] in self._ends
             text = self._tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True)
             done = ended or len(tokens) == self._max
@@ -112,8 +120,13 @@ def typed_prompts(runtime, source, longest: int):
             print(f"the question has {len(ids)} tokens; {longest} are the most")
 
 
-def answer(runtime, source, arguments, sampling, prompts: list[Prompt] | None) -> None:
-    """Print on rank 0 the answers to the prompts, or, where these are None, to questions that are typed."""
+def answer(
+    runtime, source, arguments, sampling, prompts: list[Prompt] | None, conversation: Conversation | None
+) -> None:
+    """Print on rank 0 the answers to the prompts, or, where these are None, to questions that are typed.
+
+    With a conversation, which rank 0 keeps, these are its questions.
+    """
     import torch
 
     from model.generation import Generator, capacity_for
@@ -123,14 +136,22 @@ def answer(runtime, source, arguments, sampling, prompts: list[Prompt] | None) -
     model = source.build(mesh.tp, runtime.device, torch.bfloat16 if arguments.bf16 else torch.float32)
     runtime.mark_step()
     new, positions = arguments.max_new_tokens, source.config.max_positions
-    longest = max(len(ids) for _, ids in prompts) if prompts else min(positions - new, LONGEST_TYPED)
+    longest = min(positions - new, LONGEST_CHAT if conversation else LONGEST_TYPED)
+    longest = max(len(ids) for _, ids in prompts) if prompts else longest
     batch_size = min(arguments.batch_size, len(prompts)) if prompts else 1
     generator = Generator(runtime, model, mesh.tp, batch_size, capacity_for(longest, new, positions))
-    for batch in [prompts] if prompts else ([typed] for typed in typed_prompts(runtime, source, longest)):
+
+    def print_answers(batch: list[tuple[str | None, list[int]]]) -> list[list[int]]:
         terminal = None
         if runtime.rank == 0:
             terminal = Terminal([title for title, _ in batch], source.tokenizer, source.ends, new)
-        generator.generate([ids for _, ids in batch], new, source.ends, sampling, terminal)
+        return generator.generate([ids for _, ids in batch], new, source.ends, sampling, terminal)
+
+    if conversation:
+        chat(runtime, conversation, new, lambda ids: print_answers([(None, ids)])[0])
+    else:
+        for batch in [prompts] if prompts else ([typed] for typed in typed_prompts(runtime, source, longest)):
+            print_answers(batch)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -147,17 +168,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=cli.path_text,
         help="the base model of --checkpoint, where it is no longer where training read it",
     )
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--instruction", help="the question")
-    prompt.add_argument("--prompts", type=cli.path, help="a file of questions")
-    prompt.add_argument(
-        "--interactive", action="store_true", help="questions are typed, each a conversation of its own"
-    )
+    _add_questions(parser)
     parser.add_argument(
-        "--context", default="", help="text that the answer to --instruction should be taken from"
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=64, help="the longest answer, in tokens; default 64"
+        "--max_new_tokens", type=int, help="the longest answer, in tokens; default 64, and 256 with --chat"
     )
     parser.add_argument(
         "--temperature",
@@ -184,11 +197,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bf16", action="store_true", default=asks_for_bf16(), help="weights and activations in bfloat16"
     )
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.system is not None and not chosen.chat:
+        parser.error("--system is the system message of --chat")
+    if chosen.max_new_tokens is None:
+        chosen.max_new_tokens = 256 if chosen.chat else 64
+    return chosen
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is asked."""
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--instruction", help="the question")
+    prompt.add_argument("--prompts", type=cli.path, help="a file of questions")
+    prompt.add_argument(
+        "--interactive", action="store_true", help="questions are typed, each a conversation of its own"
+    )
+    prompt.add_argument(
+        "--chat", action="store_true", help="questions are typed, in one conversation; /reset, /exit"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of --chat")
+    parser.add_argument(
+        "--context", default="", help="text that the answer to --instruction should be taken from"
+    )
 
 
 def prepare(chosen: argparse.Namespace, world_size: int):
-    """(model source, sampling, prompts or None) of the flags.
+    """(model source, sampling, prompts or None, conversation or None) of the flags.
 
     Raises ValueError before anything is compiled.
     """
@@ -220,7 +255,11 @@ def prepare(chosen: argparse.Namespace, world_size: int):
     if prompts and not all(ids for _, ids in prompts):
         raise ValueError("the question has no token: a text was expected")
     capacity_for(longest, chosen.max_new_tokens, source.config.max_positions)
-    return source, sampling, prompts
+    conversation = None
+    if chosen.chat:
+        most = min(source.config.max_positions - chosen.max_new_tokens, LONGEST_CHAT)
+        conversation = Conversation(source.tokenizer, most, chosen.system)
+    return source, sampling, prompts, conversation
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -230,10 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         world_size = requested_world_size(None, chosen.tensor_parallel_size)
         prepare_environment(world_size)
-        source, sampling, prompts = prepare(chosen, world_size)
+        source, *asked = prepare(chosen, world_size)
     except (ValueError, OSError) as error:
         return cli.fail(error)
-    launch(lambda runtime: answer(runtime, source, chosen, sampling, prompts), world_size)
+    launch(lambda runtime: answer(runtime, source, chosen, *asked), world_size)
     return 0
 
 

@@ -30,7 +30,7 @@ def parse_flags(
 
     parser = HfArgumentParser(
         flags,
-        prog="trainer/main.py",
+        prog=program("trainer/main.py"),
         allow_abbrev=False,
         description="Train a Llama on AWS Trainium, on a GPU, or on virtual devices of this CPU.",
     )
@@ -48,6 +48,11 @@ def parse_flags(
         return flags(**values)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def program(otherwise: str) -> str:
+    """How a program names itself in its help: `markstep X` where that command has started it."""
+    return sys.argv[0] if sys.argv[0].startswith("markstep ") else otherwise
 
 
 def expand(path: str | None) -> str | None:

@@ -135,7 +135,7 @@ def test_other_names_are_not_copied(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert names - {"special_tokens_map.json"} == {  # which transformers 5 does not write
         *("config.json", "generation_config.json", "model.safetensors", "prompt_format.json"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "README.md"),
     }
     list_files(checkpoint)
     capsys.readouterr()

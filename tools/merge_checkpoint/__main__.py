@@ -1,8 +1,9 @@
 """A sharded checkpoint -> a Hugging Face model, or the LoRA adapter alone in peft's format.
 
     python -m tools.merge_checkpoint output/checkpoint-10 merged [--adapter_only | --base_only]
-        [--dtype bfloat16] [--verify]
+        [--dtype bfloat16] [--verify] [--push_to_hub OWNER/NAME [--private]]
 
+A model card, README.md, comes with it; --push_to_hub uploads all of it when it is complete.
 A checkpoint that neuronx-distributed wrote is merged too: it needs --model_id for config and tokenizer.
 """
 
@@ -11,9 +12,10 @@ import sys
 from tools import cli
 from tools.merge_checkpoint.merging import merge
 from tools.merge_checkpoint.sources import DTYPES
+from tools.merge_checkpoint.upload import Upload
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser("merge_checkpoint", __doc__)
     parser.add_argument(
         "checkpoint",
@@ -41,14 +43,26 @@ def main() -> int:
     parser.add_argument(
         "--model_id", type=cli.path_text, help="the base model, where it is no longer where training read it"
     )
-    arguments = vars(parser.parse_args())
-    arguments["dtype"] = DTYPES.get(arguments["dtype"])
-    checkpoint, output = arguments.pop("checkpoint"), arguments.pop("output")
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="upload what was written to this repository of the hub"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push_to_hub, a new repository is private"
+    )
+    chosen = vars(parser.parse_args(arguments))
+    chosen["dtype"] = DTYPES.get(chosen["dtype"])
+    checkpoint, output = chosen.pop("checkpoint"), chosen.pop("output")
+    repository, private = chosen.pop("push_to_hub"), chosen.pop("private")
     try:
-        merge(checkpoint, output, **arguments)
+        if private and not repository:
+            raise ValueError("--private says how --push_to_hub OWNER/NAME uploads, which is not given")
+        upload = Upload(repository, private) if repository else None  # before hours of merging
+        merge(checkpoint, output, hub_id=repository, **chosen)
+        print(f"wrote {output}", flush=True)
+        if upload:
+            print(f"uploaded it to {upload.run(output)}")
     except (ValueError, OSError) as error:
         return cli.fail(error)
-    print(f"wrote {output}")
     return 0
 
 

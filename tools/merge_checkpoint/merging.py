@@ -17,15 +17,17 @@ import torch
 from model.config import ModelConfig
 from model.weights.hub import in_one_line, resolve
 from model.weights.shapes import trained_shapes
+from tools.merge_checkpoint.card import ADAPTER, BASE, MODEL, Base, model_card
 from tools.merge_checkpoint.model_files import write_adapter, write_model
 from tools.merge_checkpoint.nxd import NxdCheckpoint
 from tools.merge_checkpoint.sources import AdaptedWeights, TrainedWeights
 from trainer.checkpoint.model_files import check_listed
 from trainer.checkpoint.names import INCOMPLETE, not_written
 from trainer.checkpoint.reader import Checkpoint
-from trainer.prompts import generation_config
+from trainer.prompts import PromptFormat, generation_config
 from trainer.tokenizer import load_tokenizer
 
+CARD = "README.md"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -39,10 +41,12 @@ def merge(
     device: str = "cpu",
     verify: bool = False,
     model_id: str | None = None,
+    hub_id: str | None = None,
 ) -> None:
-    """Write the merged model (or the adapter, or the base) to the new directory `output`.
+    """Write the merged model (or the adapter, or the base) to the new directory `output`, with a model card.
 
     `dtype`: of all weights; default: the base model's under LoRA, else that of the model's config.json.
+    `hub_id`: where it will be uploaded, for the card.
     Raises ValueError and leaves nothing behind.
     """
     path, output, max_bytes = Path(checkpoint_path), Path(output), parse_size(max_shard_size)
@@ -55,7 +59,7 @@ def merge(
             )
         directory = resolve(model_id)
         config = ModelConfig.from_pretrained(directory)
-        source, listed = NxdCheckpoint(path, config), None
+        source, listed, checkpoint = NxdCheckpoint(path, config), None, None
     else:
         checkpoint, directory = open_checkpoint(path, needs_adapter=adapter_only or base_only), path
         listed = checkpoint.manifest["files"]
@@ -66,12 +70,18 @@ def merge(
             source = TrainedWeights(checkpoint, config)
         elif not adapter_only:
             source = AdaptedWeights(checkpoint, config, model_id, base_only, device)
-    generation = generation_config(directory, load_tokenizer(directory), config.vocab_size)
+    tokenizer = load_tokenizer(directory)
+    generation = generation_config(directory, tokenizer, config.vocab_size)
+    kind = ADAPTER if adapter_only else BASE if base_only else MODEL
+    prompts = PromptFormat.read(directory, tokenizer)
+    card = model_card(kind, hub_id or output.resolve().name, checkpoint, prompts, model_id)
     with new_directory(output) as partial:
         if adapter_only:
-            write_adapter(checkpoint, partial, dtype)
+            base = Base.of(checkpoint, model_id)
+            write_adapter(checkpoint, base.hub_id or base.reference, partial, dtype)
         else:
             write_model(source, directory, generation, partial, dtype, max_bytes, verify, listed)
+        (partial / CARD).write_text(card, encoding="utf-8")
 
 
 def parse_size(text: str) -> int:

@@ -123,8 +123,11 @@ def verify_weights(source: WeightSource, files: dict[str, Tensors], output: Path
     _for_each_tensor(compare, files, "verify")
 
 
-def write_adapter(checkpoint: Checkpoint, output: Path, dtype: torch.dtype | None) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, LoRA's factors in fp32 or `dtype`."""
+def write_adapter(checkpoint: Checkpoint, base: str, output: Path, dtype: torch.dtype | None) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, LoRA's factors in fp32 or `dtype`.
+
+    base: the hub id or the path of the base model, for peft.
+    """
     tensors = {
         peft_name(name): torch.cat(list(checkpoint.stream(name))).to(dtype or torch.float32)
         for name in checkpoint.shapes
@@ -133,7 +136,7 @@ def write_adapter(checkpoint: Checkpoint, output: Path, dtype: torch.dtype | Non
         save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{output / 'adapter_model.safetensors'} cannot be written: {error}") from None
-    settings = adapter_config(checkpoint.lora, checkpoint.manifest["model"])
+    settings = adapter_config(checkpoint.lora, base)
     _write_settings(output / "adapter_config.json", settings)
 
 

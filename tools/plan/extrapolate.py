@@ -16,7 +16,6 @@ are traced.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -35,8 +34,10 @@ TRACED_RANKS = 64  # more ranks take time and memory, and change nothing
 TRACED_TICKS = 3
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Runs bench_compile on the command lines in stdin, and prints a line for each.
-_PROGRAM = """
+# From ROOT, not from the folder where the user stands, in which a file may be called tools.py.
+_PROGRAM = f"""
 import json, sys
+sys.path[0] = {str(ROOT)!r}
 from contextlib import redirect_stdout
 from tools.bench_compile import main
 for arguments in json.load(sys.stdin):
@@ -151,7 +152,6 @@ def _trace(cases: list[list[str]], world_size: int) -> None:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         stderr.seek(0)
         errors = [line for line in stderr.read().splitlines() if line.strip()]

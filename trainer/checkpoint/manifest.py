@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +40,7 @@ def build_manifest(
         "model": job.model_reference,
         "random_seed": job.config.random_seed,
         "config": asdict(job.config),
+        "local_datasets": [name for name in job.config.datasets if os.path.exists(name)],
         "files": files,
         "tensors": tensors,
     }

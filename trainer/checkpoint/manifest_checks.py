@@ -31,6 +31,9 @@ def check_manifest(manifest: dict) -> None:
     world = manifest["world_size"]
     product = stages * manifest["tensor_parallel_size"] * manifest["data_parallel_size"]
     require(product == world, "world_size", world, f"{product}, the product of the parallel sizes")
+    local = manifest.get("local_datasets", [])
+    good = isinstance(local, list) and all(map(_is_text, local))
+    require(good, "local_datasets", local, "a list of texts")
     _check_identity(manifest["identity"])
     for name, values in manifest["files"].items():
         require(_is_file_name(name), "a name in files", name, "a path within the checkpoint")
