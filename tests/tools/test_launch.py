@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.on_ranks import ROOT
+from tools.preflight.flags import INT64_FLAGS
 from trainer.config import parse
 
 LAUNCH = ROOT / "tools" / "launch"
@@ -327,9 +328,9 @@ def test_a_pod_that_was_stopped_does_not_end_well(launch, tmp_path):
 @pytest.mark.parametrize(
     ("version", "flags"),
     [
-        ("2.26.6360.0+5b3c2f1a", ""),
-        ("2.27.5334.0+1f", " --native-int64=disabled --implicit-integer-downcast=all"),
-        ("2.100.1.0+1f", " --native-int64=disabled --implicit-integer-downcast=all"),
+        ("2.26.6360.0+5b3c2f1a", ""),  # INT64_SINCE is 2.27
+        ("2.27.5334.0+1f", " " + " ".join(INT64_FLAGS)),
+        ("2.100.1.0+1f", " " + " ".join(INT64_FLAGS)),
     ],
 )
 def test_flags_that_the_compiler_knows(launch, tmp_path, version, flags):
