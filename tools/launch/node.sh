@@ -60,10 +60,13 @@ else
     save=(pkill -TERM -P "$torchrun")
     trap '"${save[@]}" || true' USR2
     if [[ $launcher == slurm ]]; then trap : TERM; else trap '"${save[@]}" || true' TERM; fi
-    while wait $torchrun && status=0 || status=$?; kill -0 $torchrun 2> /dev/null; do :; done   # signals end wait
+    # A signal ends wait early.
+    while wait $torchrun && status=0 || status=$?; kill -0 $torchrun 2> /dev/null; do :; done
     wait "$tee" || true
     # A pod that ended well is not started again, so the pods of a run that was stopped end with an error.
-    if [[ $launcher == kubernetes && $status == 0 ]] && grep -q "stopped after step" "$said"; then status=75; fi
+    if [[ $launcher == kubernetes && $status == 0 ]] && grep -q "stopped after step" "$said"; then
+        status=75
+    fi
     rm "$said"
     exit "$status"
 fi
