@@ -51,3 +51,16 @@ def test_host_seconds_are_those_of_the_steps_graphs(tmp_path, clock):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["host_seconds"] for line in lines] == [2.0, 3.0, 4.0]
     assert [line["step_seconds"] for line in lines] == [12.0, 13.0, 14.0]
+
+
+@pytest.mark.parametrize(("local_rank", "said"), [("0", "stopped after step 7\n"), ("1", ""), (None, "")])
+def test_each_machine_says_that_a_run_was_stopped(tmp_path, monkeypatch, capsys, local_rank, said):
+    """tools/launch/node.sh looks for it on every machine; rank 0 says more."""
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    else:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)  # ranks are threads of one process
+    config = SimpleNamespace(output_dir=str(tmp_path), logging_steps=1)
+    job, loader = SimpleNamespace(config=config, terminated=None), SimpleNamespace(epochs=None)
+    Metrics(SimpleNamespace(rank=32, executes=True), job, 0, loader).stopped(7)
+    assert capsys.readouterr().out == said
