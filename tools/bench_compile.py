@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     config = parse(rest)
     try:
-        config, model_config = _prepare(chosen, config)
+        config, model_config = prepare(chosen.model, config, chosen.compile)
+        _check_files(chosen)
     except ValueError as error:
         return cli.fail(error)
     report, protos = report_step(config, model_config, bool(chosen.save_hlo), chosen.compile)
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(chosen: argparse.Namespace, config) -> tuple:
+def prepare(model: str, config, compiles: bool = False) -> tuple:
     """(the Config to trace, the ModelConfig), in an environment for the config's world; ValueError for flags
     that are refused."""
     from tools.graphs.tracing import MANY, devices
@@ -95,18 +96,21 @@ def _prepare(chosen: argparse.Namespace, config) -> tuple:
         raise ValueError("--do_train false leaves no step to trace")
     mesh = rank_0_mesh(config)
     config = config.for_ranks(mesh.dp.size())
-    if chosen.compile and mesh.world_size > MANY:
+    if compiles and mesh.world_size > MANY:
         raise ValueError(f"--compile is for small worlds, up to {MANY} ranks")
     prepare_environment(devices(mesh.world_size), config.stochastic_rounding)
-    model_config = read_model(chosen.model)
+    model_config = read_model(model)
     rank_model(config, model_config, mesh)  # raises ValueError where the model cannot be divided
+    return config, model_config
+
+
+def _check_files(chosen: argparse.Namespace) -> None:
     if chosen.save_hlo:
         try:
             os.makedirs(chosen.save_hlo, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--save_hlo {chosen.save_hlo} cannot be made: {error.strerror}") from None
     check_file("--json", chosen.json)
-    return config, model_config
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.on_ranks import ROOT
+from tools.preflight.flags import INT64_FLAGS
 from trainer.config import parse
 
 LAUNCH = ROOT / "tools" / "launch"
@@ -88,6 +89,20 @@ def slurm(script="slurm.sbatch", **environment):
     } | environment
 
 
+def pod(rank, pods=2, **environment):
+    """node.sh and the environment that Kubeflow's training operator gives a pod of a PyTorchJob."""
+    return LAUNCH / "node.sh", {
+        "KUBERNETES_SERVICE_HOST": "172.20.0.1",
+        "MASTER_ADDR": "job-master-0",
+        "MASTER_PORT": "23456",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(pods),
+        "PET_NNODES": str(pods),
+        "PET_NPROC_PER_NODE": "auto",
+        "PET_NODE_RANK": str(rank),
+    } | environment
+
+
 def recipe(path=ROOT / "trainer" / "presets" / "dolly-llama3-8b.txt"):
     return [word for line in path.read_text().splitlines() for word in line.partition("#")[0].split()]
 
@@ -97,7 +112,7 @@ def test_trn1_precompiles_and_trains(launch):
     assert done.returncode == 0, done.stderr
     [(compiled, _)] = calls["neuron_parallel_compile"]
     (first, extracting), (second, training) = calls["torchrun"]
-    same = ["--nproc_per_node", "32", "trainer/main.py", *recipe(), *FLAGS]
+    same = ["--nproc_per_node", "32", "-m", "trainer.main", *recipe(), *FLAGS]
     assert (
         compiled == ["torchrun", *first]
         and first[:-1] == [*same, "--max_steps", "10", "--output_dir"]
@@ -154,7 +169,8 @@ def test_what_is_set_stays(launch, tmp_path):
     assert arguments == [
         "--nproc_per_node",
         "2",
-        "trainer/main.py",
+        "-m",
+        "trainer.main",
         "--bf16",
         "--dataset",
         "my data.jsonl",
@@ -164,7 +180,7 @@ def test_what_is_set_stays(launch, tmp_path):
     assert given.items() <= seen.items() and "neuron_parallel_compile" not in calls
     _, calls = launch(LAUNCH / "trn1.sh", *FLAGS, PHASE="precompile", RECIPE="/dev/null")
     assert (
-        calls["torchrun"][0][0][:7] == ["--nproc_per_node", "32", "trainer/main.py", *FLAGS]
+        calls["torchrun"][0][0][:8] == ["--nproc_per_node", "32", "-m", "trainer.main", *FLAGS]
         and len(calls["torchrun"]) == 1
     )
 
@@ -213,7 +229,8 @@ def test_slurm_on_three_nodes(launch):
             "trn-3",
             "--master_port",
             "20123",
-            "trainer/main.py",
+            "-m",
+            "trainer.main",
             *recipe(),
             *last,
         ]
@@ -277,6 +294,58 @@ def test_slurm_precompiles_on_all_nodes(launch):
         assert seen["NEURON_EXTRACT_GRAPHS_ONLY"] == "1" and seen["FI_PROVIDER"] == "efa"
 
 
+@pytest.mark.parametrize("phase", ["precompile", "train"])
+def test_a_pod_of_a_job(launch, phase):
+    for rank in (0, 1):
+        path, environment = pod(rank)
+        done, calls = launch(path, phase, "--resume", "latest", *FLAGS, **environment)
+        assert done.returncode == 0, done.stderr
+        [(arguments, seen)] = calls["torchrun"]
+        meet = ["--nproc_per_node", "32", "--nnodes", "2", "--node_rank", str(rank)]
+        meet += ["--master_addr", "job-master-0", "--master_port", "23456", "-m", "trainer.main"]
+        assert arguments[: len(meet)] == meet
+        assert arguments[len(meet) :][: len(recipe()) + 5] == [*recipe(), "--resume", "latest", *FLAGS[:3]]
+        assert seen["FI_PROVIDER"] == "efa" and not {"RANK", "WORLD_SIZE"} & set(seen)
+        assert ("neuron_parallel_compile" in calls) == (phase == "precompile")
+        assert calls["python"][0][0][4:8] == ["--nproc_per_node", "32", "--nnodes", "2"]
+    path, environment = pod(0, 1)
+    _, calls = launch(path, "train", **environment)
+    assert calls["torchrun"][0][0][3] == "1" and "FI_PROVIDER" not in calls["torchrun"][0][1]
+    path, environment = pod(0, PET_NNODES="1:4")
+    done, calls = launch(path, "train", **environment)
+    assert done.returncode == 1 and "error: 1:4 pods: a fixed number" in done.stderr and not calls
+
+
+def test_a_pod_that_was_stopped_does_not_end_well(launch, tmp_path):
+    """Or it would not be started again, and the others would wait for it."""
+    for said, status in (("stopped after step 7 of 90", 75), ("trained", 0)):
+        (tmp_path / "bin" / "torchrun").write_text(f"#!/bin/sh\necho '{said}'\n")
+        path, environment = pod(1)
+        done, _ = launch(path, "train", **environment)
+        assert done.returncode == status and said in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "flags"),
+    [
+        ("2.26.6360.0+5b3c2f1a", ""),  # INT64_SINCE is 2.27
+        ("2.27.5334.0+1f", " " + " ".join(INT64_FLAGS)),
+        ("2.100.1.0+1f", " " + " ".join(INT64_FLAGS)),
+    ],
+)
+def test_flags_that_the_compiler_knows(launch, tmp_path, version, flags):
+    compiler = tmp_path / "bin" / "neuronx-cc"
+    compiler.write_text(
+        f"#!/bin/sh\necho 'NeuronX Compiler version {version}'; echo 'Python version 2.99.1'\n"
+    )
+    compiler.chmod(0o755)
+    _, calls = launch(LAUNCH / "trn1.sh", PHASE="train")
+    known = "--model-type=transformer --enable-saturate-infinity --auto-cast=none"
+    assert calls["torchrun"][0][1]["NEURON_CC_FLAGS"] == known + flags
+    _, calls = launch(LAUNCH / "trn1.sh", PHASE="train", NEURON_CC_FLAGS="--mine")
+    assert calls["torchrun"][0][1]["NEURON_CC_FLAGS"] == "--mine"
+
+
 def test_hyperpod_resumes_by_itself(launch):
     path, environment = slurm(
         "hyperpod.sbatch",
@@ -325,9 +394,10 @@ def test_a_container_with_all_devices(launch, tmp_path):
     assert "NEURON_COMPILE_CACHE_URL" in calls["docker"][0][0]
 
 
-def test_usr2_is_sigterm_for_the_ranks_alone(launch, tmp_path):
-    """As when Slurm announces the end of the time: every process of the step gets SIGUSR2, torchrun and
-    node.sh stay."""
+@pytest.mark.parametrize("launcher", ["slurm", "kubernetes"])
+def test_the_ranks_alone_are_told_to_end(launch, tmp_path, launcher):
+    """When Slurm announces the end of the time, every process of the step gets SIGUSR2; when Kubernetes takes
+    a pod away, node.sh alone gets SIGTERM. torchrun and node.sh stay."""
     torchrun = tmp_path / "bin" / "torchrun"
     torchrun.write_text(f"""#!{sys.executable}
 import subprocess, sys
@@ -339,10 +409,8 @@ time.sleep(60)
 '''
 sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode + 5)
 """)
-    environment = {
-        "SLURM_STEP_NODELIST": "a",
-        "SLURM_NODEID": "0",
-        "SLURM_JOB_ID": "1",
+    slurm_step = {"SLURM_STEP_NODELIST": "a", "SLURM_NODEID": "0", "SLURM_JOB_ID": "1"}
+    environment = (slurm_step if launcher == "slurm" else pod(0)[1]) | {
         "RECORD": str(tmp_path / "r"),
         "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
     }
@@ -353,8 +421,11 @@ sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode + 5)
     children = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
-    for each in (*map(int, children), process.pid):
-        os.kill(each, signal.SIGUSR2)
+    if launcher == "slurm":
+        for each in (*map(int, children), process.pid):
+            os.kill(each, signal.SIGUSR2)
+    else:
+        process.terminate()
     begun = time.monotonic()
     assert process.wait(timeout=30) == 5 and time.monotonic() - begun < 30  # torchrun's own status
 

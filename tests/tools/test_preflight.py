@@ -24,8 +24,9 @@ GB = 10**9
 VERSIONS = {
     "torch": "2.9.1",
     "torch-xla": "2.9.0",
-    "torch-neuronx": "2.9.0.2.13.1",
+    "torch-neuronx": "2.9.0.2.13.24727+8e870898",
     "neuronx-cc": "2.24.5133.0+58f8de22",
+    "libneuronxla": "2.2.16408.0+50c26cbd",
     "neuronx-distributed": "0.18.27753",
 }
 ENVIRONMENT = {
@@ -119,6 +120,12 @@ FINDINGS = [
         {},
         "error",
         "neuronx-cc 1.0.post1 is PyPI's placeholder",
+    ),
+    (
+        versions(libneuronxla="2.2.17544.0"),
+        {},
+        "warning",
+        "packages of several SDKs: neuronx-cc 2.24.5133.0+58f8de22 of 2.29, torch-neuronx",
     ),
     (
         {"on_neuron": False, "versions": {"torch": "2.9.0", "torch-xla": "2.9.0"}},
@@ -271,6 +278,12 @@ FINDINGS = [
         "--auto-cast=matmult",
     ),
     (
+        environment(NEURON_CC_FLAGS="--model-type=transformer --native-int64=disabled"),
+        {},
+        "warning",
+        "--native-int64 in NEURON_CC_FLAGS: neuronx-cc 2.24.5133.0+58f8de22 does not know it",
+    ),
+    (
         {},
         {"flags": "--packing false --max_seq_length 3000"},
         "warning",
@@ -286,6 +299,43 @@ def test_one_change_gives_one_finding(changes, planned, level, what):
     found = [each for each in findings(replace(TRN1, **changes), plan(**planned)) if each.level != "ok"]
     assert [each.level for each in found] == [level], found
     assert what in found[0].what and len(found[0].mend) > 10
+
+
+def test_which_sdk():
+    """The SDK is named; from 2.32 on, the one warning about it says that its support has ended."""
+    said = str(findings(replace(TRN1, system_packages={"aws-neuronx-dkms": "2.27.4.0"}), plan()))
+    assert "SDK 2.29: neuronx-cc 2.24.5133.0+58f8de22, torch-neuronx" in said
+    assert "libneuronxla 2.2.16408.0+50c26cbd, aws-neuronx-dkms 2.27.4.0" in said
+    strange = replace(TRN1, **versions(neuronx_cc="2.1.0", torch_neuronx="2.9.9", libneuronxla="1.0"))
+    assert "the SDK is not known by its packages: neuronx-cc 2.1.0" in str(findings(strange, plan()))
+    flags = environment(NEURON_CC_FLAGS=" ".join(["--model-type=transformer", *preflight_flags.INT64_FLAGS]))
+    for compiler, named in (
+        ("2.27.5334.0", "SDK 2.32 ("),
+        ("2.28.7631.0", "SDK 2.33 ("),
+        ("2.99.1", "an SDK after 2.31"),
+    ):
+        host = replace(TRN1, **versions(neuronx_cc=compiler, torch_neuronx="2.9.0.2.15.32035"))
+        found = {
+            each.what: each.level for each in findings(replace(host, **flags), plan()) if each.level != "ok"
+        }
+        [what] = found
+        assert what.startswith(named) and "ended the support of PyTorch/XLA training" in what
+        warned = [each.what for each in findings(host, plan()) if each.level == "warning"]
+        assert [flag for flag in preflight_flags.INT64_FLAGS if flag in str(warned)] == [
+            *preflight_flags.INT64_FLAGS
+        ]
+
+
+def test_system_packages(tmp_path, monkeypatch):
+    for command in ("rpm", "dpkg-query"):  # where both are, Ubuntu's is asked
+        (tmp_path / command).write_text(
+            f"#!/bin/sh\necho aws-neuronx-dkms 2.27.{len(command)}\necho is not there\n"
+        )
+        (tmp_path / command).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert hosts.system_packages() == {"aws-neuronx-dkms": f"2.27.{len(command)}"}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert hosts.system_packages() == {}
 
 
 def test_a_placeholder_of_torch_neuronx_is_named():

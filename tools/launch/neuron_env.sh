@@ -15,7 +15,17 @@ export PATH="$PATH:/opt/aws/neuron/bin"
 # NaN. auto-cast=none: fp32 products stay fp32; this is the default of SDK 2.27 and later, not of earlier
 # ones. Left out on purpose: --distribution-strategy=llm-training, which must not be combined with NKI kernels
 # ("NxD Training release notes", 04/03/2025); --cache_dir, which would win over the variable below.
-: "${NEURON_CC_FLAGS=--model-type=transformer --enable-saturate-infinity --auto-cast=none}"
+cc_flags="--model-type=transformer --enable-saturate-infinity --auto-cast=none"
+# 64-bit integers: compilers before 2.27 (SDK 2.32) compute them in 32 bits, and markstep was written for
+# that: its integers are ids, positions and lengths. 2.27 has two flags for it, and announces that the next
+# release computes them in 64 bits on trn2, 20 to 30 % slower, and refuses integer sums over ranks, products and
+# powers, of which markstep's graphs have none ("Neuron Compiler release notes", 08/17/2026). These values keep
+# what was. Older compilers do not know the flags.
+if [[ $(neuronx-cc --version 2>&1) =~ Compiler\ version\ 2\.([0-9]+)\. ]] && (( BASH_REMATCH[1] >= 27 )); then
+    cc_flags+=" --native-int64=disabled --implicit-integer-downcast=all"
+fi
+: "${NEURON_CC_FLAGS=$cc_flags}"
+unset cc_flags
 
 # Compiled graphs ("Neuron Persistent Cache"): a directory that all nodes see, or s3://BUCKET/PATH. The SDK's
 # default, /var/tmp/neuron-compile-cache, is each node's own, and is not shipped with the training package.
@@ -37,8 +47,8 @@ export NEURON_CC_FLAGS NEURON_COMPILE_CACHE_URL NEURON_FUSE_SOFTMAX MALLOC_ARENA
 export NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS
 
 # Several nodes communicate over EFA, by RDMA from device memory ("How to prepare trn1.32xlarge for multi-node
-# execution").
-if (( ${SLURM_STEP_NUM_NODES:-1} > 1 )); then
+# execution"). node.sh knows the number of nodes.
+if (( ${nodes:-1} > 1 )); then
     : "${FI_PROVIDER=efa}" "${FI_EFA_USE_DEVICE_RDMA=1}"
     export FI_PROVIDER FI_EFA_USE_DEVICE_RDMA
 fi
@@ -57,7 +67,7 @@ ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 # NEURON_RT_ROOT_COMM_ID              torch-neuronx derives it from torchrun's MASTER_ADDR and port 62182.
 # NEURON_RT_NUM_CORES, _VISIBLE_CORES torch-neuronx gives each process of torchrun its core.
 # FI_EFA_FORK_SAFE                    only for Amazon Linux 2, whose glibc is too old for PyTorch 2.9.
-# CCOM_SOCKET_IFNAME                  NxD sets eth0 in pods whose first interface is another. Export it where
-#                                     nodes do not find each other.
+# CCOM_SOCKET_IFNAME                  NxD sets eth0 in pods whose first interface is another. Set it in the
+#                                     files of tools/launch/kubernetes where nodes do not find each other.
 # BUCKET_CAP_MB and its kin           torch_xla's and NxD's bucketing. markstep's buckets are of 128 MB
 #                                     (parallel/buckets.py).

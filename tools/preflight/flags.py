@@ -7,6 +7,7 @@ from parallel.mesh import Mesh
 from parallel.runtime.variables import BF16, CHANGES, is_on, meaning
 from tools.preflight.host import Host
 from tools.preflight.plan import Finding, Plan
+from tools.preflight.sdk import INT64_SINCE, compiler_version
 from trainer.config import Config
 
 BUCKET_MB = 140  # with more, neuronx-distributed 0.18 (trainer/trainer.py) knows of NaN in the third step
@@ -16,6 +17,7 @@ BUCKET_VARIABLES = (
     "ALL_GATHER_REDUCE_SCATTER_BUCKET_CAP_MB",
     "ALLREDUCE_GRADIENTS_BUCKET_SIZE_MB",
 )
+INT64_FLAGS = ("--native-int64=disabled", "--implicit-integer-downcast=all")  # neuron_env.sh says why
 SOURCE_IT = "start with tools/launch/trn1.sh or slurm.sbatch, or `. tools/launch/neuron_env.sh` first"
 
 
@@ -157,6 +159,7 @@ def compiler_flags(host: Host, plan: Plan) -> Iterator[Finding]:
             f"--auto-cast={cast}: the compiler rounds what fp32 products take: losses differ from a CPU's",
             "--auto-cast=none in NEURON_CC_FLAGS, or --bf16",
         )
+    yield from _int64(host, words)
     tokens = plan.config.max_seq_length
     if not plan.config.packing and tokens % ROW_MULTIPLE:
         yield Finding(
@@ -165,6 +168,25 @@ def compiler_flags(host: Host, plan: Plan) -> Iterator[Finding]:
             "the blockwise attention takes its place",
             f"--max_seq_length {-(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE}, where rows may be so long",
         )
+
+
+def _int64(host: Host, words: list[str]) -> Iterator[Finding]:
+    """The flags of 64-bit integers are given where the compiler knows them, and only there."""
+    compiler = compiler_version(host.versions)
+    for flag in INT64_FLAGS if compiler else ():
+        name, given = flag.partition("=")[0], flag.partition("=")[0] in words
+        if given and compiler < INT64_SINCE:
+            yield Finding(
+                "warning",
+                f"{name} in NEURON_CC_FLAGS: neuronx-cc {host.versions['neuronx-cc']} does not know it",
+                "take it out",
+            )
+        elif not given and compiler >= INT64_SINCE:
+            yield Finding(
+                "warning",
+                f"NEURON_CC_FLAGS does not say {flag}: newer compilers compute integers in another way",
+                SOURCE_IT,
+            )
 
 
 def flash_attention(config: Config) -> bool:

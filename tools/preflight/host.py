@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from parallel.runtime.gpu import Gpu, check
 from tools import TAKEN_AWAY
 
 PACKAGES = (
-    *("torch", "torch-xla", "torch-neuronx", "neuronx-distributed", "neuronx-cc"),
+    *("torch", "torch-xla", "torch-neuronx", "libneuronxla", "neuronx-distributed", "neuronx-cc"),
     *("jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
 )
+SYSTEM_PACKAGES = ("aws-neuronx-dkms", "aws-neuronx-runtime-lib", "aws-neuronx-tools")
 COMMANDS = ("neuron-ls", "neuron_parallel_compile")
 
 
@@ -31,7 +32,7 @@ class Host:
     processes that have a Neuron device open. efa: the number of EFA interfaces. memory, shm: bytes available.
     open_files: the limit of a process. free_bytes and writable take a path, and look at the nearest of its
     parents that exists. on_gpu: whether the rank would be a GPU; gpu: what its driver says, or why a run on
-    it could not start.
+    it could not start. system_packages: versions of the installed SYSTEM_PACKAGES: driver, runtime, tools.
     """
 
     on_neuron: bool
@@ -50,6 +51,7 @@ class Host:
     writable: Callable[[str], bool]
     on_gpu: bool = False
     gpu: Gpu | str | None = None
+    system_packages: Mapping[str, str] = field(default_factory=dict)
 
 
 def look() -> Host:
@@ -75,6 +77,7 @@ def look() -> Host:
         writable=lambda path: existing(path).is_dir() and os.access(existing(path), os.W_OK | os.X_OK),
         on_gpu=devices.on_gpu(),
         gpu=look_at_gpu() if devices.on_gpu() else None,
+        system_packages=system_packages(),
     )
 
 
@@ -84,6 +87,16 @@ def look_at_gpu() -> Gpu | str:
         return check()
     except ValueError as error:
         return str(error)
+
+
+def system_packages() -> dict[str, str]:
+    """{name: version} of the installed SYSTEM_PACKAGES, by the package manager of Ubuntu or Amazon Linux."""
+    for command, form in (("dpkg-query", "-f${Package} ${Version}\n"), ("rpm", "--qf=%{NAME} %{VERSION}\n")):
+        if shutil.which(command):
+            query = [command, "-W" if command == "dpkg-query" else "-q", form, *SYSTEM_PACKAGES]
+            lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+            return {line.split()[0]: line.split()[1] for line in lines if len(line.split()) == 2}
+    return {}
 
 
 def existing(path: str) -> Path:

@@ -162,9 +162,11 @@ class Metrics:
             self._last = time.perf_counter()
 
     def stopped(self, step: int) -> None:
-        """Print that the run ends early, after `step` steps."""
+        """Print on every machine that the run ends early, after `step` steps: launch scripts look for it."""
         if self._active:
             say(f"stopped after step {step} of {self._progress.total_steps}: --resume latest goes on")
+        elif self._runtime.executes and os.environ.get("LOCAL_RANK") == "0":
+            say(f"stopped after step {step}")
 
     def close(self) -> None:
         """Write the values that are held, and end progress bar and curves. Raises the OSError of a file that

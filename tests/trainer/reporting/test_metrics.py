@@ -114,3 +114,16 @@ def test_where_no_peak_is_known(tmp_path, clock):
     found.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line["mfu"] is line["device_memory_bytes"] is line["device_memory_peak_bytes"] is None
+
+
+@pytest.mark.parametrize(("local_rank", "said"), [("0", "stopped after step 7\n"), ("1", ""), (None, "")])
+def test_each_machine_says_that_a_run_was_stopped(tmp_path, monkeypatch, capsys, local_rank, said):
+    """tools/launch/node.sh looks for it on every machine; rank 0 says more."""
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    else:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)  # ranks are threads of one process
+    config = SimpleNamespace(output_dir=str(tmp_path), logging_steps=1)
+    job, loader = SimpleNamespace(config=config, terminated=None), SimpleNamespace(epochs=None)
+    Metrics(SimpleNamespace(rank=32, executes=True), job, 0, loader).stopped(7)
+    assert capsys.readouterr().out == said
