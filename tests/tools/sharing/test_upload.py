@@ -86,7 +86,7 @@ def test_what_cannot_be_uploaded_is_not_merged(
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("part", ["/api/repos/create", "/tree/", "/preupload/", "/large/", "/commit/"])
+@pytest.mark.parametrize("part", ["/api/repos/create", "/large/", "/commit/"])
 def test_a_failed_upload_keeps_the_model(remote, tmp_path, capsys, monkeypatch, part):
     monkeypatch.setattr("time.sleep", lambda _: None)  # between tries
     checkpoint, _ = save_tiny(tmp_path, 3)
