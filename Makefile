@@ -52,7 +52,7 @@ golden: $(READY)
 
 # Writes docs/flags.md: after a change of the flags in trainer/config.py.
 flags: $(READY)
-	$(PY) -m tools.flags_page
+	$(PY) -m tests.docs.flags_page
 
 # A venv starts with the pip of its Python, and an old one takes minutes to choose versions.
 .venv/bin/python:

@@ -156,16 +156,16 @@ def test_the_map_has_every_file():
 
 
 def test_the_flags_are_written_down():
-    from tools.flags_page import page
+    from tests.docs.flags_page import page
 
     assert (ROOT / "docs" / "flags.md").read_text() == page(), "docs/flags.md is out of date: make flags"
 
 
 def test_the_keys_of_metrics_are_explained():
-    """The table of docs/metrics.md has the keys that trainer/metrics.py writes."""
+    """The table of docs/metrics.md has the keys that trainer/reporting/metrics.py writes."""
     from trainer.objective import FIGURES
 
-    source = (ROOT / "trainer" / "metrics.py").read_text()
+    source = (ROOT / "trainer" / "reporting" / "metrics.py").read_text()
     flush = source[source.index("    def flush(self)") : source.index("    def evaluation(self")]
     written = {*re.findall(r'^ +"(\w+)":', flush, re.M), *FIGURES}
     text = (ROOT / "docs" / "metrics.md").read_text()

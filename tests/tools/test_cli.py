@@ -58,7 +58,7 @@ def test_each_program_is_a_command(capsys):
 
 
 def test_what_is_no_command(capsys):
-    hints = {"mrge": "did you mean merge? ", "show-data": "did you mean show_data? ", "zzz": ""}
+    hints = {"mrge": "did you mean merge? ", "show-data": "did you mean show_data or show_run? ", "zzz": ""}
     for name, hint in hints.items():
         assert command.main([name]) == 2
         error = f"error: markstep {name}: no such command; {hint}`markstep --help` lists all\n"

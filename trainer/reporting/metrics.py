@@ -53,7 +53,7 @@ class Metrics:
     `OUT/samples.jsonl` one for each answer that was sampled at an evaluation, and `OUT/starts.jsonl` one for
     each start. Where a line cannot be written, the run saves its state and ends, and `close` raises the
     error. A step's values are read after the next mark_step, so the host never waits for the step that it has
-    just started. docs/following-a-run.md derives each number of a line.
+    just started. docs/metrics.md derives each number of a line.
 
     The seconds of a step are those between the previous mark_step and its own: tracing, compilation of a new
     graph, and the wait for the previous step. Its host seconds, a part of them, are those inside of mark_step

@@ -1,6 +1,6 @@
 """Writes docs/flags.md: every flag of trainer/main.py by topic, with its default, its values and its help.
 
-    python -m tools.flags_page [--output docs/flags.md]
+    python -m tests.docs.flags_page
 
 The topics are the comments between the fields of trainer.config.Config.
 """
@@ -8,12 +8,10 @@ The topics are the comments between the fields of trainer.config.Config.
 import ast
 import dataclasses
 import inspect
-import sys
 import types
 import typing
-from pathlib import Path
 
-from tools import cli
+from tests.support.on_ranks import ROOT
 from trainer.config import Config
 
 HEAD = """# Every flag of trainer/main.py
@@ -25,19 +23,6 @@ A boolean flag may stand alone (`--bf16`) or have a value (`--bf16 false`). `--p
 file in [trainer/presets](../trainer/presets); flags on the command line override it.
 """
 VALUES = {str: "text", int: "integer", float: "number", bool: "true, false"}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The tool; returns its exit status."""
-    parser = cli.parser("flags_page", __doc__)
-    default = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
-    parser.add_argument("--output", type=cli.path, default=default, help="the page; default docs/flags.md")
-    chosen = parser.parse_args(arguments)
-    try:
-        chosen.output.write_text(page(), encoding="utf-8")
-    except OSError as error:
-        return cli.fail(f"{chosen.output} cannot be written: {error.strerror}")
-    return 0
 
 
 def page() -> str:
@@ -88,4 +73,4 @@ def values_of(kind: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    (ROOT / "docs" / "flags.md").write_text(page(), encoding="utf-8")
