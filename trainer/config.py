@@ -69,6 +69,22 @@ class Config:
     adapter_name_or_path: str | None = _flag(
         None, "Directory of a peft adapter to go on from; it sets the LoRA flags."
     )
+    # objective
+    objective: Literal["sft", "dpo"] = _flag(
+        "sft",
+        "What is trained: to write the answers (sft), or to prefer the chosen one of two answers (dpo).",
+    )
+    dpo_beta: float = _flag(
+        0.1, "How strongly DPO holds the model to the one that it starts from; for ipo, its tau."
+    )
+    dpo_loss: Literal["sigmoid", "ipo"] = _flag("sigmoid", "The loss of a pair: DPO's own, or IPO's.")
+    dpo_label_smoothing: float = _flag(
+        0.0, "With sigmoid, the probability that a pair's answers are the wrong way round: below 0.5."
+    )
+    rpo_alpha: float | None = _flag(
+        None,
+        "Adds so many times the chosen answer's negative log-likelihood per token to the loss of a pair.",
+    )
     # data
     dataset: list[str] | None = _flag(
         None, "Files (JSONL, JSON, CSV, Parquet, text), folders or hub ids; default: the embedded sample."
@@ -79,7 +95,7 @@ class Config:
     format: str = _flag(
         "auto",
         "messages, prompt_completion, dolly, alpaca, text, or module:function, which makes one of these; "
-        "auto takes the first whose fields a data set has.",
+        "auto takes the first whose fields a data set has. With --objective dpo: preference.",
     )
     train_on_prompt: bool = _flag(False, "Train on all tokens, not on answers only.")
     max_samples: int | None = _flag(None, "Take only so many records of each --dataset, the first.")
@@ -254,6 +270,11 @@ class Config:
         return self.num_microbatches or (
             self.per_device_train_batch_size if self.pipeline_parallel_size > 1 else 1
         )
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether the records of the data are preference pairs."""
+        return self.objective == "dpo"
 
     @property
     def checkpointing_mode(self) -> str:

@@ -14,8 +14,9 @@ from tqdm import tqdm
 from data.loader import Loader
 from model.weights.hub import naming
 from parallel.runtime import GraphListener, Runtime
+from trainer.evaluation import Evaluation
 from trainer.job import Job
-from trainer.objective import FIGURES
+from trainer.objective import objective_of
 
 MOST_NATS = 700.0  # exp() of a larger loss overflows a float
 
@@ -61,6 +62,7 @@ class Metrics:
         self._runtime, self._output = runtime, Path(job.config.output_dir)
         self._active = runtime.rank == 0 and runtime.executes
         self._failed, self._stop = None, job.terminated  # as SIGTERM: all ranks save, and end
+        self._objective = objective_of(job.config)
         self._epochs, self._logging_steps = loader.epochs, job.config.logging_steps
         self._held: tuple[int, float, float, float, float, float, torch.Tensor] | None = None
         if runtime.rank == 0:
@@ -100,8 +102,8 @@ class Metrics:
         if not self._active or self._held is None:
             return
         (step, seconds, host, learning_rate, waited, stalled, report), self._held = self._held, None
-        grad_norm, target_tokens, tokens, *means = self._runtime.read(report)
-        figures = dict(zip(FIGURES, means, strict=True))
+        grad_norm, units, tokens, *means = self._runtime.read(report)
+        figures = dict(zip(self._objective.FIGURES, means, strict=True))
         self._bar.update()
         self._bar.set_postfix(
             loss=f"{figures['loss']:.4f}", tokens_s=f"{tokens / seconds:.0f}", host_s=f"{host:.3f}"
@@ -115,7 +117,7 @@ class Metrics:
                     **figures,
                     "grad_norm": grad_norm,
                     "learning_rate": learning_rate,
-                    "target_tokens": int(target_tokens),
+                    self._objective.UNIT: int(units),
                     "tokens_per_second": tokens / seconds,
                     "step_seconds": seconds,
                     "host_seconds": host,
@@ -125,27 +127,28 @@ class Metrics:
                 },
             )
 
-    def evaluation(self, step: int, loss: float, target_tokens: int, samples: list[dict[str, str]]) -> None:
-        """Write an evaluation after `step` steps: the loss per target token, its perplexity, and samples.
-
-        `samples` are the results of Samples.answers.
-        """
+    def evaluation(self, step: int, found: Evaluation, samples: list[dict[str, str]]) -> None:
+        """Write an evaluation after `step` steps, with the perplexity where the loss is per target token, and
+        samples, the results of Samples.answers."""
         if self._active:
-            perplexity = math.exp(min(loss, MOST_NATS))
+            unit = self._objective.UNIT
+            perplexity = {}
+            if unit == "target_tokens":
+                perplexity = {"perplexity": math.exp(min(found.loss, MOST_NATS))}
+            figures = {f"eval_{name}": value for name, value in found.figures.items()}
+            shown = "".join(f", {name} {value:.4g}" for name, value in perplexity.items())
+            accuracy = found.figures.get("rewards/accuracies")
+            shown += "" if accuracy is None else f", accuracy {accuracy:.4g}"
             say(
-                f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} "
-                f"over {target_tokens} target tokens"
+                f"step {step}: evaluation loss {found.loss:.4f}{shown} over {found.units} "
+                f"{unit.replace('_', ' ')}"
             )
             self._append(
                 "eval.jsonl",
-                {
-                    "step": step,
-                    "epoch": self._epochs(step),
-                    "eval_loss": loss,
-                    "perplexity": perplexity,
-                    "target_tokens": target_tokens,
-                    "compilations": self._runtime.compilations(),
-                },
+                {"step": step, "epoch": self._epochs(step)}
+                | figures
+                | perplexity
+                | {unit: found.units, "compilations": self._runtime.compilations()},
             )
             for sample in samples:
                 self._append("samples.jsonl", {"step": step} | sample)

@@ -46,7 +46,7 @@ def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, li
         dp_size=mesh.dp.size(),
         seed=config.seed,
     )
-    loss, _ = evaluate(runtime, model, loader, mesh)
+    loss = evaluate(runtime, model, loader, mesh).loss
     capacity = capacity_for(
         max(len(each.prompt) for each in questions), chosen.max_new_tokens, source.config.max_positions
     )
