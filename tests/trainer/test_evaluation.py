@@ -71,7 +71,8 @@ def test_perplexity_is_that_of_the_merged_model(tmp_path):
         total += F.cross_entropy(logits[wanted], torch.tensor(ids)[1:][wanted], reduction="sum").item()
         targets += int(wanted.sum())
     for found in on_ranks(evaluated, 4, checkpoint=str(checkpoint)):
-        for dp, (loss, counted) in found.items():
+        for dp, (counted, figures) in found.items():
+            loss = figures["loss"]
             assert counted == targets and abs(math.exp(loss) / math.exp(total / targets) - 1) < 1e-4, (
                 f"dp {dp}: {loss}"
             )
