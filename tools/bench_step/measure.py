@@ -1,6 +1,7 @@
 """Runs the training loop for some steps, and measures time, tokens and FLOP/s of a warm step."""
 
 import json
+import resource
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from parallel.runtime import GraphListener, on_gpu
 GEMM, GPU_GEMM = 2048, 8192  # rows and columns of the matrices whose product is the peak
 ROUNDS = 6
 RECORDED = 2  # steps in a Chrome trace
-COMPILING = 1  # steps in which torch_xla compiles again what is not replayed from then on
+COMPILING = 1  # steps in which torch_xla compiles again what is not replayed any more
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Clock(GraphListener):
     `trace`, if any, records the steps `parts.recorded`. The lists have a value for each step: the seconds
     until mark_step returned in `host_seconds`, those of them that had passed before XLA was called in
     `python_seconds`, those for which mark_step then waited for the device in `device_seconds`, the moments at
-    which steps ended in `ended`, and whether no graph was traced in `replayed`.
+    which it returned in `ended`, and whether no graph was traced in `replayed`.
     """
 
     def __init__(self, step_ends: str, parts: Parts, trace=None):
@@ -173,8 +174,7 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None, begun:
         found = _run(job, world_size, parts, trace)
         clock, peak, compiled = found.clock, found.peak, found.compiled
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    # A traced step waits inside of mark_step, a replayed one after it, so the moments at which mark_step
-    # returned are no measure: a step's seconds are those of metrics.jsonl.
+    # Not between the moments at which mark_step returned: a traced step waits in it, a replayed one after it.
     seconds = np.array([line["step_seconds"] for line in lines])
     in_free = seconds[parts.free]
     free_lines = lines[parts.free.start : parts.free.stop]
@@ -297,6 +297,4 @@ def _micro_batch_flops(job, mesh) -> tuple[float, float]:
 
 def peak_memory() -> int:
     """The most bytes of memory that this process has had."""
-    import resource
-
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
