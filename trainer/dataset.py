@@ -1,6 +1,7 @@
 """The rows that a configuration trains on and evaluates with, and a summary of them."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -46,6 +47,8 @@ def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Ro
         return train_rows, None, "\n".join(summary)
     eval_rows, line = _fill_rows(config, sources, held_out, pad, "evaluate")
     summary.append(line)
+    most = max(train_rows.segments, eval_rows.segments)  # one shape, so that they share a graph
+    train_rows, eval_rows = (replace(rows, segments=most) for rows in (train_rows, eval_rows))
     return train_rows, eval_rows, "\n".join(summary)
 
 

@@ -30,9 +30,7 @@ from trainer.checkpoint.reader import Checkpoint
 from trainer.config import Config
 from trainer.dataset import build_rows, fingerprint
 from trainer.lora_settings import lora_config, read_adapter
-from trainer.objective import objective_of
 from trainer.prompts import PromptFormat, end_tokens, keep_date
-from trainer.reference import check_reference
 from trainer.tokenizer import load_tokenizer
 
 
@@ -115,8 +113,6 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     identity = _identity(config, model_config, lora, weights, train_rows)
     if resume:
         _check_checkpoint(resume, identity, trained)
-        if objective_of(config).needs_reference:
-            check_reference(resume.path, train_rows, eval_rows)
     total_steps = _total_steps(config, mesh, train_rows, resume)
     flash_attention, attention_summary = attention_of(
         config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows]

@@ -17,9 +17,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from data.loader import Loader
-from data.packing import Rows
 from model.llama import Llama
 from model.stage import schedule
+from parallel.mesh import Mesh
 from parallel.runtime import Runtime
 from trainer.evaluation import forward
 from trainer.objective import answer_logps
@@ -42,17 +42,22 @@ def add_reference(
     if not state.objective.needs_reference:
         return {}
     loaders = {name: loader for name, loader in loaders.items() if loader}
-    reference = read_reference(job.resume.path) if job.resume else {}
+    # Of the same rows: the data are a part of the checkpoint's identity.
+    reference = load_file(job.resume.path / REFERENCE) if job.resume else {}
     for name, loader in loaders.items():
         if not job.resume:
-            reference[name] = compute_reference(runtime, state, loader)
+            dp, rows = state.mesh.dp, loader.rows
+            layout = {"dp_rank": dp.rank(), "dp_size": dp.size(), "seed": 0}
+            batch_size = job.config.per_device_train_batch_size  # one graph for both kinds of rows
+            batches = Loader(rows, batch_size=batch_size, accumulation=1, **layout)
+            reference[name] = compute_reference(runtime, state.model, state.mesh, batches)
         loader.rows = replace(loader.rows, values=reference[name])
     return reference
 
 
-def compute_reference(runtime: Runtime, state: TrainState, loader: Loader) -> np.ndarray:
+def compute_reference(runtime: Runtime, model: Llama, mesh: Mesh, loader: Loader) -> np.ndarray:
     """The log-probability of each piece of the loader's rows under the model as it is, fp32 [pieces]."""
-    model, mesh, rows = state.model, state.mesh, loader.rows
+    rows = loader.rows
     model.eval()
     values, begin, plan = np.zeros(len(rows.pieces.lengths), np.float32), 0, None
     for batch in loader.evaluation_batches():
@@ -91,26 +96,3 @@ def write_reference(reference: dict[str, np.ndarray], directory: Path) -> None:
     """Write the file of a checkpoint, where there is a reference."""
     if reference:
         save_file(reference, directory / REFERENCE)
-
-
-def read_reference(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The reference in a checkpoint; raises ValueError where it has none."""
-    try:
-        return load_file(checkpoint / REFERENCE)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{checkpoint} has no {REFERENCE}: it was not trained with --objective dpo; to prefer answers "
-            "from there on, merge it and pass --model_id, or --adapter_name_or_path"
-        ) from None
-
-
-def check_reference(checkpoint: Path, train_rows: Rows, eval_rows: Rows | None) -> None:
-    """Raise ValueError unless a checkpoint has a reference of these rows."""
-    reference = read_reference(checkpoint)
-    for name, rows in (("train", train_rows), ("evaluate", eval_rows)):
-        found = len(reference.get(name, ()))
-        if rows and found != len(rows.pieces.lengths):
-            raise ValueError(
-                f"{checkpoint / REFERENCE} is of {found} answers to {name} on; this run has "
-                f"{len(rows.pieces.lengths)}: pass the flags with which it began"
-            )

@@ -92,9 +92,8 @@ def on_topologies(runtime, cases, base):
                 add_lora(model, adapter.config)
             fill(model, SafetensorsFiles(Path(base)), runtime.device, 0, adapter and adapter.read)
             if adapter is None:
-                state = TrainState(None, mesh, model, None, None, None, objective=objective)
                 runtime.mark_step()
-                reference = compute_reference(runtime, state, loader)
+                reference = compute_reference(runtime, model, mesh, loader)
         loader.rows = replace(rows, values=reference)
         model.train().requires_grad_(True)  # LoRA and all weights at once
         buckets = Buckets(list(named_shards(model)), mesh, False, 4 * 1000)
