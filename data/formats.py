@@ -42,9 +42,11 @@ def guess_format(record: object, where: str) -> str:
     if not isinstance(record, dict):
         raise BadRecord(f"{where}: an object was expected; this is {type(record).__name__}")
     for name, (needed, _) in FORMATS.items():
-        if all(record.get(_name_in(record, names)) is not None for names in needed):
+        if all(record.get(name_in(record, names)) is not None for names in needed):
             return name
     known = "; ".join(f"{name}: {_names(needed)}" for name, (needed, _) in FORMATS.items())
+    if {"chosen", "rejected"} <= record.keys():
+        raise BadRecord(f"{where}: a chosen and a rejected answer: --objective dpo trains on such pairs")
     raise BadRecord(
         f"{where}: the fields {', '.join(map(repr, record)) or '(none)'} are of no known format ({known}): "
         "name one by --format, or write a function for --format module:function"
@@ -111,7 +113,7 @@ def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
     of_messages = format_name == "prompt_completion" and isinstance(record.get("prompt"), list)
     if of_messages:
         optional = (TOOLS, SYSTEM)
-    fields = [_name_in(record, names) for names in (*needed, *optional)]
+    fields = [name_in(record, names) for names in (*needed, *optional)]
     if format_name == "messages" or of_messages:
         rendered = _render_messages(record, fields, where, tokenizer)
     else:
@@ -137,7 +139,7 @@ def render(record: object, where: str, format_name: str, tokenizer) -> Rendered:
 def chat_of(record: dict, where: str) -> Chat | None:
     """The chat in a record that has messages, or else None; raises BadRecord for one that cannot be read."""
     ((messages,), others) = FORMATS["messages"]
-    messages, tools, system = (record.get(_name_in(record, names)) for names in (messages, *others))
+    messages, tools, system = (record.get(name_in(record, names)) for names in (messages, *others))
     if messages is None:
         return None
     return read_chat(messages, tools, read_text({"system": system}, "system", where, required=False), where)
@@ -168,7 +170,7 @@ def _render_texts(texts: list[str], format_name: str) -> Rendered:
     return Rendered(prompt, answer, prompt)
 
 
-def _name_in(record: dict, names: tuple[str, ...]) -> str:
+def name_in(record: dict, names: tuple[str, ...]) -> str:
     """Of a field's names, the first with a value that is not empty, or with an empty one, or the first."""
     filled = [name for name in names if any(texts_in(record.get(name)))]
     present = [name for name in names if record.get(name) is not None]

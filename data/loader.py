@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from data.packing import Rows
-from data.tokens import IGNORED
 
 EMPTY = -1  # instead of a row's number: a row of padding, which fills the last global batch of an epoch
 Batch = dict[str, torch.Tensor]
@@ -60,7 +59,7 @@ class Loader:
             raise ValueError(f"seed is {seed}: 0 or more was expected")
         if not len(rows):
             raise ValueError("there are no rows: at least one was expected")
-        self._rows, self._batch_size, self._accumulation = rows, batch_size, accumulation
+        self.rows, self._batch_size, self._accumulation = rows, batch_size, accumulation
         self._dp_rank, self._dp_size, self._seed, self._start = dp_rank, dp_size, seed, start
         self.global_batch = batch_size * dp_size * accumulation
         self._order = lru_cache(maxsize=1)(
@@ -73,20 +72,20 @@ class Loader:
         if done < 0:
             raise ValueError(f"step is {step}: {self._start.step} or more was expected")
         epoch, row = self._start.epoch, self._start.row
-        in_first = -(-(len(self._rows) - row) // self.global_batch)  # steps left in the epoch of the start
+        in_first = -(-(len(self.rows) - row) // self.global_batch)  # steps left in the epoch of the start
         if done >= in_first:
-            epochs, done = divmod(done - in_first, -(-len(self._rows) // self.global_batch))
+            epochs, done = divmod(done - in_first, -(-len(self.rows) // self.global_batch))
             epoch, row = epoch + 1 + epochs, 0
         return Position(step, epoch, row + done * self.global_batch)
 
     def epochs(self, step: int) -> float:
         """The number of epochs, with a fraction, that are done before the 0-based `step`."""
         position = self.position(step)
-        return position.epoch + position.row / len(self._rows)
+        return position.epoch + position.row / len(self.rows)
 
     def steps_until(self, epochs: float) -> int:
         """The number of the first step before which `epochs` epochs are done."""
-        most = self._start.step + (math.ceil(epochs) + 1) * -(-len(self._rows) // self.global_batch)
+        most = self._start.step + (math.ceil(epochs) + 1) * -(-len(self.rows) // self.global_batch)
         return bisect_left(range(most), epochs - 1e-9, lo=self._start.step, key=self.epochs)
 
     def step(self, step: int) -> list[Batch]:
@@ -105,7 +104,7 @@ class Loader:
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """Batches with each row once, in order; every rank gets the same number of batches."""
-        chosen = np.arange(len(self._rows))
+        chosen = np.arange(len(self.rows))
         global_batch = self._batch_size * self._dp_size
         chosen = np.concatenate([chosen, np.full(-len(chosen) % global_batch, EMPTY)])
         for number in range(len(chosen) // global_batch):
@@ -115,12 +114,12 @@ class Loader:
         """Batch `number` of the rows `chosen`, on the CPU.
 
         input_ids, labels, position_ids, segment_ids: int64 [batch_size, row_length]; row_seeds: int64
-        [batch_size]. A row's seed has 31 bits and depends on seed, step and the row's number in the global
-        batch, but not on the rank.
+        [batch_size]; where the rows have values, segment_values: fp32 [batch_size, segments]. A row's seed
+        has 31 bits and depends on seed, step and the row's number in the global batch, but not on the rank.
         """
         numbers = range(number * self._batch_size, (number + 1) * self._batch_size)
         rows = [
-            self._empty() if index == EMPTY else self._rows.row(index)
+            self.rows.empty() if index == EMPTY else self.rows.row(index)
             for index in chosen[numbers.start : numbers.stop]
         ]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -128,10 +127,6 @@ class Loader:
             [zlib.crc32(f"{self._seed}/{step}/{row}".encode()) & 0x7FFFFFFF for row in numbers]
         )
         return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-    def _empty(self):
-        zeros = np.zeros(self._rows.row_length, np.int64)
-        return {"input_ids": zeros, "labels": zeros + IGNORED, "position_ids": zeros, "segment_ids": zeros}
 
 
 class Prefetcher:

@@ -54,13 +54,19 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of `row_length` tokens; `groups[r]` has the numbers of the pieces in row r, in order."""
+    """Rows of `row_length` tokens; `groups[r]` has the numbers of the pieces in row r, in order.
+
+    `values` fp32 [pieces], if any, are known of each piece and handed to the model's objective; a row then
+    has room for those of `segments` pieces.
+    """
 
     tokens: list[Tokens]
     pieces: Pieces
     groups: list[list[int]]
     row_length: int
     pad_token_id: int
+    segments: int = 0
+    values: np.ndarray | None = None
 
     def __post_init__(self):
         """Raise ValueError where a group is longer than a row."""
@@ -84,7 +90,8 @@ class Rows:
 
         Segments are numbered from 1, and 0 is padding. Positions restart in each segment. Labels are shifted:
         labels[t] is the token that position t has to predict, or IGNORED where nothing is trained. The last
-        position of a segment predicts nothing.
+        position of a segment predicts nothing. Where there are values, segment_values: fp32 [segments], that
+        of segment s at s - 1, 0 where there is no such segment.
         """
         row = {
             "input_ids": np.full(self.row_length, self.pad_token_id),
@@ -103,4 +110,17 @@ class Rows:
             row["position_ids"][begin:end] = np.arange(len(ids))
             row["segment_ids"][begin:end] = segment
             begin = end
-        return row
+        return row | self._values_of(self.groups[index])
+
+    def empty(self) -> dict[str, np.ndarray]:
+        """A row of padding alone."""
+        zeros = np.zeros(self.row_length, np.int64)
+        row = {"input_ids": zeros, "labels": zeros + IGNORED, "position_ids": zeros, "segment_ids": zeros}
+        return row | self._values_of([])
+
+    def _values_of(self, group: list[int]) -> dict[str, np.ndarray]:
+        if self.values is None:
+            return {}
+        values = np.zeros(self.segments, np.float32)
+        values[: len(group)] = self.values[group]
+        return {"segment_values": values}

@@ -35,12 +35,15 @@ def split(tokens: list[Tokens], percentage: int, seed: int) -> tuple[Chosen, Cho
     return [np.flatnonzero(~side) for side in sides], [np.flatnonzero(side) for side in sides]
 
 
-def weigh(chosen: Chosen, weights: list[float], seed: int) -> Chosen:
+def weigh(chosen: Chosen, weights: list[float], seed: int, pairs: bool = False) -> Chosen:
     """The examples of each source, repeated `weights` times, in the order of the data.
 
-    For the fractional part of a weight, `seed` chooses the examples. Raises ValueError where a weight leaves
-    no example of its source.
+    For the fractional part of a weight, `seed` chooses the examples. With `pairs`, both examples of a pair
+    are chosen. Raises ValueError where a weight leaves no example of its source.
     """
+    if pairs:
+        weighed = weigh([examples[::2] for examples in chosen], weights, seed)
+        return [np.stack([first, first + 1], 1).reshape(-1) for first in weighed]
     weighed = []
     for number, (examples, weight) in enumerate(zip(chosen, weights, strict=True)):
         if len(examples) and not round(weight * len(examples)):
@@ -104,3 +107,27 @@ def cut(
         found.append((np.full(int(useful.sum()), number), piece_start[useful], piece_stop[useful]))
     pieces = Pieces(*(np.concatenate(parts).astype(np.int64) for parts in zip(*found, strict=True)))
     return pieces, Cut(longer, cut_tokens, without_target, never_trained)
+
+
+def fit_pairs(
+    tokens: list[Tokens], chosen: Chosen, row_length: int, refuse: bool
+) -> tuple[Pieces, list[tuple[int, int]]]:
+    """(pieces, left_out): the chosen preference pairs that fit into a row, two pieces each, and the others.
+
+    `left_out` has (source, number of the chosen answer's example). Pairs are never cut: what is cut off one
+    answer would count as a preference. Raises ValueError for the first that does not fit, where `refuse`.
+    """
+    found, left_out = [], []
+    for number, (source, examples) in enumerate(zip(tokens, chosen, strict=True)):
+        start, stop = source.offsets[examples], source.offsets[examples + 1]
+        together = (stop - start).reshape(-1, 2).sum(1)
+        fits = np.repeat(together <= row_length, 2)
+        left_out += [(number, int(example)) for example in examples[~fits][::2]]
+        if refuse and left_out:
+            longest = int(together[int(np.argmax(together > row_length))])
+            raise ValueError(
+                f"{source.where(left_out[0][1])}: the pair's {longest} tokens are more than --max_seq_length "
+                f"{row_length}: raise it, or leave such pairs out without --long_examples refuse"
+            )
+        found.append((np.full(int(fits.sum()), number), start[fits], stop[fits]))
+    return Pieces(*(np.concatenate(parts).astype(np.int64) for parts in zip(*found, strict=True))), left_out

@@ -11,7 +11,8 @@ template and its date, flags). data/token_cache.py keeps entries; this one has t
     meta.json       format, guessed (whether `auto` chose it), prompts (the kind, by the first example),
                     plain_text (whether all examples are), skipped and named (bad records), where there are
                     any, unread (fields) and warnings, each with the number of examples and the first one's
-                    position, and what data/token_cache.py adds
+                    position, pairs (true where two examples are a preference pair, the chosen one first),
+                    and what data/token_cache.py adds
 """
 
 import hashlib
@@ -27,7 +28,8 @@ import numpy as np
 
 from data.dates import on_constant_date, pinned_date
 from data.encoding import encode, tokenizer_fingerprint
-from data.formats import FORMATS, Rendered, guess_format, load_function, render
+from data.formats import FORMATS, Rendered, guess_format, load_function, name_in, render
+from data.preferences import PREFERENCE, PROMPT, render_pair
 from data.sources import BadRecord, Source
 from data.token_cache import NOT_OURS, places, read_entry, warn, write_entry
 
@@ -83,18 +85,22 @@ def tokenize(
     max_samples: int | None = None,
     skip_bad: bool = False,
     streaming: bool = False,
+    pairs: bool = False,
     cache: Path,
 ) -> Tokens:
     """The tokens of the data set `name`, from the cache or made now, with a progress bar.
 
-    Raises ValueError, which names the position, for the first bad record; with skip_bad, bad records are
-    counted.
+    With `pairs`, each record is a preference pair, and makes two examples: of the chosen and of the rejected
+    answer, in this order. Raises ValueError, which names the position, for the first bad record; with
+    skip_bad, bad records are counted.
     """
     source = Source(name, streaming)
     function, code = load_function(format_name) if ":" in format_name else (None, "")
-    if function is None and format_name not in ("auto", *FORMATS):
+    formats = [PREFERENCE] if pairs else list(FORMATS)
+    if function is None and format_name not in ("auto", *formats):
         raise ValueError(
-            f"--format {format_name}: auto, {', '.join(FORMATS)} or module:function was expected"
+            f"--format {format_name}: auto, {', '.join(formats)} or module:function was expected"
+            f"{' with --objective dpo' if pairs else ''}"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, which ends every example")
@@ -109,11 +115,13 @@ def tokenize(
         skip_bad,
         tokenizer_fingerprint(tokenizer),
         pinned_date(tokenizer),
+        *([PREFERENCE] if pairs else []),
     ]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
     def write(directory: Path) -> dict:
         meta = {"format": format_name, "guessed": False, "plain_text": True, "skipped": 0, "named": []}
+        meta |= {"pairs": True} if pairs else {}
         records = _rendered(islice(source, max_samples), meta, function, tokenizer, skip_bad)
         if not _write_examples(directory, _encoded(records, source.name, tokenizer, train_on_prompt)):
             skipped = (
@@ -198,13 +206,13 @@ def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[st
             where, record = next(records)
             if isinstance(record, BadRecord):
                 raise record
-            rendered = _render(record, where, meta, function, tokenizer)
-            meta["plain_text"] &= rendered.spans is None and not rendered.prompt
-            for kind in ("unread", "warnings"):
-                for each in getattr(rendered, kind):
-                    found = meta.setdefault(kind, {}).setdefault(each, {"examples": 0, "first": where})
-                    found["examples"] += 1
-            yield where, rendered
+            for name, rendered in _render(record, where, meta, function, tokenizer).items():
+                meta["plain_text"] &= rendered.spans is None and not rendered.prompt
+                for kind in ("unread", "warnings"):
+                    for each in getattr(rendered, kind):
+                        found = meta.setdefault(kind, {}).setdefault(each, {"examples": 0, "first": where})
+                        found["examples"] += 1
+                yield where + name, rendered
         except StopIteration:
             return
         except BadRecord as error:
@@ -215,8 +223,11 @@ def _rendered(records, meta, function, tokenizer, skip_bad) -> Iterator[tuple[st
                 meta["named"].append(str(error))
 
 
-def _render(record, where: str, meta: dict, function, tokenizer) -> Rendered:
-    """The texts of a record. The first one sets meta's prompts, and its format where that is `auto`."""
+def _render(record, where: str, meta: dict, function, tokenizer) -> dict[str, Rendered]:
+    """{what is added to the position: the texts} of a record's example, of a pair's two.
+
+    The first record sets meta's prompts, and its format where that is `auto`.
+    """
     if function is not None:
         try:
             record = function(record)
@@ -225,15 +236,25 @@ def _render(record, where: str, meta: dict, function, tokenizer) -> Rendered:
             raise BadRecord(
                 f"{where}: --format {meta['format']} raises {type(error).__name__}: {error}"
             ) from None
-    elif meta["format"] == "auto":
-        meta |= {"format": guess_format(record, where), "guessed": True}
-    name = meta["format"] if function is None else guess_format(record, where)
-    rendered = render(record, where, name, tokenizer)
+    guess = PREFERENCE if meta.get("pairs") else None
+    if function is None and meta["format"] == "auto":
+        meta |= {"format": guess or guess_format(record, where), "guessed": True}
+    name = meta["format"] if function is None else guess or guess_format(record, where)
+    rendered = _examples(record, where, name, tokenizer)
     if pinned_date(tokenizer):  # the question decides what is held out, on every day the same
         with on_constant_date(tokenizer):
-            rendered = replace(rendered, question=render(record, where, name, tokenizer).question)
-    meta.setdefault(
-        "prompts",
-        CHAT if rendered.spans is not None else INSTRUCTION if name in ("dolly", "alpaca") else PLAIN,
+            constant = _examples(record, where, name, tokenizer)
+        rendered = {key: replace(rendered[key], question=constant[key].question) for key in rendered}
+    chat = any(each.spans is not None for each in rendered.values())
+    instruction = (
+        name in ("dolly", "alpaca") or name == PREFERENCE and name_in(record, PROMPT) == "instruction"
     )
+    meta.setdefault("prompts", CHAT if chat else INSTRUCTION if instruction else PLAIN)
     return rendered
+
+
+def _examples(record, where: str, name: str, tokenizer) -> dict[str, Rendered]:
+    """As _render, of a record of the format `name`."""
+    if name != PREFERENCE:
+        return {"": render(record, where, name, tokenizer)}
+    return dict(zip((", chosen", ", rejected"), render_pair(record, where, tokenizer), strict=True))

@@ -51,7 +51,8 @@ def make_checkpoint(directory: Path, layers: int) -> Path:
     from parallel.runtime import Runtime
     from parallel.shard import named_shards
     from trainer.checkpoint import writer as saving
-    from trainer.config import SAMPLE, Config
+    from trainer.config import Config
+    from trainer.config_derived import SAMPLE
     from trainer.prompts import PromptFormat
     from trainer.tokenizer import load_tokenizer
 

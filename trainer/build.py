@@ -24,7 +24,7 @@ from parallel.runtime import Runtime
 from parallel.shard import named_shards
 from trainer.config import Config
 from trainer.dataset import check_row_length
-from trainer.objective import FIGURES
+from trainer.objective import Objective, SupervisedFineTuning, objective_of
 from trainer.optimizer import AdamW
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class TrainState:
     accumulator: GradientAccumulator
     schedule: Schedule
     optimizer: AdamW | None = None
+    objective: Objective = SupervisedFineTuning()
 
 
 def build_model(
@@ -95,6 +96,8 @@ def build_state(runtime: Runtime, job: Job) -> TrainState:
     optimizer = AdamW(buckets, config, initial, device)
     if job.resume:
         job.resume.restore(optimizer)
-    accumulator = GradientAccumulator(buckets, 2 + len(FIGURES), device, config.graph_per_micro_batch)
+    objective = objective_of(config)
+    counts = 2 + len(objective.FIGURES)
+    accumulator = GradientAccumulator(buckets, counts, device, config.graph_per_micro_batch)
     ticks = schedule(model, config.per_device_train_batch_size, config.max_seq_length, device)
-    return TrainState(config, mesh, model, buckets, accumulator, ticks, optimizer)
+    return TrainState(config, mesh, model, buckets, accumulator, ticks, optimizer, objective)

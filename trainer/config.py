@@ -5,14 +5,13 @@ Names and meanings are those of Hugging Face's TrainingArguments and of the LoRA
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from parallel.runtime import asks_for_bf16
 from trainer.command_line import parse_flags
 from trainer.config_checks import check_values
+from trainer.config_derived import DerivedSettings
 
-SAMPLE = Path(__file__).resolve().parent.parent / "data" / "sample"
 ALL_LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 OUTPUT_PATHS = ("output_dir", "logging_dir", "resume")
 PATHS = ("preset", "model_id", "adapter_name_or_path", "dataset", "data_cache_dir", *OUTPUT_PATHS)
@@ -24,7 +23,7 @@ def _flag(default, help_text: str, **argument):
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(DerivedSettings):
     """All settings of a run. Raises ValueError for values that no run can have."""
 
     preset: str | None = _flag(
@@ -70,6 +69,22 @@ class Config:
     adapter_name_or_path: str | None = _flag(
         None, "Directory of a peft adapter to go on from; it sets the LoRA flags."
     )
+    # objective
+    objective: Literal["sft", "dpo"] = _flag(
+        "sft",
+        "What is trained: to write the answers (sft), or to prefer the chosen one of two answers (dpo).",
+    )
+    dpo_beta: float = _flag(
+        0.1, "How strongly DPO holds the model to the one that it starts from; for ipo, its tau."
+    )
+    dpo_loss: Literal["sigmoid", "ipo"] = _flag("sigmoid", "The loss of a pair: DPO's own, or IPO's.")
+    dpo_label_smoothing: float = _flag(
+        0.0, "With sigmoid, the probability that a pair's answers are the wrong way round: below 0.5."
+    )
+    rpo_alpha: float | None = _flag(
+        None,
+        "Adds so many times the chosen answer's negative log-likelihood per token to the loss of a pair.",
+    )
     # data
     dataset: list[str] | None = _flag(
         None, "Files (JSONL, JSON, CSV, Parquet, text), folders or hub ids; default: the embedded sample."
@@ -80,7 +95,7 @@ class Config:
     format: str = _flag(
         "auto",
         "messages, prompt_completion, dolly, alpaca, text, or module:function, which makes one of these; "
-        "auto takes the first whose fields a data set has.",
+        "auto takes the first whose fields a data set has. With --objective dpo: preference.",
     )
     train_on_prompt: bool = _flag(False, "Train on all tokens, not on answers only.")
     max_samples: int | None = _flag(None, "Take only so many records of each --dataset, the first.")
@@ -218,69 +233,6 @@ class Config:
         return replace(
             self, gradient_accumulation_steps=self.global_batch_size // rows, global_batch_size=None
         )
-
-    @property
-    def ticks(self) -> int:
-        """The ticks (clock steps of the pipeline) of one accumulation step; 1 where there is no pipeline."""
-        return self.pipeline_microbatches + self.pipeline_parallel_size - 1
-
-    @property
-    def graph_per_micro_batch(self) -> bool:
-        """Whether accumulation steps (or their ticks) share graphs and the update has its own graph.
-
-        Otherwise a whole step is one graph.
-        """
-        return (self.gradient_accumulation_steps > 1 or self.ticks > 1) and self.mark_step == "micro_batch"
-
-    @property
-    def graphs(self) -> dict[str, int]:
-        """The graphs of a training step and how often a step executes each, in the order of their first
-        execution."""
-        if not self.graph_per_micro_batch:
-            return {"step": 1}
-        accumulation = self.gradient_accumulation_steps
-        if self.ticks == 1:
-            return {"micro_batch": accumulation, "update": 1}
-        return {"forward": accumulation * self.ticks, "backward": accumulation * self.ticks, "update": 1}
-
-    def evaluates_after(self, step: int, saves: bool) -> bool:
-        """Whether --do_eval evaluates after so many steps. The best checkpoint of --save_total_limit is known
-        only where every checkpoint has its loss."""
-        return bool(self.eval_steps and step % self.eval_steps == 0 or saves and self.save_total_limit)
-
-    @property
-    def divides_sequence(self) -> bool:
-        """The value of --sequence_parallel; by default, whether the ranks divide a row evenly."""
-        if self.sequence_parallel is None:
-            return self.tensor_parallel_size > 1 and self.max_seq_length % self.tensor_parallel_size == 0
-        return self.sequence_parallel
-
-    @property
-    def pipeline_microbatches(self) -> int:
-        """The number of pipeline micro-batches that the rows of an accumulation step are cut into."""
-        return self.num_microbatches or (
-            self.per_device_train_batch_size if self.pipeline_parallel_size > 1 else 1
-        )
-
-    @property
-    def checkpointing_mode(self) -> str:
-        """The value of --gradient_checkpointing as none or full."""
-        return "full" if self.gradient_checkpointing in ("full", "true") else "none"
-
-    @property
-    def model_directory(self) -> str:
-        """The value of --model_id; by default, the directory of the embedded tiny Llama."""
-        return self.model_id or str(SAMPLE / "tiny")
-
-    @property
-    def datasets(self) -> list[str]:
-        """The values of --dataset; by default, the file of the embedded sample."""
-        return self.dataset or [str(SAMPLE / "instructions.jsonl")]
-
-    @property
-    def random_seed(self) -> int | None:
-        """The seed of random weights, or None where weights are read from files."""
-        return self.seed if self.random_weights or self.model_id is None else None
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:

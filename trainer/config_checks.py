@@ -31,8 +31,9 @@ AT_LEAST = {
     "eval_samples": 0,
     "seed": 0,
     "adam_epsilon": 1e-30,
+    "rpo_alpha": 0,
 }
-ABOVE_ZERO = ("num_train_epochs", "lora_alpha", "max_minutes")
+ABOVE_ZERO = ("num_train_epochs", "lora_alpha", "max_minutes", "dpo_beta")
 REPORT_TO = ("none", "tensorboard", "wandb")
 FROM_ZERO_TO_BELOW_ONE = ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 
@@ -43,6 +44,7 @@ def check_values(config: Config) -> None:
     _check_dataset_weights(config)
     _check_divisibility(config)
     _check_combinations(config)
+    _check_objective(config)
 
 
 def _check_ranges(config: Config) -> None:
@@ -110,4 +112,27 @@ def _check_combinations(config: Config) -> None:
     if config.adapter_name_or_path and not config.lora_r:
         raise ValueError(
             "--adapter_name_or_path goes on with LoRA, and --lora_r 0 trains without: choose one"
+        )
+
+
+def _check_objective(config: Config) -> None:
+    """The flags of an objective go with it."""
+    if not 0 <= config.dpo_label_smoothing < 0.5:
+        raise ValueError(
+            f"--dpo_label_smoothing {config.dpo_label_smoothing}: a number from 0 to below 0.5 was expected"
+        )
+    if config.dpo_label_smoothing and config.dpo_loss != "sigmoid":
+        raise ValueError(f"--dpo_label_smoothing is of --dpo_loss sigmoid; this is {config.dpo_loss}")
+    if not config.trains_on_pairs:
+        defaults = {"dpo_beta": 0.1, "dpo_loss": "sigmoid", "dpo_label_smoothing": 0.0, "rpo_alpha": None}
+        for name, default in defaults.items():
+            if getattr(config, name) != default:
+                raise ValueError(f"--{name} is of --objective dpo: pass that too")
+        return
+    if config.train_on_prompt:
+        raise ValueError("--train_on_prompt has no meaning with --objective dpo: answers are compared")
+    if config.long_examples in ("truncate", "split"):
+        raise ValueError(
+            f"--long_examples {config.long_examples}: with --objective dpo pairs are never cut: those that "
+            "do not fit into a row are left out, or refused (--long_examples refuse)"
         )

@@ -1,12 +1,13 @@
 """The rows that a configuration trains on and evaluates with, and a summary of them."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 
 from data.dates import pinned_date
 from data.packing import Rows, pack
-from data.selection import Chosen, cut, split, weigh
+from data.selection import Chosen, cut, fit_pairs, split, weigh
 from data.token_cache import cache_directory
 from data.tokens import CHAT, NAMED, Tokens, tokenize
 from model.config import ModelConfig
@@ -33,7 +34,8 @@ def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Ro
     chosen, held_out = [np.arange(len(source)) for source in sources], None
     if config.do_eval:
         chosen, held_out = split(sources, config.validation_split_percentage, config.seed)
-    chosen = weigh(chosen, config.dataset_weights or [1.0] * len(sources), config.seed)
+    weights = config.dataset_weights or [1.0] * len(sources)
+    chosen = weigh(chosen, weights, config.seed, config.trains_on_pairs)
     pad = _pad_token(tokenizer, model_config.vocab_size)
     summary = _describe_sources(config.datasets, sources)
     date = pinned_date(tokenizer)
@@ -45,6 +47,8 @@ def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Ro
         return train_rows, None, "\n".join(summary)
     eval_rows, line = _fill_rows(config, sources, held_out, pad, "evaluate")
     summary.append(line)
+    most = max(train_rows.segments, eval_rows.segments)  # one shape, so that they share a graph
+    train_rows, eval_rows = (replace(rows, segments=most) for rows in (train_rows, eval_rows))
     return train_rows, eval_rows, "\n".join(summary)
 
 
@@ -60,6 +64,7 @@ def _tokenize(config: Config, tokenizer) -> list[Tokens]:
             max_samples=config.max_samples,
             skip_bad=config.skip_bad,
             streaming=config.streaming,
+            pairs=config.trains_on_pairs,
             cache=cache,
         )
         for name in config.datasets
@@ -87,7 +92,8 @@ def _describe_sources(names: list[str], sources: list[Tokens]) -> list[str]:
     lines = []
     for name, source in zip(names, sources, strict=True):
         guessed = " (guessed from its fields)" if source.meta["guessed"] else ""
-        lines.append(f"data: {name}: {len(source)} examples, format {source.meta['format']}{guessed}")
+        found = f"{len(source) // 2} pairs" if source.meta.get("pairs") else f"{len(source)} examples"
+        lines.append(f"data: {name}: {found}, format {source.meta['format']}{guessed}")
         if source.note:
             lines.append(f"data: {name}: {source.note}")
         if source.meta["skipped"]:
@@ -105,6 +111,8 @@ def _fill_rows(
     config: Config, sources: list[Tokens], examples: Chosen, pad: int, purpose: str
 ) -> tuple[Rows, str]:
     """(rows of the examples, a line of the summary on them). `purpose`: train or evaluate."""
+    if config.trains_on_pairs:
+        return _fill_rows_with_pairs(config, sources, examples, pad, purpose)
     row_length = config.max_seq_length
     pieces, lost = cut(sources, examples, row_length, config.long_examples)
     if lost.never_trained and not config.skip_bad:
@@ -136,6 +144,37 @@ def _fill_rows(
         line += (
             f"\ndata: {len(lost.without_target)} of {total} examples to {purpose} on are left out: no target "
             f"token is within --max_seq_length {row_length}: {'; '.join(positions)}"
+            f"{' ...' if len(named) > NAMED else ''}"
+        )
+    return rows, line
+
+
+def _fill_rows_with_pairs(
+    config: Config, sources: list[Tokens], examples: Chosen, pad: int, purpose: str
+) -> tuple[Rows, str]:
+    """As _fill_rows, of preference pairs: both answers of a pair are in one row."""
+    row_length = config.max_seq_length
+    pieces, left_out = fit_pairs(sources, examples, row_length, config.long_examples == "refuse")
+    pairs = len(pieces.lengths) // 2
+    if not pairs:
+        raise ValueError(
+            f"no pair fits into --max_seq_length {row_length}: nothing is left to {purpose} on; raise it"
+        )
+    packed = [[pair] for pair in range(pairs)]
+    if config.packing:
+        packed = pack(pieces.lengths.reshape(-1, 2).sum(1).tolist(), row_length)
+    groups = [[piece for pair in row for piece in (2 * pair, 2 * pair + 1)] for row in packed]
+    rows = Rows(sources, pieces, groups, row_length, pad, segments=max(map(len, groups)))
+    line = (
+        f"{purpose} on {pairs} preference pairs in {len(rows)} rows of {row_length} tokens, "
+        f"{rows.efficiency:.1%} filled, at most {rows.segments // 2} a row"
+    )
+    if left_out:
+        named = dict.fromkeys(left_out)  # --dataset_weights may repeat a pair
+        positions = [sources[source].where(number) for source, number in list(named)[:NAMED]]
+        line += (
+            f"\ndata: {len(left_out)} of {pairs + len(left_out)} pairs to {purpose} on are left out: longer "
+            f"than --max_seq_length {row_length} together: {'; '.join(positions)}"
             f"{' ...' if len(named) > NAMED else ''}"
         )
     return rows, line

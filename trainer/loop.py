@@ -19,11 +19,11 @@ from trainer.checkpoint.writer import Saver
 from trainer.evaluation import evaluate
 from trainer.job import Job
 from trainer.nonfinite import FiniteCheck
-from trainer.objective import loss_and_counts
 from trainer.optimizer import learning_rate
 from trainer.pipelined import forward_backward_in_ticks, without_mark_step
+from trainer.reference import add_reference
 from trainer.reporting.metrics import Metrics
-from trainer.samples import Samples
+from trainer.reporting.samples import Samples
 from trainer.stopping import Stopping
 
 Batch = dict[str, torch.Tensor]
@@ -41,18 +41,19 @@ def run(runtime: Runtime, job: Job) -> TrainState:
     batches = Prefetcher(loader, runtime.upload)
     samples = Samples(runtime, state.model, job, state.mesh.tp)
     metrics = Metrics(runtime, job, first_step, loader)
-    saver = Saver(runtime, state.mesh, job, state.optimizer)
+    runtime.mark_step("build")
+    # What the objective needs to know of the model before it is trained: trainer/reference.py.
+    reference = add_reference(runtime, state, job, {"train": loader, "evaluate": eval_loader})
+    saver = Saver(runtime, state.mesh, job, state.optimizer, reference)
     stopping = Stopping(runtime, job)
     finite = FiniteCheck(runtime, state, loader, saver, forward_backward)
-    runtime.mark_step("build")
     if job.resume:
         job.resume.close()  # all ranks have read what they need
 
-    # Evaluate before the first step: what the model can do untrained; and no graph is left to be compiled
-    # later.
+    # Evaluate before the first step: what the model can do untrained, and no graph is left to compile later.
     if eval_loader:
-        evaluation = evaluate(runtime, state.model, eval_loader, state.mesh)
-        metrics.evaluation(first_step, *evaluation, samples.generate())
+        evaluation = evaluate(runtime, state.model, eval_loader, state.mesh, state.objective)
+        metrics.evaluation(first_step, evaluation, samples.generate())
 
     for step in range(first_step, job.total_steps if config.do_train else first_step):
         runtime.begin_step(step + 1)
@@ -75,8 +76,9 @@ def run(runtime: Runtime, job: Job) -> TrainState:
             metrics.flush()
             finite.flush()
         if evaluates:
-            eval_loss, target_tokens = evaluate(runtime, state.model, eval_loader, state.mesh)
-            metrics.evaluation(step + 1, eval_loss, target_tokens, samples.generate())
+            evaluation = evaluate(runtime, state.model, eval_loader, state.mesh, state.objective)
+            metrics.evaluation(step + 1, evaluation, samples.generate())
+            eval_loss = evaluation.loss
         if saves:
             saver.save(loader.position(step + 1), eval_loss)  # the host waits for its copy of the state
             metrics.restart_clock()
@@ -129,7 +131,7 @@ def forward_backward(state: TrainState, batch: Batch) -> None:
     hidden = model.hidden_states(
         batch["input_ids"], batch["position_ids"], batch["segment_ids"], batch["row_seeds"]
     )
-    loss_sum, counts = loss_and_counts(model, hidden, batch)  # trainer/objective.py
+    loss_sum, counts = state.objective.loss_and_counts(model, hidden, batch)  # trainer/objective.py
     loss_sum.backward()
     state.accumulator.add(counts)
 
@@ -141,22 +143,22 @@ def update(
 
     scalars [3] are the optimizer's for this step; stop_request [1] is 1 where this rank has to stop. Returns
     what the host reads a step later: (report, the sum of all ranks' stop requests [1]). The report is fp32:
-    gradient norm, target tokens, tokens, and the mean of each of objective.FIGURES.
+    gradient norm, units (of SFT, target tokens), tokens, and the mean of each of the objective's FIGURES.
     """
     mesh, buckets, optimizer, accumulator = state.mesh, state.buckets, state.optimizer, state.accumulator
 
-    # Reduction. Dividing by the target tokens of all ranks and micro-batches makes it the mean over the
-    # step's tokens.
+    # Reduction. Dividing by the units of all ranks and micro-batches (target tokens, say) makes it the mean
+    # over those of the step.
     counts = all_reduce(accumulator.counts, mesh.dp)
-    target_tokens = counts[0:1].clamp(min=1.0)
-    gradients = [grad_sum / target_tokens for grad_sum in buckets.reduce(accumulator.grad_sums)]
+    units = counts[0:1].clamp(min=1.0)
+    gradients = [grad_sum / units for grad_sum in buckets.reduce(accumulator.grad_sums)]
 
     # Clipping and update of fp32 master weights, from which the parameters are rounded; under --zero_1 of
     # this rank's part.
     grad_norm = global_norm(buckets, gradients)
     if state.config.max_grad_norm:
         gradients = clip_gradients(gradients, grad_norm, state.config.max_grad_norm)
-    report = torch.cat([grad_norm, counts[:2], counts[2:] / target_tokens])
+    report = torch.cat([grad_norm, counts[:2], counts[2:] / units])
     # A step that is not finite changes neither weights nor moments: --on_nonfinite.
     applies = None if state.config.on_nonfinite == "ignore" else all_finite(report)
     optimizer.step(gradients, scalars, applies)

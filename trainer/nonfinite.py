@@ -22,7 +22,6 @@ from parallel.collectives import all_gather
 from parallel.gradients import all_finite
 from parallel.runtime import Runtime
 from trainer.checkpoint.names import NonFinite, list_checkpoints
-from trainer.objective import FIGURES, loss_and_counts
 from trainer.pipelined import forward_backward_in_ticks
 from trainer.reporting.console import say
 
@@ -65,7 +64,8 @@ class FiniteCheck:
         grad_norm, _, _, *means = values = self._runtime.read(report)
         if all(map(math.isfinite, values)):
             return
-        figures = ", ".join(f"{name} {mean:.4g}" for name, mean in zip(FIGURES, means, strict=True))
+        named = zip(self._state.objective.FIGURES, means, strict=True)
+        figures = ", ".join(f"{name} {mean:.4g}" for name, mean in named)
         what = f"step {step} is not finite: {figures}, gradient norm {grad_norm:.4g}"
         if not self._ends:
             say(f"warning: {what}: it is skipped, and changes nothing", sys.stderr)
@@ -168,8 +168,8 @@ def look_forward(
         if name
     ]
     if tick is None:
-        inputs = {name: batch[name] for name in batch if name != "labels"}
-        hidden, rows = state.model.hidden_states(**inputs), batch
+        names = ("input_ids", "position_ids", "segment_ids", "row_seeds")
+        hidden, rows = state.model.hidden_states(*(batch[name] for name in names)), batch
     else:
         hidden = output = forward_tick(state.model, batch, tick, previous_output).stage_output
         rows = state.model.pipeline.finished_microbatch(batch, tick)
@@ -178,7 +178,7 @@ def look_forward(
     for hook in hooks:
         hook.remove()
     note("lm_head", logits)
-    note("the loss in trainer/objective.py", loss_and_counts(state.model, hidden, rows)[0])
+    note("the loss in trainer/objective.py", state.objective.loss_and_counts(state.model, hidden, rows)[0])
     return output, list(found), torch.cat(list(found.values()))
 
 

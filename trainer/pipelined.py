@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.stage import StageActivations, backward_through_stage, forward_tick
-from trainer.objective import loss_and_counts
 
 if TYPE_CHECKING:
     from trainer.build import TrainState
@@ -50,7 +49,7 @@ def backward_tick(
     """
     stage_output = activations.stage_output.detach().requires_grad_()
     rows = state.model.pipeline.finished_microbatch(batch, tick)
-    loss_sum, counts = loss_and_counts(state.model, stage_output, rows)
+    loss_sum, counts = state.objective.loss_and_counts(state.model, stage_output, rows)
     loss_sum.backward()
     input_grad = backward_through_stage(state.model, batch, tick, activations, stage_output.grad, next_grad)
     state.accumulator.add(counts)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from data.formats import render
 from data.sources import BadRecord
 from data.tokens import tokenize
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 # Writes tools and calls as Llama 3.1's template does, and marks what the assistant says.
 TOOLS = (

@@ -18,7 +18,8 @@ from tools.merge_checkpoint.merging import merge
 from tools.model_source import ModelSource
 from trainer import prompts
 from trainer.checkpoint.reader import Checkpoint
-from trainer.config import SAMPLE, parse
+from trainer.config import parse
+from trainer.config_derived import SAMPLE
 from trainer.dataset import fingerprint
 from trainer.job import prepare
 from trainer.prompts import FILE, PromptFormat, chat_ids, keep_date

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.chats import Rendered
 from data.encoding import encode, encode_prompts
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 from trainer.prompts import text_ids
 
 

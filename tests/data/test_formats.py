@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from data.formats import format_prompt, guess_format, load_function, render
 from data.sources import BadRecord
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 # Llama 3's template, with the marks from which transformers knows the assistant's messages.
 MARKED = (

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from data.formats import load_function
 from data.tokens import tokenize
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 RECORD = {"q": "1", "a": "2"}
 

@@ -9,7 +9,8 @@ import pytest
 from model.config import ModelConfig
 from tests.support.examples import tokens_of
 from trainer import dataset
-from trainer.config import SAMPLE, parse
+from trainer.config import parse
+from trainer.config_derived import SAMPLE
 from trainer.dataset import build_rows
 from trainer.tokenizer import load_tokenizer
 

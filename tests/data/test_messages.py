@@ -9,7 +9,7 @@ from data.formats import guess_format
 from data.messages import is_quoted, is_written, read_chat, squeeze, without_nulls
 from data.sources import BadRecord
 from data.tokens import tokenize
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 QUESTION, ANSWER = {"role": "user", "content": "Q1?"}, {"role": "assistant", "content": "A."}
 PARTS = [{"type": "text", "text": "Q"}, {"type": "text", "text": "1?"}]

@@ -17,7 +17,7 @@ from data import token_cache, tokens
 from data.token_cache import LOCK, OLD_SECONDS, cache_directory
 from data.tokens import tokenize
 from tests.support.on_ranks import ROOT
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 NOBODY = 65534
 KEY = "0123456789abcdef" * 2

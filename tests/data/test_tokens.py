@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from data.formats import format_prompt
 from data.token_cache import cache_directory
 from data.tokens import tokenize
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 
 @pytest.fixture

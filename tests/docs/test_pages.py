@@ -163,11 +163,15 @@ def test_the_flags_are_written_down():
 
 def test_the_keys_of_metrics_are_explained():
     """The table of docs/metrics.md has the keys that trainer/reporting/metrics.py writes."""
-    from trainer.objective import FIGURES
+    from trainer.objective import SupervisedFineTuning
 
     source = (ROOT / "trainer" / "reporting" / "metrics.py").read_text()
     flush = source[source.index("    def flush(self)") : source.index("    def evaluation(self")]
-    written = {*re.findall(r'^ +"(\w+)":', flush, re.M), *FIGURES}
+    written = {
+        *re.findall(r'^ +"(\w+)":', flush, re.M),
+        *SupervisedFineTuning.FIGURES,
+        SupervisedFineTuning.UNIT,
+    }
     text = (ROOT / "docs" / "metrics.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == written
 

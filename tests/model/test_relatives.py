@@ -90,7 +90,7 @@ def _gradients(runtime, config, files, stages, tp, sequence_parallel, checkpoint
     from parallel.shard import named_shards
     from trainer.build import TrainState
     from trainer.loop import forward_backward
-    from trainer.objective import FIGURES
+    from trainer.objective import SupervisedFineTuning
     from trainer.pipelined import forward_backward_in_ticks
 
     mesh = Mesh.create(runtime.rank, runtime.world_size, tp, stages)
@@ -104,7 +104,9 @@ def _gradients(runtime, config, files, stages, tp, sequence_parallel, checkpoint
     fill(model, files, runtime.device, seed=0)
     batch = {name: tensor.to(runtime.device) for name, tensor in rows()[0].items()}
     buckets = Buckets(list(named_shards(model)), mesh)
-    accumulator = GradientAccumulator(buckets, 2 + len(FIGURES), runtime.device, stages > 1)
+    accumulator = GradientAccumulator(
+        buckets, 2 + len(SupervisedFineTuning.FIGURES), runtime.device, stages > 1
+    )
     ticks = schedule(model, 4, ROW, runtime.device)
     state = TrainState(None, mesh, model, buckets, accumulator, ticks)
     if stages > 1:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 from trainer.tokenizer import load_tokenizer
 
 TEXT = "What is 2+2? <|turn|>  It's\n4.</s>"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 LLAMA3 = {
     "rope_type": "llama3",

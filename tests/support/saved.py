@@ -15,7 +15,8 @@ from parallel.shard import Shard
 from trainer.checkpoint.manifest import describe_files
 from trainer.checkpoint.names import KINDS, MANIFEST, manifest_checksum
 from trainer.checkpoint.writer import Saver
-from trainer.config import SAMPLE, Config
+from trainer.config import Config
+from trainer.config_derived import SAMPLE
 from trainer.optimizer import AdamW
 from trainer.prompts import PromptFormat
 from trainer.tokenizer import load_tokenizer

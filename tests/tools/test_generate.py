@@ -14,7 +14,7 @@ from tests.support.runs import environment, start
 from tests.support.saved import TOKENIZER
 from tools.generate import Terminal, main, read_prompts
 from tools.merge_checkpoint.merging import merge
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 from trainer.prompts import PromptFormat
 
 PROGRAM = ("-m", "tools.generate")

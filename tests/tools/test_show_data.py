@@ -9,7 +9,7 @@ import pytest
 
 from data.formats import format_prompt
 from tools.show_data import draw_lengths, main, picture, runs
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 from trainer.tokenizer import load_tokenizer
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.models import LLAMA3, save_adapter, save_llama
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 
 def refused(tmp_path, *flags, world_size=1, model=None):

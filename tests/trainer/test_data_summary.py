@@ -5,7 +5,8 @@ import json
 from transformers import AutoTokenizer
 
 from model.config import ModelConfig
-from trainer.config import SAMPLE, parse
+from trainer.config import parse
+from trainer.config_derived import SAMPLE
 from trainer.dataset import build_rows
 
 

@@ -12,7 +12,7 @@ from tests.support.examples import rows_of
 from tests.support.on_ranks import on_ranks
 from tests.support.runs import read, several_runs
 from tools.merge_checkpoint.merging import merge
-from trainer.samples import questions
+from trainer.reporting.samples import questions
 
 
 def examples():
@@ -71,7 +71,8 @@ def test_perplexity_is_that_of_the_merged_model(tmp_path):
         total += F.cross_entropy(logits[wanted], torch.tensor(ids)[1:][wanted], reduction="sum").item()
         targets += int(wanted.sum())
     for found in on_ranks(evaluated, 4, checkpoint=str(checkpoint)):
-        for dp, (loss, counted) in found.items():
+        for dp, (counted, figures) in found.items():
+            loss = figures["loss"]
             assert counted == targets and abs(math.exp(loss) / math.exp(total / targets) - 1) < 1e-4, (
                 f"dp {dp}: {loss}"
             )

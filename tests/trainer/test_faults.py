@@ -20,7 +20,7 @@ from tests.support.saved import SHAPES, save, whole
 from tools.merge_checkpoint.merging import merge
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.names import KINDS, list_checkpoints
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 from trainer.job import lock
 
 KILLS = 50

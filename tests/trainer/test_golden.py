@@ -19,7 +19,7 @@ import pytest
 from parallel.graph.hlo import Graph
 from tests.support.on_ranks import ROOT, on_ranks
 from tests.support.runs import read, several_runs
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 pytestmark = pytest.mark.process
 

@@ -78,7 +78,7 @@ def pipelined(runtime, cases, bases):
     from parallel.shard import named_shards
     from trainer.build import TrainState
     from trainer.evaluation import evaluate
-    from trainer.objective import FIGURES
+    from trainer.objective import SupervisedFineTuning
     from trainer.pipelined import forward_backward_in_ticks, without_mark_step
 
     found = []
@@ -99,7 +99,9 @@ def pipelined(runtime, cases, bases):
         buckets = Buckets(list(named_shards(model)), mesh, "zero_1" in how, 4 * 1000)
         batch = {name: tensor.to(runtime.device) for name, tensor in batch_of(mesh.dp.rank()).items()}
         divided = "step" not in how
-        accumulator = GradientAccumulator(buckets, 2 + len(FIGURES), runtime.device, divided)
+        accumulator = GradientAccumulator(
+            buckets, 2 + len(SupervisedFineTuning.FIGURES), runtime.device, divided
+        )
         ticks = schedule(model, ROWS, SEQUENCE, runtime.device)
         state = TrainState(None, mesh, model, buckets, accumulator, ticks)
         forward_backward_in_ticks(state, batch, runtime.mark_step if divided else without_mark_step)
@@ -180,7 +182,8 @@ def check(results, world_size, cases, adapted):
         )
         for found, compilations in results:
             assert compilations == graphs
-            (*counted, total), (mean, twice), found_norm, gradients = found[number]
+            (*counted, total), evaluated, found_norm, gradients = found[number]
+            twice, mean = evaluated.units, evaluated.loss
             assert (
                 counted == [targets, tokens]
                 and twice == 2 * targets

@@ -16,7 +16,7 @@ from tools.merge_checkpoint.__main__ import main as merge
 from trainer.config import parse
 from trainer.job import prepare
 from trainer.prompts import PromptFormat
-from trainer.samples import NEW_TOKENS, questions
+from trainer.reporting.samples import NEW_TOKENS, questions
 
 pytestmark = pytest.mark.process
 

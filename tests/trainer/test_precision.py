@@ -9,7 +9,8 @@ import torch
 from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
 from tests.support.runs import column, final_states, several_runs
-from trainer.config import SAMPLE, parse
+from trainer.config import parse
+from trainer.config_derived import SAMPLE
 from trainer.job import prepare
 
 pytestmark = pytest.mark.process

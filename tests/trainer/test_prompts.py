@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from data.formats import format_prompt
 from data.tokens import tokenize
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 from trainer.prompts import FILE, PromptFormat, chat_ids, end_tokens, generation_config
 
 CHATML = (

@@ -12,7 +12,7 @@ from tests.trainer.test_faults import save_tiny
 from tools.merge_checkpoint.merging import merge
 from tools.model_source import ModelSource
 from trainer.checkpoint.model_files import copy_known_files
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 from trainer.tokenizer import load_tokenizer
 
 CODE = """

@@ -249,15 +249,18 @@ def _rates(job, mesh, seconds: float, lines: list[dict], peak: float) -> dict[st
     `seconds`: of a step. `lines`: of metrics.jsonl, for the steps that were measured. `peak`: FLOP/s of all
     ranks together.
     """
+    from trainer.objective import objective_of
+
     config = job.config
     micro_batches = config.gradient_accumulation_steps * mesh.world_size / seconds  # a second, of all ranks
     model_flops, hardware_flops = _micro_batch_flops(job, mesh)
     hfu = hardware_flops * micro_batches / peak
     padded_tokens = config.per_device_train_batch_size * config.max_seq_length / mesh.model.size()
-    target_tokens = np.median([line["target_tokens"] for line in lines])
+    unit = objective_of(config).UNIT  # target_tokens, say
+    units = np.median([line[unit] for line in lines])
     tokens = np.median([line["tokens_per_second"] * line["step_seconds"] for line in lines])
     return {
-        "target_tokens_per_second": float(target_tokens / seconds),
+        f"{unit}_per_second": float(units / seconds),
         "tokens_per_second": float(tokens / seconds),
         "padded_tokens_per_second": float(padded_tokens * micro_batches),
         "flops_per_second": float(hfu * peak),

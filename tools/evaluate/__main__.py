@@ -5,9 +5,10 @@ page.
         --output evaluation FLAGS
 
 FLAGS are those of trainer/main.py: --dataset and its kin, --max_seq_length, --tensor_parallel_size, --bf16.
-With the --do_eval of a run, only its held-out part is evaluated. The tool writes evaluation/answers.jsonl,
-and evaluation/index.html, a page that loads nothing. Loss and perplexity are per target token;
-tools/evaluate/report.py says how answers are scored.
+With the --do_eval of a run, only its held-out part is evaluated. With --objective dpo the data are preference
+pairs: loss and answers are those of the chosen answers, and it says how often a model prefers them. The tool
+writes evaluation/answers.jsonl, and evaluation/index.html, a page that loads nothing. Loss and perplexity are
+per target token; tools/evaluate/report.py says how answers are scored.
 """
 
 import argparse
@@ -17,18 +18,19 @@ from pathlib import Path
 from model.weights.hub import in_one_line
 from parallel.runtime import launch, leaves_at_once, prepare_environment, requested_world_size
 from tools import cli
-from tools.evaluate.report import write_results
+from tools.evaluate.report import Measured, loss_of_chosen, write_results
 from tools.extras import require
 
 
-def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, list[str]]:
-    """(loss per target token, greedy answer to each question) of one model; every rank calls this."""
+def measure(runtime, source, rows, questions, config, chosen) -> Measured:
+    """What is found of one model; every rank calls this."""
     import torch
 
     from data.loader import Loader
     from model.generation import Generator, capacity_for
     from parallel.mesh import Mesh
     from trainer.evaluation import evaluate
+    from trainer.reference import compute_reference
 
     mesh = Mesh.create(runtime.rank, runtime.world_size, config.tensor_parallel_size)
     model = source.build(
@@ -46,13 +48,15 @@ def measure(runtime, source, rows, questions, config, chosen) -> tuple[float, li
         dp_size=mesh.dp.size(),
         seed=config.seed,
     )
-    loss, _ = evaluate(runtime, model, loader, mesh)
+    logps = compute_reference(runtime, model, mesh, loader) if config.trains_on_pairs else None
+    loss = evaluate(runtime, model, loader, mesh).loss if logps is None else loss_of_chosen(rows, logps)
     capacity = capacity_for(
         max(len(each.prompt) for each in questions), chosen.max_new_tokens, source.config.max_positions
     )
     generator = Generator(runtime, model, mesh.tp, min(chosen.batch_size, len(questions)), capacity)
     answers = generator.generate([each.prompt for each in questions], chosen.max_new_tokens, source.ends)
-    return loss, [source.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    texts = [source.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    return Measured(loss, texts, logps)
 
 
 def open_sources(chosen) -> list:
@@ -87,8 +91,8 @@ def prepare(chosen, config):
     """(models, rows, questions) of the flags; raises ValueError before anything is compiled or written."""
     require("rouge_score")
     from model.generation import capacity_for
-    from trainer import samples
     from trainer.dataset import build_rows
+    from trainer.reporting import samples
 
     if min(chosen.max_new_tokens, chosen.batch_size) < 1:
         raise ValueError("--max_new_tokens and --batch_size: at least 1 was expected")

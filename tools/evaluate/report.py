@@ -9,6 +9,9 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from tools.html_page import build_page, write_file
 
@@ -21,10 +24,50 @@ overflow-wrap: anywhere }
 .exact { background: #d8f0d8 }  small { color: #666 }  \
 h3 { font-size: .9em; font-weight: normal; margin: 0 }"""
 BODY = """<p>{count} examples of {datasets}; green answers are the expected ones, word for word.</p>
-<table><tr><th>model<th>loss<th>perplexity<th>exact match<th>ROUGE-L</tr>
+<table><tr><th>model{columns}</tr>
 {totals}
 </table>
 {answers}"""
+
+
+# Names of a model's figures -> (the head of their column, their format).
+COLUMNS = {
+    "loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ".4g"),
+    "preferred": ("prefers the chosen answer", ".1%"),
+    "preferred_more": ("more than the first model", ".1%"),
+    "exact_match": ("exact match", ".1%"),
+    "rouge_l": ("ROUGE-L", ".3f"),
+}
+
+
+class Measured(NamedTuple):
+    """Of one model: the loss per target token, its answers, and of preference pairs the log-probability of
+    each answer, fp32 [2 x pairs]."""
+
+    loss: float
+    answers: list[str]
+    logps: np.ndarray | None = None
+
+
+def loss_of_chosen(rows, logps: np.ndarray) -> float:
+    """The loss per target token of the chosen answers, whose log-probabilities are every second one."""
+    pieces, targets = rows.pieces, 0
+    for source, start, stop in zip(pieces.source[::2], pieces.start[::2], pieces.stop[::2], strict=True):
+        targets += int(
+            rows.tokens[source].trained[start + 1 : stop].sum()
+        )  # nothing predicts the first token
+    return -float(logps[::2].sum(dtype=np.float64)) / targets
+
+
+def preferences(logps: np.ndarray | None, first: np.ndarray | None) -> dict[str, float]:
+    """The share of pairs whose chosen answer is the more probable one; and that in which it is more so than
+    under the first model: DPO's reward accuracy with that one as the reference."""
+    if logps is None:
+        return {}
+    margins, reference = (each[::2] - each[1::2] for each in (logps, first))
+    found = {"preferred": float((margins > 0).mean())}
+    return found if logps is first else found | {"preferred_more": float((margins > reference).mean())}
 
 
 class Words:
@@ -46,11 +89,12 @@ def score(expected: str, answer: str) -> dict:
     }
 
 
-def summarise(loss: float, scores: list[dict]) -> dict:
-    """A model's loss and perplexity, and the means of its answers' scores."""
+def summarise(loss: float, scores: list[dict], preferred: dict[str, float]) -> dict:
+    """A model's loss and perplexity, what it prefers, and the means of its answers' scores."""
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
+        **preferred,
         "exact_match": sum(each["exact_match"] for each in scores) / len(scores),
         "rouge_l": sum(each["rouge_l"] for each in scores) / len(scores),
     }
@@ -58,19 +102,18 @@ def summarise(loss: float, scores: list[dict]) -> dict:
 
 def write_page(totals: dict[str, dict], records: list[dict], datasets: list[str]) -> str:
     """The page of the models' summaries, and of the records that answers.jsonl has."""
+    columns = {key: value for key, value in COLUMNS.items() if any(key in each for each in totals.values())}
     lines = []
     for name, each in totals.items():
-        numbers = (
-            f"{each['loss']:.4f}",
-            f"{each['perplexity']:.4g}",
-            f"{each['exact_match']:.1%}",
-            f"{each['rouge_l']:.3f}",
+        cells = "".join(
+            f'<td class="number">{format(each[key], style) if key in each else ""}'
+            for key, (_, style) in columns.items()
         )
-        cells = "".join(f'<td class="number">{number}' for number in numbers)
         lines.append(f"<tr><td>{html.escape(name)}{cells}</tr>")
     body = BODY.format(
         count=len(records),
         datasets=html.escape(", ".join(datasets)),
+        columns="".join(f"<th>{head}" for head, _ in columns.values()),
         totals="\n".join(lines),
         answers="\n".join(write_record(record) for record in records),
     )
@@ -91,7 +134,7 @@ def write_record(record: dict) -> str:
 def write_results(output: Path, sources: list, measured: dict, rows, questions, datasets: list[str]) -> None:
     """Write answers.jsonl and index.html to `output`, and print a line a model.
 
-    `measured`: {name of a source: (its loss, its answers to the questions)}.
+    `measured`: {name of a source: what was found}.
     """
     records, totals, tokenizer = [], {}, sources[0].tokenizer
     for each in questions:
@@ -101,11 +144,12 @@ def write_results(output: Path, sources: list, measured: dict, rows, questions, 
         where = rows.tokens[each.source].where(each.example)
         records.append({"where": where, "prompt": prompt, "expected": expected, "answers": {}})
     for source in sources:
-        loss, answers = measured[source.name]
+        loss, answers, logps = measured[source.name]
         scores = [score(record["expected"], answer) for record, answer in zip(records, answers, strict=True)]
         for record, each in zip(records, scores, strict=True):
             record["answers"][source.name] = each
-        totals[source.name] = summarise(loss, scores)
+        first = measured[sources[0].name].logps
+        totals[source.name] = summarise(loss, scores, preferences(logps, first))
         line = ", ".join(
             f"{name.replace('_', ' ')} {value:.4g}" for name, value in totals[source.name].items()
         )

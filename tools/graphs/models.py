@@ -6,7 +6,8 @@ from model.config import ModelConfig
 from model.llama import Llama
 from parallel.mesh import Mesh
 from trainer.build import build_model
-from trainer.config import SAMPLE, Config
+from trainer.config import Config
+from trainer.config_derived import SAMPLE
 from trainer.lora_settings import lora_config
 
 LLAMA2_7B = {

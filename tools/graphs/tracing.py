@@ -34,6 +34,7 @@ from trainer.loop import make_loaders, train_step
 from trainer.lora_settings import lora_config
 
 MANY = 64
+ANSWER = 128  # tokens of an answer with its prompt, of which a row of preference pairs is assumed to be full
 
 
 @dataclass(frozen=True)
@@ -224,13 +225,22 @@ def _two_steps(tracer: _Tracer, job: Job, places: Places) -> None:
 
 
 def _job(config, model_config, directory):
-    """A job that trains on one row of zeros without end; the graphs of a step do not depend on values."""
+    """A job that trains on one row of zeros without end; the graphs of a step do not depend on values.
+
+    A row of preference pairs is one pair, and has room for answers of ANSWER tokens.
+    """
     length = config.max_seq_length
     ends = np.array([0, length])
+    if config.trains_on_pairs:
+        ends = np.array([0, length // 2, length])
     tokens = Tokens(
         np.zeros(length, np.int32), np.ones(length, bool), ends, np.zeros(1, np.uint64), directory, {}
     )
-    rows = Rows([tokens], Pieces(np.zeros(1, np.int64), ends[:1], ends[1:]), [[0]], length, pad_token_id=0)
+    pieces = Pieces(np.zeros(len(ends) - 1, np.int64), ends[:-1], ends[1:])
+    rows = Rows([tokens], pieces, [list(range(len(ends) - 1))], length, pad_token_id=0)
+    if config.trains_on_pairs:
+        segments = max(2, length // ANSWER // 2 * 2)
+        rows = replace(rows, segments=segments, values=np.zeros(2, np.float32))
     return Job(
         config=config,
         model_directory=directory,

@@ -136,6 +136,8 @@ def _training(checkpoint: Checkpoint, base: Base) -> list[str]:
         scaling = "lora_alpha / sqrt(r)" if lora.use_rslora else "lora_alpha / r"
         method = f"LoRA of rank {lora.r}, lora_alpha {lora.lora_alpha:g} (scaled by {scaling}), on "
         method += ", ".join(map(code, lora.target_modules))
+    if config.get("objective") == "dpo":
+        method += f", by DPO (loss {config.get('dpo_loss')}, beta {config.get('dpo_beta')})"
     lines.append(f"- Trained: {method}")
     if _is_text(config, "adapter_name_or_path"):
         lines.append(f"- From the adapter: {code(last_part(config['adapter_name_or_path']))}")
@@ -203,15 +205,26 @@ def _evaluation(checkpoint: Checkpoint) -> list[str]:
     if not found:
         return []
     shown = found if len(found) <= MOST_EVALUATIONS else found[:1] + found[1 - MOST_EVALUATIONS :]
+    # Of preference pairs: how often the chosen answer has the greater reward.
+    pairs = checkpoint.manifest["config"].get("objective") == "dpo"
     rows = [
-        f"| {line['step']} | {line['eval_loss']:.4f} | {math.exp(min(line['eval_loss'], 700)):.4g} |"
+        f"| {line['step']} | {line['eval_loss']:.4f} | "
+        + (_accuracy(line) if pairs else f"{math.exp(min(line['eval_loss'], 700)):.4g}")
+        + " |"
         for line in shown
     ]
     title = "Held-out examples:"
     if len(shown) < len(found):
         title = f"Held-out examples, the first and the last {len(shown) - 1} of {len(found)} evaluations:"
-    table = "\n".join(["| step | loss | perplexity |", "|---:|---:|---:|", *rows])
+    table = "\n".join(
+        [f"| step | loss | {'accuracy' if pairs else 'perplexity'} |", "|---:|---:|---:|", *rows]
+    )
     return ["## Evaluation", title, table]
+
+
+def _accuracy(line: dict) -> str:
+    found = line.get("eval_rewards/accuracies")
+    return f"{found:.1%}" if isinstance(found, (int, float)) else ""
 
 
 def _lines(checkpoint: Checkpoint, file: str, column: str) -> list[dict]:

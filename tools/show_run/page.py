@@ -46,7 +46,7 @@ details { margin: .5em 0 } summary { cursor: pointer }
 
 # (key of metrics.jsonl, title, unit, whether it is clipped); other keys with numbers follow as they are.
 CHARTS = (
-    ("loss", "Loss", "mean cross-entropy per target token", False),
+    ("loss", "Loss", "of a step: mean per target token, or per pair", False),
     ("eval_loss", "Evaluation loss", "of held-out rows", False),
     ("grad_norm", "Gradient norm", "before clipping", True),
     ("learning_rate", "Learning rate", "", False),
@@ -59,7 +59,8 @@ CHARTS = (
     ("host_memory_bytes", "Host memory", "bytes, process of rank 0", True),
     ("device_memory_bytes", "Device memory", "bytes in use on rank 0", True),
 )
-NO_CHART = {"step", "epoch", "target_tokens", "compilations", "perplexity", "device_memory_peak_bytes"}
+UNITS = {"target_tokens", "pairs"}
+NO_CHART = {"step", "epoch", "compilations", "perplexity", "device_memory_peak_bytes", *UNITS}
 
 
 def build(runs: list[Run]) -> str:

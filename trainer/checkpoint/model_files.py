@@ -54,7 +54,8 @@ def copy_known_files(directory: Path, output: Path, listed: dict[str, dict] | No
     if listed is not None:
         check_listed(directory, listed)
         for name in listed:
-            if not name.startswith("rank-") and name not in known_files(directory):
+            ours = name.startswith("rank-") or name == "reference.safetensors"
+            if not ours and name not in known_files(directory):
                 print(
                     f"warning: {directory / name} is not copied: no model or tokenizer reads it",
                     file=sys.stderr,

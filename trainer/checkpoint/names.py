@@ -14,7 +14,8 @@ INCOMPLETE = ".incomplete"  # the suffix of a directory that is being written or
 NAME = re.compile(r"checkpoint-(\d+)")
 # What a save writes, or a merge: whatever else a directory holds is the user's.
 WRITTEN = re.compile(
-    r"rank-\d{5,}\.safetensors(\.partial)?|(adapter_)?(model|config)(-\d+-of-\d+)?\.(safetensors|json)|"
+    r"rank-\d{5,}\.safetensors(\.partial)?|reference\.safetensors|"
+    r"(adapter_)?(model|config)(-\d+-of-\d+)?\.(safetensors|json)|"
     r"model\.safetensors\.index\.json|(manifest|generation_config|prompt_format|tokenizer|tokenizer_config|"
     r"special_tokens_map|added_tokens|vocab|chat_template)\.json|tokenizer\.model|merges\.txt|"
     r"chat_template\.jinja|additional_chat_templates"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data.loader import Position
@@ -33,6 +34,7 @@ from trainer.checkpoint.names import (
     not_written,
     rank_file,
 )
+from trainer.reference import write_reference
 
 MODEL_FILES = ("config.json", "generation_config.json")
 POLL_SECONDS, PATIENCE_SECONDS = 0.02, 3600  # how often and how long rank 0 looks for the others' files
@@ -47,8 +49,12 @@ class Saver:
     which the last `save` held up training, `seconds` the whole duration of the last one.
     """
 
-    def __init__(self, runtime: Runtime, mesh: Mesh, job, optimizer):
+    def __init__(
+        self, runtime: Runtime, mesh: Mesh, job, optimizer, reference: dict[str, np.ndarray] | None = None
+    ):
+        """reference: what trainer.reference.add_reference returned."""
         self.runtime, self.mesh, self.job, self.optimizer = runtime, mesh, job, optimizer
+        self._reference = reference
         self._output = Path(job.config.output_dir)
         self._partial: Path | None = None  # the directory of the last save, while it was written
         self._written = self._completed = None
@@ -193,6 +199,7 @@ class Saver:
                 shutil.copyfile(self.job.model_directory / name, partial / name)
         self.job.tokenizer.save_pretrained(partial)
         self.job.prompt_format.write(partial)
+        write_reference(self._reference, partial)
         try:
             tensors, rank_files = describe_tensors(partial, self._writers)
         except NonFinite as error:  # it must not take the place of a good one

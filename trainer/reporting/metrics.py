@@ -11,8 +11,9 @@ from data.loader import Loader
 from parallel.mesh import Mesh
 from parallel.runtime import GraphListener, Runtime
 from parallel.runtime.peaks import device_and_peak
+from trainer.evaluation import Evaluation
 from trainer.job import Job
-from trainer.objective import FIGURES
+from trainer.objective import objective_of
 from trainer.reporting.console import Progress, say
 from trainer.reporting.files import EVALUATIONS, METRICS, SAMPLES, STARTS, RunFiles
 from trainer.reporting.flops import model_flops
@@ -64,7 +65,7 @@ class Metrics:
     def __init__(self, runtime: Runtime, job: Job, first_step: int, loader: Loader):
         self._runtime, self._logging_steps = runtime, job.config.logging_steps
         self._active = runtime.rank == 0 and runtime.executes
-        self._epochs = loader.epochs
+        self._epochs, self._objective = loader.epochs, objective_of(job.config)
         self._held: tuple[int, float, float, float, float, float, torch.Tensor] | None = None
         if runtime.rank == 0:
             print(job.summary, flush=True)
@@ -101,15 +102,15 @@ class Metrics:
         if not self._active or self._held is None:
             return
         (step, seconds, host, learning_rate, waited, stalled, report), self._held = self._held, None
-        grad_norm, target_tokens, tokens, *means = self._runtime.read(report)
+        grad_norm, units, tokens, *means = self._runtime.read(report)
         used, most_used = self._runtime.device_memory() or (None, None)
         record = {
             "step": step,
             "epoch": self._epochs(step),
-            **dict(zip(FIGURES, means, strict=True)),
+            **dict(zip(self._objective.FIGURES, means, strict=True)),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "target_tokens": int(target_tokens),
+            self._objective.UNIT: int(units),
             "tokens_per_second": tokens / seconds,
             "mfu": self._seconds_at_peak and self._seconds_at_peak / seconds,
             "step_seconds": seconds,
@@ -127,23 +128,25 @@ class Metrics:
             self._files.append(METRICS, record)
             self._curves.step(record)
 
-    def evaluation(self, step: int, loss: float, target_tokens: int, samples: list[dict[str, str]]) -> None:
-        """Write an evaluation after `step` steps: the loss per target token, its perplexity, and samples.
-
-        `samples` are the results of Samples.answers.
-        """
+    def evaluation(self, step: int, found: Evaluation, samples: list[dict[str, str]]) -> None:
+        """Write an evaluation after `step` steps, with the perplexity where the loss is per target token, and
+        samples, the results of Samples.generate."""
         if self._active:
-            perplexity = math.exp(min(loss, MOST_NATS))
+            unit, more = self._objective.UNIT, {}
+            if unit == "target_tokens":
+                more["perplexity"] = math.exp(min(found.loss, MOST_NATS))
+            shown = more | {name: value for name, value in found.figures.items() if "accuracies" in name}
             say(
-                f"step {step}: evaluation loss {loss:.4f}, perplexity {perplexity:.4g} "
-                f"over {target_tokens} target tokens"
+                f"step {step}: evaluation loss {found.loss:.4f}, "
+                + "".join(f"{name} {value:.4g}, " for name, value in shown.items())
+                + f"over {found.units} {unit.replace('_', ' ')}"
             )
             record = {
                 "step": step,
                 "epoch": self._epochs(step),
-                "eval_loss": loss,
-                "perplexity": perplexity,
-                "target_tokens": target_tokens,
+                **{f"eval_{name}": value for name, value in found.figures.items()},
+                **more,
+                unit: found.units,
                 "compilations": self._runtime.compilations(),
             }
             self._files.append(EVALUATIONS, record)

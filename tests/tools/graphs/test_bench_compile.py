@@ -12,7 +12,7 @@ from tests.support.on_ranks import run_program
 from tools.graphs.memory import MARGIN
 from tools.graphs.models import PRESETS
 from tools.graphs.peak import find_peak
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 TOKENS = 128
 SPMD = "--tensor_parallel_size 2 --gradient_accumulation_steps 2"  # the flags of the real run

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests.support.on_ranks import ROOT
-from tests.tools.test_launch import LAUNCH
+from tests.tools.launching.test_launch import LAUNCH
 from trainer.config import parse
 
 FOLDER = LAUNCH / "kubernetes"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from parallel.runtime.gpu import Gpu
-from tests.tools.test_preflight import GB, TRN1, plan
+from tests.tools.launching.test_preflight import GB, TRN1, plan
 from tools.preflight import host as hosts
 from tools.preflight.findings import findings
 

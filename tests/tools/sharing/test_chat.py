@@ -14,7 +14,7 @@ from tests.support.models import save_llama
 from tests.support.on_ranks import on_ranks
 from tools import generate
 from tools.chat import Conversation, typed_turns
-from trainer.config import SAMPLE
+from trainer.config_derived import SAMPLE
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}{% endfor %}"

@@ -70,7 +70,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path, monkeypatch, capsy
 def test_a_model_that_is_not_finite_is_not_merged(tmp_path, monkeypatch, verify):
     from model.config import ModelConfig
     from model.weights.shapes import base_shapes
-    from trainer.config import SAMPLE
+    from trainer.config_derived import SAMPLE
 
     shapes = {
         name: (shape, 0 if len(shape) > 1 else None)

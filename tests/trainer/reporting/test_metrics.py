@@ -12,7 +12,9 @@ from model.config import ModelConfig
 from model.lora import LoraConfig
 from model.weights.shapes import base_shapes
 from parallel.runtime.peaks import Peak
-from trainer.config import SAMPLE, Config
+from trainer.config import Config
+from trainer.config_derived import SAMPLE
+from trainer.evaluation import Evaluation
 from trainer.reporting import metrics
 from trainer.reporting.metrics import Metrics
 
@@ -60,7 +62,7 @@ def test_host_seconds_are_those_of_the_steps_graphs(tmp_path, clock):
                 getattr(listener, what)("graph")
 
     mark_step(7, 7)
-    found.evaluation(0, 1.0, 1, [])
+    found.evaluation(0, Evaluation(1, {"loss": 1.0}), [])
     for step in range(1, 4):
         mark_step(step, 0.5)
         clock.now += 10  # of the host, but in no mark_step
@@ -123,7 +125,7 @@ def test_each_machine_says_that_a_run_was_stopped(tmp_path, monkeypatch, capsys,
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     else:
         monkeypatch.delenv("LOCAL_RANK", raising=False)  # ranks are threads of one process
-    config = SimpleNamespace(output_dir=str(tmp_path), logging_steps=1)
+    config = Config(output_dir=str(tmp_path))
     job, loader = SimpleNamespace(config=config, terminated=None), SimpleNamespace(epochs=None)
     Metrics(SimpleNamespace(rank=32, executes=True), job, 0, loader).stopped(7)
     assert capsys.readouterr().out == said

@@ -30,9 +30,11 @@ def questions(rows: Rows, longest: int, count: int | None = None) -> list[Questi
 
     The prompt ends before the first trained token, and the expected answer is the run of trained tokens that
     begins there. Where all tokens are trained (plain text, --train_on_prompt), the first half is the prompt.
+    Of a preference pair, the chosen answer is the expected one.
     """
-    found, pieces = [], rows.pieces
-    for source, start, stop in zip(pieces.source, pieces.start, pieces.stop, strict=True):
+    found, pieces, step = [], rows.pieces, 2 if rows.segments else 1
+    each_piece = zip(pieces.source[::step], pieces.start[::step], pieces.stop[::step], strict=True)
+    for source, start, stop in each_piece:
         if count is not None and len(found) == count:
             break
         tokens = rows.tokens[source]
