@@ -1,6 +1,7 @@
 """Programs around a training run; each is run as `python -m tools.<name>`."""
 
 import os
+import signal
 import sys
 
 
@@ -8,6 +9,7 @@ def end_quietly(kind, error, traceback, otherwise=sys.excepthook) -> None:
     """End a program by Ctrl-C without a traceback and with status 130, after its cleaning up has run."""
     if not issubclass(kind, KeyboardInterrupt):
         return otherwise(kind, error, traceback)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end this function
     sys.stdout.flush()
     os._exit(130)
 
