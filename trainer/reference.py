@@ -60,9 +60,9 @@ def compute_reference(runtime: Runtime, model: Llama, mesh: Mesh, loader: Loader
     rows = loader.rows
     model.eval()
     values, begin, plan = np.zeros(len(rows.pieces.lengths), np.float32), 0, None
+    measure = AnswerLogps(rows.segments, loader.global_batch)
     for batch in loader.evaluation_batches():
         count = len(batch["input_ids"])
-        measure = AnswerLogps(rows.segments, count * mesh.dp.size())
         batch["slots"] = torch.arange(count) + count * mesh.dp.rank()
         batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
         plan = plan or schedule(model, *batch["input_ids"].shape, runtime.device)

@@ -63,7 +63,7 @@ class _Axes:
         if clips and low > 0:  # times and bytes are compared with 0
             low = 0.0
         if high <= low:
-            low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
+            low, high = low - abs(low) / 10, high + (abs(high) / 10 or 1)
         self.ticks = nice_ticks(low, high)
         self.low, self.high = min(low, self.ticks[0]), max(high, self.ticks[-1])
         if self.beyond is not None and self.beyond <= self.high:

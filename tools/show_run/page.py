@@ -126,15 +126,27 @@ def _others(runs: list[Run]) -> list[tuple[str, str, str, bool]]:
 
 
 def _evaluations(runs: list[Run]) -> Iterable[str]:
-    rows = [
-        [html.escape(run.name), *(_value(line[key]) if key in line else "" for key in keys)]
-        for run in runs
-        for line in run.evaluations
-        for keys in [("step", "epoch", "eval_loss", "perplexity", "target_tokens")]
-    ]
-    if rows:
+    columns = {
+        "step": "step",
+        "epoch": "epoch",
+        "eval_loss": "loss",
+        "perplexity": "perplexity",
+        "eval_rewards/accuracies": "accuracy",
+        "eval_rewards/margins": "margin",
+        "target_tokens": "target tokens",
+        "pairs": "pairs",
+    }
+    lines = [(run.name, line) for run in runs for line in run.evaluations]
+    columns = {key: head for key, head in columns.items() if any(key in line for _, line in lines)}
+    if lines:
         yield "<h2>Evaluations</h2>"
-        yield _table(["run", "step", "epoch", "loss", "perplexity", "target tokens"], rows)
+        yield _table(
+            ["run", *columns.values()],
+            [
+                [html.escape(name), *(_value(line[key]) if key in line else "" for key in columns)]
+                for name, line in lines
+            ],
+        )
 
 
 def _answers(runs: list[Run]) -> Iterable[str]:

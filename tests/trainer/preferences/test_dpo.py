@@ -93,7 +93,8 @@ def on_topologies(runtime, cases, base):
             fill(model, SafetensorsFiles(Path(base)), runtime.device, 0, adapter and adapter.read)
             if adapter is None:
                 runtime.mark_step()
-                reference = compute_reference(runtime, model, mesh, loader)
+                batches = Loader(rows, batch_size=batch_size, accumulation=1, **layout)
+                reference = compute_reference(runtime, model, mesh, batches)
         loader.rows = replace(rows, values=reference)
         model.train().requires_grad_(True)  # LoRA and all weights at once
         buckets = Buckets(list(named_shards(model)), mesh, False, 4 * 1000)
