@@ -139,12 +139,9 @@ def _fill_rows(
         f"{lost.examples} longer than a row, {lost.tokens} tokens cut off"
     )
     if lost.without_target:
-        named = dict.fromkeys(lost.without_target)  # --dataset_weights may repeat an example
-        positions = [sources[source].where(number) for source, number in list(named)[:NAMED]]
         line += (
             f"\ndata: {len(lost.without_target)} of {total} examples to {purpose} on are left out: no target "
-            f"token is within --max_seq_length {row_length}: {'; '.join(positions)}"
-            f"{' ...' if len(named) > NAMED else ''}"
+            f"token is within --max_seq_length {row_length}: {_positions(sources, lost.without_target)}"
         )
     return rows, line
 
@@ -170,14 +167,18 @@ def _fill_rows_with_pairs(
         f"{rows.efficiency:.1%} filled, at most {rows.segments // 2} a row"
     )
     if left_out:
-        named = dict.fromkeys(left_out)  # --dataset_weights may repeat a pair
-        positions = [sources[source].where(number) for source, number in list(named)[:NAMED]]
         line += (
             f"\ndata: {len(left_out)} of {pairs + len(left_out)} pairs to {purpose} on are left out: longer "
-            f"than --max_seq_length {row_length} together: {'; '.join(positions)}"
-            f"{' ...' if len(named) > NAMED else ''}"
+            f"than --max_seq_length {row_length} together: {_positions(sources, left_out)}"
         )
     return rows, line
+
+
+def _positions(sources: list[Tokens], examples: list[tuple[int, int]]) -> str:
+    """Where the first NAMED of the examples (source, number) are in their data sets."""
+    named = dict.fromkeys(examples)  # --dataset_weights may repeat an example
+    positions = [sources[source].where(number) for source, number in list(named)[:NAMED]]
+    return "; ".join(positions) + (" ..." if len(named) > NAMED else "")
 
 
 def fingerprint(rows: Rows) -> str:

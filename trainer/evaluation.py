@@ -1,5 +1,6 @@
 """The loss of held-out rows, and other sums over all rows that need the forward alone."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,14 +41,21 @@ def evaluate(
     The host waits for the device at the end.
     """
     model.eval()
-    counts, plan = torch.zeros(2 + len(objective.FIGURES)).to(runtime.device), None
-    for batch in loader.evaluation_batches():
-        batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-        plan = plan or schedule(model, *batch["input_ids"].shape, runtime.device)
+    counts = torch.zeros(2 + len(objective.FIGURES)).to(runtime.device)
+    for batch, plan in scheduled_batches(runtime, model, loader):
         forward(runtime, "evaluation", model, mesh, objective, plan, batch, counts)
     units, _, *sums = runtime.read(counts)
     means = [each / max(units, 1.0) for each in sums]
     return Evaluation(int(units), dict(zip(objective.FIGURES, means, strict=True)))
+
+
+def scheduled_batches(runtime: Runtime, model: Llama, loader: Loader) -> Iterator[tuple[Batch, Schedule]]:
+    """(batch on the device, its ticks) of each evaluation batch of the loader."""
+    plan = None
+    for batch in loader.evaluation_batches():
+        batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
+        plan = plan or schedule(model, *batch["input_ids"].shape, runtime.device)
+        yield batch, plan
 
 
 def forward(

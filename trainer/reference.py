@@ -18,17 +18,15 @@ from safetensors.numpy import load_file, save_file
 
 from data.loader import Loader
 from model.llama import Llama
-from model.stage import schedule
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
-from trainer.evaluation import forward
+from trainer.checkpoint.names import REFERENCE
+from trainer.evaluation import forward, scheduled_batches
 from trainer.objective import answer_logps
 
 if TYPE_CHECKING:
     from trainer.build import TrainState
     from trainer.job import Job
-
-REFERENCE = "reference.safetensors"  # in a checkpoint: fp32 [pieces] of the rows to `train` and `evaluate` on
 
 
 def add_reference(
@@ -59,13 +57,11 @@ def compute_reference(runtime: Runtime, model: Llama, mesh: Mesh, loader: Loader
     """The log-probability of each piece of the loader's rows under the model as it is, fp32 [pieces]."""
     rows = loader.rows
     model.eval()
-    values, begin, plan = np.zeros(len(rows.pieces.lengths), np.float32), 0, None
+    values, begin = np.zeros(len(rows.pieces.lengths), np.float32), 0
     measure = AnswerLogps(rows.segments, loader.global_batch)
-    for batch in loader.evaluation_batches():
+    for batch, plan in scheduled_batches(runtime, model, loader):
         count = len(batch["input_ids"])
-        batch["slots"] = torch.arange(count) + count * mesh.dp.rank()
-        batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-        plan = plan or schedule(model, *batch["input_ids"].shape, runtime.device)
+        batch["slots"] = (torch.arange(count) + count * mesh.dp.rank()).to(runtime.device)
         sums = torch.zeros(measure.slots * measure.segments).to(runtime.device)
         forward(runtime, "reference", model, mesh, measure, plan, batch, sums)
         found = np.array(runtime.read(sums), np.float32).reshape(measure.slots, -1)
@@ -93,6 +89,7 @@ class AnswerLogps:
 
 
 def write_reference(reference: dict[str, np.ndarray] | None, directory: Path) -> None:
-    """Write the file of a checkpoint, where there is a reference."""
+    """Write the file of a checkpoint, where there is a reference: fp32 [pieces] of the rows to `train` and
+    `evaluate` on."""
     if reference:
         save_file(reference, directory / REFERENCE)

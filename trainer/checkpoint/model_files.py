@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from model.weights.safetensors_file import checksum
+from trainer.checkpoint.names import REFERENCE
 
 KNOWN = (  # Llama's, by transformers 4 and 5, and ours
     "config.json",
@@ -54,7 +55,7 @@ def copy_known_files(directory: Path, output: Path, listed: dict[str, dict] | No
     if listed is not None:
         check_listed(directory, listed)
         for name in listed:
-            ours = name.startswith("rank-") or name == "reference.safetensors"
+            ours = name.startswith("rank-") or name == REFERENCE
             if not ours and name not in known_files(directory):
                 print(
                     f"warning: {directory / name} is not copied: no model or tokenizer reads it",

@@ -10,6 +10,7 @@ from model.weights.safetensors_file import checksum
 FORMAT, VERSION = "markstep checkpoint", 3
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
+REFERENCE = "reference.safetensors"  # trainer/reference.py
 INCOMPLETE = ".incomplete"  # the suffix of a directory that is being written or deleted
 NAME = re.compile(r"checkpoint-(\d+)")
 # What a save writes, or a merge: whatever else a directory holds is the user's.
