@@ -12,7 +12,7 @@ from data.encoding import encode_prompts
 from data.formats import format_prompt
 from data.tokens import CHAT, INSTRUCTION
 from model.weights.hub import in_one_line, read_json
-from parallel.runtime import from_first_process
+from parallel.runtime import meet
 
 FILE, GENERATION = "prompt_format.json", "generation_config.json"
 
@@ -88,7 +88,7 @@ def keep_date(tokenizer, directory: Path | None = None) -> None:
     known = PromptFormat.read(directory, tokenizer).date if directory else None
     if known and not _is_date(known):
         raise ValueError(f"{directory / FILE} is damaged: the date is {known!r}; YYYY-MM-DD was expected")
-    pin_date(tokenizer, known or from_first_process("date", calendar.today().isoformat()))
+    pin_date(tokenizer, known or meet().share("date", calendar.today().isoformat()))
 
 
 def _is_date(text: str) -> bool:

@@ -13,8 +13,8 @@ from parallel.runtime.environment import (
     requested_world_size,
     use_huge_pages,
 )
-from parallel.runtime.first import from_first_process
 from parallel.runtime.launch import launch
+from parallel.runtime.peers import Peers, meet
 from parallel.runtime.processes import ProcessRuntime, run_process
 from parallel.runtime.rank import GraphListener, GraphMismatch, Runtime
 from parallel.runtime.threads import LockstepBarrier, ThreadRuntime
@@ -24,15 +24,16 @@ __all__ = [
     "GraphListener",
     "GraphMismatch",
     "LockstepBarrier",
+    "Peers",
     "ProcessRuntime",
     "Runtime",
     "ThreadRuntime",
     "asks_for_bf16",
     "clean_environment",
     "extracts_graphs",
-    "from_first_process",
     "launch",
     "leaves_at_once",
+    "meet",
     "on_gpu",
     "on_neuron",
     "prepare_environment",
