@@ -42,7 +42,7 @@ class Peers:
 
     def name_of(self, rank: int) -> str:
         """`rank 3 on HOST`; without the host where the process has not come yet."""
-        if rank == self.rank:
+        if rank == self.rank or not self.store:  # threads of one process
             return f"rank {rank} on {self.host}"
         key = f"process/{rank}"
         return f"rank {rank} on {self._get(key)['host']}" if self.store.check([key]) else f"rank {rank}"
