@@ -83,48 +83,53 @@ def save(
 
     `change(rank, optimizer)` may spoil a state before it is saved. Returns the last checkpoint's directory.
     """
-    directory = model or SAMPLE / "tiny"
-    config = replace(
-        Config(),
-        model_id=model and str(model),
-        output_dir=str(output),
-        save_total_limit=limit,
-        zero_1=zero_1,
-        on_nonfinite=on_nonfinite,
-    )
-    job = SimpleNamespace(
-        config=config,
-        model_directory=directory,
+    config = {"model_id": model and str(model), "save_total_limit": limit, "on_nonfinite": on_nonfinite}
+    job = job_of(output, steps[0] - 1, model, identity, zero_1=zero_1, **config)
+
+    def rank_saves(runtime, mesh):
+        saver = None
+        for number, step in enumerate(steps):
+            optimizer = optimizer_of(mesh, step, zero_1, **state)
+            if change:
+                change(runtime.rank, optimizer)
+            saver = saver or Saver(runtime, mesh, job, optimizer)
+            saver.optimizer = optimizer
+            saver.save(Position(step, 1, 3), dict(enumerate(losses)).get(number))
+        saver.wait()
+
+    each_rank(rank_saves, tp, dp, pp)
+    return output / f"checkpoint-{steps[-1]}"
+
+
+def job_of(output, first_step=0, model=None, identity=IDENTITY, **config):
+    """What a Saver needs of a job, which goes on after `first_step` steps."""
+    return SimpleNamespace(
+        config=replace(Config(), output_dir=str(output), **config),
+        model_directory=model or SAMPLE / "tiny",
         tokenizer=TOKENIZER,
         identity=identity,
         prompt_format=PromptFormat.of("instruction"),
         model_reference=str(model or "tiny"),
-        resume=SimpleNamespace(step=steps[0] - 1),
+        resume=SimpleNamespace(step=first_step),
     )
-    barrier = LockstepBarrier(tp * dp * pp)
 
-    def rank_saves(rank):
-        mesh = Mesh.create(rank, tp * dp * pp, tp, pp)
-        saver = None
+
+def each_rank(function, tp=2, dp=2, pp=1):
+    """Run function(runtime, mesh) in a thread for each rank; raises the first error."""
+    world_size = tp * dp * pp
+    barrier = LockstepBarrier(world_size)
+
+    def run(rank):
         try:
-            for number, step in enumerate(steps):
-                optimizer = optimizer_of(mesh, step, zero_1, **state)
-                if change:
-                    change(rank, optimizer)
-                saver = saver or Saver(
-                    ThreadRuntime(rank, tp * dp * pp, torch.device("cpu"), barrier), mesh, job, optimizer
-                )
-                saver.optimizer = optimizer
-                saver.save(Position(step, 1, 3), dict(enumerate(losses)).get(number))
-            saver.wait()
+            runtime = ThreadRuntime(rank, world_size, torch.device("cpu"), barrier)
+            function(runtime, Mesh.create(rank, world_size, tp, pp))
         except BaseException:
             barrier.abort()
             raise
 
-    with ThreadPoolExecutor(tp * dp * pp) as pool:
-        for future in [pool.submit(rank_saves, rank) for rank in range(tp * dp * pp)]:
+    with ThreadPoolExecutor(world_size) as pool:
+        for future in [pool.submit(run, rank) for rank in range(world_size)]:
             future.result()
-    return output / f"checkpoint-{steps[-1]}"
 
 
 def forge(checkpoint, change):
