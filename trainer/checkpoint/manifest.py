@@ -18,7 +18,6 @@ from trainer.checkpoint.names import (
     MANIFEST,
     VERSION,
     NonFinite,
-    json_parts,
     manifest_checksum,
     rank_file,
 )
@@ -29,8 +28,8 @@ THREADS, AHEAD = 8, 64  # that read headers, and how many of them
 def build_manifest(
     job, mesh: Mesh, position: Position, eval_loss: float | None, tensors: dict, files: dict
 ) -> dict:
-    """The manifest, without its checksum; describe_tensors and describe_files make `tensors` and `files`."""
-    return {
+    """The manifest with its checksum; describe_tensors and describe_files make `tensors` and `files`."""
+    manifest = {
         "format": FORMAT,
         "version": VERSION,
         "step": position.step,
@@ -48,12 +47,7 @@ def build_manifest(
         "files": files,
         "tensors": tensors,
     }
-
-
-def write_manifest(directory: Path, manifest: dict) -> None:
-    """Write a manifest with its checksum, a field on a line, so that a large one can be read by eye, too."""
-    with open(directory / MANIFEST, "w", encoding="utf-8") as file:
-        file.writelines(json_parts(manifest | {"checksum": manifest_checksum(manifest)}, comma=",\n"))
+    return manifest | {"checksum": manifest_checksum(manifest)}
 
 
 def describe_tensors(directory: Path, writers: Sequence[int]) -> tuple[dict, dict]:

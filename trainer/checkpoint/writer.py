@@ -24,8 +24,8 @@ from parallel.mesh import Mesh
 from parallel.runtime import Runtime, meet
 from parallel.shard import Shard
 from trainer.checkpoint.late_files import LateFiles
-from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors, write_manifest
-from trainer.checkpoint.names import INCOMPLETE, KINDS, NonFinite, rank_file
+from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors
+from trainer.checkpoint.names import INCOMPLETE, KINDS, MANIFEST, NonFinite, rank_file
 from trainer.checkpoint.old_checkpoints import OldCheckpoints, tidy_up
 from trainer.reference import write_reference
 from trainer.reporting.console import say
@@ -110,7 +110,7 @@ class Saver:
             return
         stalled = time.perf_counter()
         self.wait()
-        self._put_off, self._begun = False, time.perf_counter()
+        self._begun = time.perf_counter()
         self._partial = partial = self._output / f"checkpoint-{position.step}{INCOMPLETE}"
         if self.runtime.rank == 0:
             partial.mkdir(parents=True)
@@ -237,7 +237,7 @@ class Saver:
             return
         files = describe_files(partial, rank_files)
         manifest = build_manifest(self.job, self.mesh, position, eval_loss, tensors, files)
-        write_manifest(partial, manifest)
+        (partial / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
         for path in [*sorted(partial.rglob("*")), partial]:
             if path.name not in rank_files:  # each rank has waited until its own is on disk
                 _flush(path)

@@ -153,7 +153,7 @@ def replace_text(name, old, new):
         (lambda path: cut(path.parent / "manifest.json"), "manifest.json is damaged"),
         (rewrite(format="other"), "format 'other'"),
         (rewrite(version=2), "format 'markstep checkpoint' version 2"),
-        (replace_text("manifest.json", b'"row": 3', b'"row": 4'), "manifest.json is damaged: its checksum"),
+        (replace_text("manifest.json", b'"row":3', b'"row":4'), "manifest.json is damaged: its checksum"),
         (replace_text("config.json", b"llama", b"lama2"), "config.json is damaged: its checksum"),
         (
             replace_text("rank-00001.safetensors", b"exp_avg/row", b"exp_avg/raw"),
