@@ -59,9 +59,36 @@ def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, chang
         }
         for kind in KINDS
     }
-    optimizer = AdamW(buckets, Config(), values["parameter"], "cpu")
-    optimizer.exp_avg, optimizer.exp_avg_sq = (buckets.own(values[kind]) for kind in KINDS[1:])
-    return optimizer
+    return AdamW(buckets, Config(), [buckets.own(values[kind]) for kind in KINDS])
+
+
+def resume_all(checkpoint, meshes, zero_1=False):
+    """The optimizers of all ranks as a checkpoint has them: each reads its share, and all gather."""
+    optimizers = [optimizer_of(mesh, 0, zero_1) for mesh in meshes]
+    return give_shares(optimizers, [checkpoint.part(optimizer.buckets) for optimizer in optimizers])
+
+
+def give_shares(optimizers, parts):
+    """The gathers of parallel/buckets.py, without a device: every rank's part of a checkpoint is here."""
+    buckets = [optimizer.buckets for optimizer in optimizers]
+    for kind, name in enumerate(("weights", "exp_avg", "exp_avg_sq")):
+        for number, _ in enumerate(buckets[0].buckets):
+            values = [part.shares[kind][number] for part in parts]
+            for groups in zip(*(each.holders(each.buckets[number]) for each in buckets), strict=True):
+                values = [
+                    torch.cat([values[other] for other in members], 1)
+                    for members in map(members_of, groups, range(len(values)))
+                ]
+            for optimizer, value in zip(optimizers, values, strict=True):
+                state = getattr(optimizer, name)
+                assert state[number].shape[1] <= value.shape[1]
+                state[number] = value[:, : state[number].shape[1]]
+    return optimizers
+
+
+def members_of(group, rank):
+    """The ranks of the rank's own group."""
+    return [rank] if group.size() == 1 else next(each for each in group.replica_groups if rank in each)
 
 
 def save(

@@ -53,15 +53,16 @@ def describe_tensors(directory: Path, writers: Iterable[int]) -> tuple[dict, dic
 
     Raises RuntimeError where replicas of a slice differ, and NonFinite for values that are not finite.
     """
-    tensors, files, pieces = {}, {}, {}
+    tensors, files, pieces, places = {}, {}, {}, {}
     for rank in writers:
         path = directory / rank_file(rank)
         file = TensorFile(path)
         files[path.name] = {"bytes": path.stat().st_size, "checksum": file.header_checksum}
         for key, values in json.loads(file.metadata["shards"]).items():
             piece = (key, values["index"], values["first"])
-            first_rank, known = pieces.setdefault(piece, (rank, values["checksum"]))
-            if known != values["checksum"]:
+            here = rank, values["checksums"]
+            first_rank, known = pieces.setdefault(piece, here) if values["replicas"] > 1 else here
+            if known != values["checksums"]:
                 raise RuntimeError(
                     f"{key} of rank {rank} is not that of rank {first_rank}, whose replica it is: what they "
                     f"compute has diverged, and {directory.name} stays incomplete"
@@ -74,16 +75,29 @@ def describe_tensors(directory: Path, writers: Iterable[int]) -> tuple[dict, dic
             tensor = tensors.setdefault(
                 key,
                 {each: values[each] for each in ("global_shape", "dim", "parts", "replicas")}
-                | {"dtype": "F32", "slices": [[] for _ in range(values["parts"])]},
+                | {"dtype": "F32", "piece": 1},
             )
+            slices = places.setdefault(key, [[] for _ in range(values["parts"])])
             if key in file.entries:
-                tensor["slices"][values["index"]].append(
-                    {"first": values["first"], "checksum": values["checksum"], "file": path.name}
-                )
-    for tensor in tensors.values():
-        for slices in tensor["slices"]:
-            slices.sort(key=lambda piece: piece["first"])
+                slices[values["index"]].append((values["first"], rank))
+                tensor["piece"] = max(tensor["piece"], file.entries[key].numel)
+    for key, slices in places.items():
+        tensors[key]["ranks"] = [_runs([rank for _, rank in sorted(each)]) for each in slices]
     return tensors, files
+
+
+def _runs(ranks: list[int]) -> list[list[int]]:
+    """The ranks in their order as few [start, stop, step], the arguments of Python's range."""
+    runs = []
+    for rank in ranks:
+        start, stop, step = runs[-1] if runs else (rank, rank, 1)
+        if stop == start + 1 and rank > start:
+            runs[-1] = [start, rank + 1, rank - start]
+        elif runs and rank == stop - 1 + step:
+            runs[-1][1] = rank + 1
+        else:
+            runs.append([rank, rank + 1, 1])
+    return runs
 
 
 def describe_files(directory: Path, rank_files: dict) -> dict:

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from data.loader import Position
-from model.weights.safetensors_file import TensorWriter, as_bytes, checksum, is_finite
+from model.weights.safetensors_file import TensorWriter, as_bytes, checksums, is_finite
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime
 from parallel.shard import Shard
 from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors, read_eval_loss
 from trainer.checkpoint.names import (
+    CHUNK,
     INCOMPLETE,
     KINDS,
     MANIFEST,
@@ -161,7 +162,7 @@ class Saver:
         writer = TensorWriter(
             unfinished,
             {key: (torch.float32, (length,)) for key, (_, _, length) in stored.items()},
-            {"shards": json.dumps(described)},
+            {"shards": json.dumps(described, separators=(",", ":"))},
         )
         for key, (name, values, _) in stored.items():  # pieces are copies: one at a time is in memory
             writer.write(key, buckets.own_piece(name, values)[0].float())
@@ -177,7 +178,7 @@ class Saver:
             "index": shard.index,
             "replicas": self.mesh.tp.size() if shard.dim is None else shard.replicas,
             "first": first,
-            "checksum": checksum(as_bytes(piece.float())),
+            "checksums": checksums(as_bytes(piece.float()), 4 * CHUNK),
         } | ({} if is_finite(piece) else {"nonfinite": True})
 
     def _complete(
@@ -210,7 +211,7 @@ class Saver:
             return
         files = describe_files(partial, rank_files)
         manifest = build_manifest(self.job, self.mesh, position, eval_loss, tensors, files)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (partial / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
         for path in [*sorted(partial.rglob("*")), partial]:
             _flush(path)
         os.rename(partial, partial.with_name(partial.name.removesuffix(INCOMPLETE)))
