@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +23,7 @@ from parallel import layers as native
 from parallel.layer_backend import parallel_layers
 from parallel.mesh import Mesh
 from parallel.runtime import extracts_graphs
-from trainer.build import build_model
+from trainer.build import buckets_before_start, build_model
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.previous import set_previous_aside
 from trainer.checkpoint.reader import Checkpoint
@@ -57,16 +56,6 @@ class Job:
     terminated: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 
     @property
-    def read_trained(self):
-        """A function (name, shard) -> the first value of a trained parameter, fp32.
-
-        It reads the checkpoint or the adapter that the run continues from; None where there is neither.
-        """
-        if self.resume:
-            return partial(self.resume.read, "parameter")
-        return self.adapter and self.adapter.read
-
-    @property
     def prompt_format(self) -> PromptFormat:
         """The prompts that the model expects after training: those of the first data set."""
         return PromptFormat.of(self.train_rows.tokens[0].meta["prompts"], pinned_date(self.tokenizer))
@@ -93,7 +82,6 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
     config = config.for_ranks(mesh.dp.size())
-    resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir)
     if _is_first_process():
         check_writers(config)
 
@@ -104,6 +92,8 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     build_model(
         config, model_config, mesh
     )  # on the meta device: raises ValueError where it cannot be divided
+    buckets = buckets_before_start(config, model_config, world_size, lora)
+    resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir, buckets)
     trained = trained_shapes(model_config, lora)
     weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
     check_weights(model_config, weights)

@@ -28,15 +28,22 @@ def fill(
     device,
     seed: int,
     read_trained: Callable[[str, Shard], torch.Tensor] | None = None,
+    values_follow: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Give every parameter of the model its value on `device`, in the model's dtype.
 
     Only this rank's slices are read. `read_trained` reads the trained parameters from a checkpoint or a peft
     adapter; without it, LoRA factors are initialised as peft does, by `seed`, and all other parameters come
     from `weights`. Returns the values of the trained parameters by name, fp32 on the CPU, before rounding.
+    Where `values_follow`, trained parameters are made on the device without values, and none are returned.
     """
     modules, trained = dict(model.named_modules()), {}
     for name, parameter, shard in list(named_shards(model)):
+        owner, leaf = name.rsplit(".", 1)
+        if values_follow and parameter.requires_grad:
+            empty = torch.empty(shard.local_shape, dtype=model.dtype, device=device)
+            setattr(modules[owner], leaf, nn.Parameter(empty))
+            continue
         if shard.padding:
             value = torch.zeros(shard.local_shape)
         elif read_trained and parameter.requires_grad:
@@ -48,7 +55,6 @@ def fill(
         value = shard.pad(value)
         if parameter.requires_grad:
             trained[name] = value.float()
-        owner, leaf = name.rsplit(".", 1)
         filled = nn.Parameter(value.to(model.dtype).to(device), requires_grad=parameter.requires_grad)
         setattr(modules[owner], leaf, filled)
     model.tie_weights()

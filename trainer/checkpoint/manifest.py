@@ -55,15 +55,15 @@ def describe_tensors(directory: Path, writers: Sequence[int]) -> tuple[dict, dic
 
     Raises RuntimeError where replicas of a slice differ, and NonFinite for values that are not finite.
     """
-    tensors, files, replicas = {}, {}, {}
+    tensors, files, replicas, places = {}, {}, {}, {}
     for header in _read_headers(directory, writers):
         files[header.name] = {"bytes": header.size, "checksum": checksum(header.content)}
         shards, stored = header.parse()
         for key, values in shards.items():
             if values["replicas"] > 1:
-                piece = (key, values["index"], values["first"])
-                first_rank, known = replicas.setdefault(piece, (header.rank, values["checksum"]))
-                if known != values["checksum"]:
+                piece, here = (key, values["index"], values["first"]), (header.rank, values["checksums"])
+                first_rank, known = replicas.setdefault(piece, here)
+                if known != values["checksums"]:
                     raise RuntimeError(
                         f"{key} of rank {header.rank} is not that of rank {first_rank}, whose replica it is: "
                         f"what they compute has diverged, and {directory.name} stays incomplete"
@@ -75,15 +75,28 @@ def describe_tensors(directory: Path, writers: Sequence[int]) -> tuple[dict, dic
                 )
             if key not in tensors:
                 tensors[key] = {each: values[each] for each in ("global_shape", "dim", "parts", "replicas")}
-                tensors[key] |= {"dtype": "F32", "slices": [[] for _ in range(values["parts"])]}
+                tensors[key] |= {"dtype": "F32", "piece": 1}
+                places[key] = [[] for _ in range(values["parts"])]
             if key in stored:
-                tensors[key]["slices"][values["index"]].append(
-                    {"first": values["first"], "checksum": values["checksum"], "file": header.name}
-                )
-    for tensor in tensors.values():
-        for slices in tensor["slices"]:
-            slices.sort(key=lambda piece: piece["first"])
+                places[key][values["index"]].append((values["first"], header.rank))
+                tensors[key]["piece"] = max(tensors[key]["piece"], stored[key])
+    for key, slices in places.items():
+        tensors[key]["ranks"] = [_runs([rank for _, rank in sorted(each)]) for each in slices]
     return tensors, files
+
+
+def _runs(ranks: list[int]) -> list[list[int]]:
+    """The ranks in their order as few [start, stop, step], the arguments of Python's range."""
+    runs = []
+    for rank in ranks:
+        start, stop, step = runs[-1] if runs else (rank, rank, 1)
+        if stop == start + 1 and rank > start:
+            runs[-1] = [start, rank + 1, rank - start]
+        elif runs and rank == stop - 1 + step:
+            runs[-1][1] = rank + 1
+        else:
+            runs.append([rank, rank + 1, 1])
+    return runs
 
 
 @dataclass(frozen=True)
@@ -95,15 +108,15 @@ class _Header:
     size: int
     content: bytes
 
-    def parse(self) -> tuple[dict[str, dict], set[str]]:
-        """(what the rank holds of each key, the keys that are stored in its file); raises OSError where the
-        file is shorter than it should be."""
+    def parse(self) -> tuple[dict[str, dict], dict[str, int]]:
+        """(what the rank holds of each key, the elements of each key that are stored in its file); raises
+        OSError where the file is shorter than it should be."""
         stored = json.loads(self.content)
         shards = json.loads(stored.pop("__metadata__")["shards"])
         end = max((values["data_offsets"][1] for values in stored.values()), default=0)
         if self.size != 8 + len(self.content) + end:
             raise OSError(f"{self.name} has {self.size} bytes of {8 + len(self.content) + end}")
-        return shards, set(stored)
+        return shards, {key: values["shape"][0] for key, values in stored.items()}
 
 
 def _read_headers(directory: Path, writers: Sequence[int]) -> Iterator[_Header]:

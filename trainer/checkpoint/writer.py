@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from data.loader import Position
-from model.weights.safetensors_file import TensorWriter, as_bytes, checksum, is_finite
+from model.weights.safetensors_file import TensorWriter, as_bytes, checksums, is_finite
 from parallel.mesh import Mesh
 from parallel.runtime import Runtime, meet
 from parallel.shard import Shard
 from trainer.checkpoint.late_files import LateFiles
 from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors
-from trainer.checkpoint.names import INCOMPLETE, KINDS, MANIFEST, NonFinite, rank_file
+from trainer.checkpoint.names import CHUNK, INCOMPLETE, KINDS, MANIFEST, NonFinite, rank_file
 from trainer.checkpoint.old_checkpoints import OldCheckpoints, tidy_up
 from trainer.reference import write_reference
 from trainer.reporting.console import say
@@ -188,7 +188,7 @@ class Saver:
         writer = TensorWriter(
             unfinished,
             {key: (torch.float32, (length,)) for key, (_, _, length) in stored.items()},
-            {"shards": json.dumps(described)},
+            {"shards": json.dumps(described, separators=(",", ":"))},
         )
         for key, (name, values, _) in stored.items():  # pieces are copies: one at a time is in memory
             writer.write(key, buckets.own_piece(name, values)[0].float())
@@ -204,7 +204,7 @@ class Saver:
             "index": shard.index,
             "replicas": self.mesh.tp.size() if shard.dim is None else shard.replicas,
             "first": first,
-            "checksum": checksum(as_bytes(piece.float())),
+            "checksums": checksums(as_bytes(piece.float()), 4 * CHUNK),
         } | ({} if is_finite(piece) else {"nonfinite": True})
 
     def _complete(
