@@ -1,0 +1,266 @@
+"""When a job does not move, a report says who is late, and its stack says why."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+
+from parallel.graph import backend
+from parallel.runtime import Peers, Progress
+from parallel.runtime.late import ranks_in_words, shortened, who_is_late, whose_stacks
+from parallel.runtime.progress import at, here
+from parallel.runtime.stalls import Stalls
+from parallel.runtime.watch import KEY
+from tests.support import hanging
+from tests.support.on_ranks import ROOT
+from tests.support.runs import environment
+
+LIMIT = 900.0
+
+
+class Job:
+    """Two machines of two ranks each, with a store in memory and a clock that the test turns."""
+
+    def __init__(self, folder, ends=False):
+        self.now, self.store, self.folder, self.stopped = 0.0, HashStore(), folder, set()
+        self.waits = ExitStack()
+        self.ranks = [Progress(self._clock) for _ in range(4)]
+        peers = [Peers(self.store, rank, 4, rank % 2, f"host-{rank // 2}") for rank in range(4)]
+        self.stalls = [
+            Stalls(each, progress, folder, LIMIT, ends, self._clock)
+            for each, progress in zip(peers, self.ranks, strict=True)
+        ]
+
+    def _clock(self):
+        return self.now
+
+    def pass_time(self, seconds):
+        """Every rank that is not stopped looks once a second."""
+        for _ in range(seconds):
+            self.now += 1
+            for rank, each in enumerate(self.stalls):
+                if rank not in self.stopped:
+                    each.look(self.store)
+
+    def step(self, number, *ranks):
+        """The ranks have started the graph of this step."""
+        for rank in ranks:
+            self.ranks[rank].begin_step(number)
+            self.ranks[rank].tracing("step")
+            self.ranks[rank].traced("step")
+            self.ranks[rank].started("step")
+
+    def wait(self, what, *ranks):
+        for rank in ranks:
+            self.waits.enter_context(self.ranks[rank].waiting(what))
+
+    @property
+    def reports(self):
+        return sorted(self.folder.glob("stalls/*/report.txt"))
+
+
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    """A list: while there is something in it, this process compiles."""
+    now = []
+    monkeypatch.setattr(backend, "is_compiling", lambda: bool(now))
+    return now
+
+
+def test_the_late_one_is_named_once_and_again_at_twice_the_time(tmp_path, capfd):
+    job = Job(tmp_path)
+    job.step(11, 0, 1, 2, 3)
+    job.pass_time(3)
+    job.step(12, 0, 1, 3)
+    job.wait("waiting for the device", 0, 1, 3)
+    job.ranks[2].begin_step(12)
+    job.pass_time(int(LIMIT) - 5)
+    assert capfd.readouterr().err == ""
+    job.pass_time(10)
+    said = capfd.readouterr().err
+    late = r"late: rank 2 on host-1: step 12, preparing the step, for 15 min; in .*\.py:\d+, \w+"
+    assert said.startswith("stalled: rank 0 on host-0 has not moved for 15 min\n"), said
+    assert "\n  ranks 0-1, 3: step 12, graph step, waiting for the device\n" in said
+    assert re.search(late, said), said
+    [folder] = tmp_path.glob("stalls/*")
+    # The first of each machine, and the late one.
+    assert {path.name for path in folder.iterdir()} == {"report.txt", "rank-00000.txt", "rank-00002.txt"}
+    assert re.search(late, (folder / "report.txt").read_text())
+    assert str(folder) in said
+
+    job.pass_time(int(LIMIT) - 30)
+    assert capfd.readouterr().err == ""
+    job.pass_time(40)
+    assert "stalled: rank 0 on host-0 has not moved for 30 min" in capfd.readouterr().err
+    job.step(13, 0, 1, 2, 3)
+    job.pass_time(1)
+    assert re.fullmatch(
+        r"rank 0 moves again after 30 min: step 13, graph step, in Python after the graph\n",
+        capfd.readouterr().err,
+    )
+    job.pass_time(int(LIMIT) - 10)
+    assert capfd.readouterr().err == "" and not job.store.check([KEY])
+
+
+def test_a_rank_that_does_not_answer_is_late_and_the_job_ends(tmp_path, capfd):
+    job = Job(tmp_path, ends=True)
+    job.step(5, 0, 1, 2, 3)
+    job.wait("waiting for the device", 0, 1, 2, 3)
+    job.pass_time(2)
+    job.stopped = {1}
+    job.pass_time(int(LIMIT) + 30)
+    said = capfd.readouterr().err
+    last = "it was last seen at step 5, graph step, waiting for the device"
+    assert re.search(rf"late: rank 1 on host-0: does not answer: .*; {last}\n", said), said
+    ended = job.store.get(KEY).decode()
+    assert ended.startswith("nothing has moved for 15 min (--on_stall end); late: rank 1 on host-0: "), ended
+    assert str(job.reports[0].parent) in ended
+
+
+def test_another_rank_reports_where_rank_0_is_the_one_that_stands(tmp_path, capfd):
+    job = Job(tmp_path)
+    job.step(5, 0, 1, 2, 3)
+    job.pass_time(2)
+    job.stopped = {0}
+    job.step(6, 1, 2, 3)
+    job.wait("waiting for the device", 1, 2, 3)
+    job.pass_time(int(LIMIT) + 25)
+    assert capfd.readouterr().err == ""
+    job.pass_time(30)
+    said = capfd.readouterr().err
+    assert said.count("stalled: rank 1 on host-0 has not moved for 15 min\n") == 1, said
+    assert "late: rank 0 on host-0: does not answer: " in said and len(job.reports) == 1
+
+
+def test_a_node_that_has_not_come(tmp_path, capfd):
+    job = Job(tmp_path)
+    job.stopped = {2, 3}
+    job.wait("comparing versions", 0, 1)
+    job.pass_time(int(LIMIT) + 20)
+    said = capfd.readouterr().err
+    assert "  ranks 0-1: comparing versions\n  late: ranks 2-3: has not come\n" in said
+
+
+def test_a_compilation_is_allowed_more(tmp_path, capfd, compiling):
+    """Of rank 3, which compiles while the others wait for it, and of all ranks."""
+    job = Job(tmp_path)
+    job.step(1, 0, 1, 2)
+    job.wait("waiting for the device", 0, 1, 2)
+    job.ranks[3].begin_step(1)
+    job.ranks[3].tracing("step")
+    compiling.append(True)
+    job.pass_time(int(7.9 * LIMIT))
+    assert capfd.readouterr().err == "" and not job.reports
+    job.pass_time(int(1.2 * LIMIT))
+    assert "late: rank 3 on host-1: step 1, graph step, compiling, for 2 h " in capfd.readouterr().err
+
+
+def test_slow_work_may_take_longer_and_work_that_tells_of_itself_as_long_as_it_likes(tmp_path, capfd):
+    job = Job(tmp_path, ends=True)
+    job.wait("waiting for the tokens", 0, 1, 2)
+    job.ranks[3].at("tokenizing", slow=True)
+    job.pass_time(int(7 * LIMIT))
+    assert capfd.readouterr().err == "" and not job.store.check([KEY])
+    job = Job(tmp_path, ends=True)
+    for _ in range(30):
+        for rank in job.ranks:
+            rank.at("reading the checkpoint")
+        job.pass_time(int(LIMIT / 2))
+    assert capfd.readouterr().err == "" and not job.store.check([KEY])
+
+
+def places(*given):
+    return [
+        each and dict(zip(("count", "waits", "slow", "age", "host", "pid"), each, strict=True))
+        for each in given
+    ]
+
+
+def test_who_is_late():
+    far, near = (8, True, False, 9, "a", 1), (7, True, False, 9, "a", 2)
+    works, compiles = (7, False, False, 9, "b", 3), (7, False, True, 9, "b", 4)
+    assert who_is_late(places(far, near, far), set(), 50) == [1]  # the fewest mark_steps
+    assert who_is_late(places(near, works, near), set(), 50) == [1]  # of those, the one that does not wait
+    assert who_is_late(places(near, near), set(), 50) == []
+    assert who_is_late(places(near, compiles), set(), 50) is None
+    assert who_is_late(places(near, compiles), set(), 5) == [1]
+    assert who_is_late(places(near, compiles, works), set(), 50) == [2]
+    assert who_is_late(places(far, far, near), {1}, 50) == [1, 2]  # rank 2 was behind when 1 fell silent
+    assert who_is_late(places(near, near, works), {2}, 50) == [2]
+    assert who_is_late(places(near, None, near), {1}, 50) == [1]
+
+
+def test_a_report_of_a_thousand_ranks_is_short():
+    hosts = [f"host-{rank // 32}" for rank in range(1024)]
+    all_ranks = places(*((8, rank > 600, False, 9, host, rank) for rank, host in enumerate(hosts)))
+    late = who_is_late(all_ranks, set(), 50)
+    assert late == list(range(601))
+    own, outside = whose_stacks(all_ranks, late, {3, 4, 5, 6, 7})
+    assert len(own) == 32 + 18 * 3 + 2 and outside == {"0": {"3": 3}}
+    assert ranks_in_words([0, 1, 2, 5, 8, 9]) == "ranks 0-2, 5, 8-9"
+    assert shortened(list("abcdefghijklm")) == [*"abcdefghij", "... and 3 more such lines"]
+
+
+def test_a_note_costs_a_few_microseconds():
+    """What a mark_step pays for its three notes, on any machine far below a millisecond."""
+    progress, count = Progress(), 20_000
+    begun = time.perf_counter()
+    for _ in range(count):
+        progress.tracing("step")
+        progress.traced("step")
+        progress.started("step")
+    each = (time.perf_counter() - begun) / count
+    print(f"{1e9 * each:.0f} ns for the notes of a mark_step")
+    assert each < 1e-4 and progress.place.count == 2 * count
+
+
+def test_the_note_of_this_process():
+    at("reading the checkpoint")
+    assert here().place.phase.text == "reading the checkpoint" and not here().place.phase.slow
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("how", ["sleeps", "stops", "holds"])
+def test_a_real_rank_that_hangs_ends_the_job(tmp_path, how):
+    """Its process is not alone to end: torchrun has to kill the one that is stopped, after 30 s."""
+    begun = time.monotonic()
+    job = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + ["-m", "tests.support.hanging", how, str(tmp_path), "2"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said, ended = "", None
+    for line in job.stdout:
+        said += line
+        if line.startswith("error: ") and "rank 0 ends with it" in line:
+            ended = line
+            job.terminate() if how != "sleeps" else None
+    assert job.wait(60) == 1 and ended, said
+    assert time.monotonic() - begun < 60
+    host = os.uname().nodename
+    why = {
+        "sleeps": rf"step 3, graph step, tracing, for \d s; in {hanging.__file__}:\d+, hang",
+        "stops": "does not answer: its process is stopped; it was last seen at step [23], .*",
+        "holds": "does not answer: a call that does not return holds its Python; it was last seen at .*",
+    }[how]
+    assert re.search(rf"late: rank 1 on {host}: {why}; see {tmp_path}", ended), said
+    [stacks] = tmp_path.glob("stalls/*/rank-00001.txt")
+    text, program = stacks.read_text(), Path(hanging.__file__).read_text().splitlines()
+    line = {"sleeps": "time.sleep(600)", "holds": ".sleep(600)"}.get(how)
+    if line:
+        numbers = [n for n, each in enumerate(program, 1) if line in each]
+        assert re.search(rf'hanging.py", line {numbers[0]} in hang', text), text
+    else:
+        assert "tests.support.hanging" in text and re.search(r"^  \d+ \(?pyth.*: T", text, re.M), text
+    assert json.dumps(said).count("late: rank 1") <= 3
