@@ -7,6 +7,7 @@ before.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
@@ -195,10 +196,16 @@ def count(metric: str) -> int:
 
 
 def is_compiling() -> bool:
-    """Whether a graph is being compiled: it is counted as new before, and as compiled afterwards."""
-    from torch_xla.debug.metrics import counter_value
+    """Whether a graph is being compiled: it is counted as new before, and as compiled afterwards.
 
-    return (counter_value("UncachedCompile") or 0) > count("CompileTime")
+    Any thread may ask. It must not import torch_xla: the thread that trains may be about to, or be stuck in
+    it.
+    """
+    xlac = getattr(sys.modules.get("torch_xla"), "_XLAC", None)
+    if not xlac:
+        return False
+    compiled = xlac._xla_metric_data("CompileTime")
+    return (xlac._xla_counter_value("UncachedCompile") or 0) > (compiled[0] if compiled else 0)
 
 
 def reads() -> int:

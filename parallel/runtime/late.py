@@ -24,8 +24,9 @@ def who_is_late(places: list[Told], silent: set[int], allowed: float) -> list[in
     """The ranks for which the others wait; [] where none is behind. None where those are compiling, or are in
     another phase that is slow, for at most `allowed` seconds.
 
-    places: by rank. silent: the ranks that do not answer. They are late; so are those that were behind them.
-    Of the others those are behind that have got through the fewest mark_steps, and, among these, do not wait.
+    places: by rank. silent: the ranks that do not answer. They are late; so are others that are no further
+    and do not wait. Where all answer, those are late that have got through the fewest mark_steps, and, among
+    these, do not wait.
     """
     order = {
         rank: (place["count"], place["waits"]) for rank, place in enumerate(places) if rank not in silent
@@ -34,7 +35,7 @@ def who_is_late(places: list[Told], silent: set[int], allowed: float) -> list[in
     behind = [rank for rank, each in order.items() if each == least]
     if silent:
         counts = [places[rank]["count"] if places[rank] else 0 for rank in silent]
-        behind = [rank for rank in behind if order[rank][0] < min(counts)]
+        behind = [rank for rank in behind if order[rank] < (min(counts), True)]
     slow = {rank for rank in behind if places[rank]["slow"] and places[rank]["age"] <= allowed}
     late = sorted(silent.union(behind) - slow)
     if not late:

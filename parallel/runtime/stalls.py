@@ -69,13 +69,12 @@ class Stalls:
         seconds: float,
         ends: bool,
         clock=time.monotonic,
-        patience: float = PATIENCE_SECONDS,
-        grace: float = GRACE_SECONDS,
     ):
         """seconds: after which a rank that has not moved is looked into. ends: whether the job ends then."""
         self._peers, self._progress, self._clock = peers, progress, clock
         self._output, self._seconds, self._ends = Path(output_dir), seconds, ends
-        self._patience, self._grace = patience, 0.0 if peers.is_first else grace
+        self._patience = min(PATIENCE_SECONDS, seconds)
+        self._grace = 0.0 if peers.is_first else min(GRACE_SECONDS, seconds)
         self._published: Place | None = None
         self._stood = progress.place  # where it was at the last look
         self._again: float | None = None  # after a message, the time at which it may ask once more
@@ -207,9 +206,14 @@ class Stalls:
 
 
 def watch_stalls(peers: Peers, output_dir: str, minutes: float, ends: bool) -> None:
-    """From here on this process takes part in looking for late ranks; nothing where it is the only one."""
+    """From here on this process takes part in looking for late ranks; nothing where it is the only one.
+
+    `minutes` and `ends` are --stall_minutes and whether --on_stall is `end`.
+    """
     if peers.store:
-        peers.looks += [Asked(peers), Stalls(peers, here(), output_dir, 60 * minutes, ends)]
+        stalls = Stalls(peers, here(), output_dir, 60 * minutes, ends)
+        stalls.look(peers.store)  # so that it is known even where its thread never comes to look
+        peers.looks += [Asked(peers), stalls]
 
 
 class Asked:

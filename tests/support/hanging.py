@@ -1,10 +1,10 @@
-"""A job for torchrun in which rank 1 hangs in its third step: what a rank on Neuron does, with barriers in
+"""A job for torchrun in which ranks hang in their third step: what a rank on Neuron does, with barriers in
 place of steps, and without a device.
 
-    torchrun --nproc_per_node=2 -m tests.support.hanging sleeps|stops|holds DIRECTORY SECONDS
+    torchrun --nproc_per_node=4 -m tests.support.hanging DIRECTORY SECONDS
 
-It sleeps in Python; its process is stopped; or it sleeps in C without giving Python's lock away. The job ends
-where nothing has moved for SECONDS.
+Rank 1 sleeps in Python, the process of rank 2 is stopped, and rank 3 sleeps in C without giving Python's lock
+away. The job ends where nothing has moved for SECONDS.
 """
 
 import ctypes
@@ -22,12 +22,12 @@ class Simulated(ProcessRuntime):
     store = None
 
 
-def hang(how):
-    if how == "sleeps":
-        time.sleep(600)  # the line that is looked for
-    elif how == "stops":
+def hang(rank):
+    if rank == 1:
+        time.sleep(600)
+    if rank == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
-    while True:
+    if rank == 3:
         ctypes.PyDLL(None).sleep(600)
 
 
@@ -35,8 +35,9 @@ def steps(runtime):
     for step in range(1, 5):
         runtime.begin_step(step)
         runtime.progress.tracing("step")
-        if runtime.rank == 1 and step == 3:
-            hang(sys.argv[1])
+        time.sleep(0.7)
+        if step == 3:
+            hang(runtime.rank)
         runtime.progress.started("step")
         runtime.barrier()
 
@@ -45,6 +46,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)  # as trainer/main.py, which would finish its step
     devices.on_neuron = lambda: True
     peers = meet()
-    watch_stalls(peers, sys.argv[2], float(sys.argv[3]) / 60, True)
+    watch_stalls(peers, sys.argv[1], float(sys.argv[2]) / 60, True)
     Simulated.store = peers.store
     run_process(steps, Simulated(peers.rank, peers.world_size, None))
