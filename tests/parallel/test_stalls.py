@@ -19,7 +19,7 @@ from parallel.runtime.progress import at, here
 from parallel.runtime.stalls import Stalls
 from parallel.runtime.watch import KEY, children
 from tests.support import hanging
-from tests.support.on_ranks import ROOT
+from tests.support.on_ranks import ROOT, run_program
 from tests.support.runs import environment
 
 LIMIT = 900.0
@@ -263,3 +263,45 @@ def test_real_ranks_that_hang_end_the_job(tmp_path):
         [number] = [number for number, each in enumerate(lines, 1) if each.strip() == words]
         assert re.search(rf'{program}", line {number},? in hang', text), text
     assert "tests.support.hanging" in stopped and re.search(r"^  \d+ pyth.*: T ", stopped, re.M), stopped
+
+
+BUSY = """
+import threading, time
+import torch, torch_xla
+from parallel.graph import backend
+
+def watch():
+    while True:
+        begun = time.monotonic()
+        time.sleep(0.01)
+        gaps.append(time.monotonic() - begun)
+        if backend.is_compiling():
+            compiled.append(True)
+
+gaps, compiled = [], []
+threading.Thread(target=watch, daemon=True).start()
+x = torch.ones(1500, 1500).to(torch_xla.device())
+torch_xla.sync()
+y = x
+for _ in range(20):
+    y = y @ x / 1500
+graph = backend.graph_hash([y])
+backend.compile_graph([y])
+inputs = [data for _, data in backend.graph_inputs([y])]
+assert compiled and not backend.is_compiling()
+gaps.clear()
+begun = time.monotonic()
+outputs = [backend.run_compiled(graph, inputs) for _ in range(3)]
+seconds = time.monotonic() - begun
+print(max(gaps), seconds, backend.count("CompileTime"))
+"""
+
+
+@pytest.mark.process
+def test_a_rank_that_waits_for_a_busy_device_can_still_tell_where_it_is():
+    """On a device that takes no graph before the last one is done, a replay does not hold Python's lock."""
+    one_by_one = {"PJRT_DEVICE": "CPU", "PJRT_CPU_ASYNC_CLIENT": "0"}
+    done = run_program(["-c", BUSY], environment=environment() | one_by_one)
+    assert done.returncode == 0, done.stderr
+    longest, seconds, _ = map(float, done.stdout.split())
+    assert seconds > 0.3 and longest < seconds / 4, done.stdout
