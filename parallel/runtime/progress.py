@@ -45,7 +45,7 @@ class Progress:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self.place = Place(0, 0, None, Phase("beginning"), clock())
+        self.place = Place(0, 0, None, Phase("starting", slow=True), clock())
 
     def at(self, what: str, slow: bool = False) -> None:
         """The rank begins to do something that is no mark_step, such as "reading the checkpoint".

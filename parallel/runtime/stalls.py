@@ -193,7 +193,8 @@ class Stalls:
         lines = [*shortened(where), *shortened(late), f"stacks of ranks, and all of this: {folder}"]
         _say("\n  ".join([head, *lines]))
         if self._ends:
-            store.set(KEY, f"nothing has moved for {age} (--on_stall end); {late[0]}; see {folder}")
+            ended = f"nothing has moved for {age} (--on_stall end); {late[0]}; see {folder}"
+            store.compare_set(KEY, "", ended)  # an error of a rank would be the better reason
 
     def _write(self, directory: str, name: str, text: str) -> None:
         """Write a file of OUT/stalls. Where that cannot be, a warning is enough."""

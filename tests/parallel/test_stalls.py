@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import HashStore
 
 from parallel.graph import backend
-from parallel.runtime import Peers, Progress
+from parallel.runtime import Peers, Progress, watch_stalls
 from parallel.runtime.late import ranks_in_words, shortened, who_is_late, whose_stacks
 from parallel.runtime.progress import at, here
 from parallel.runtime.stalls import Stalls
@@ -222,6 +222,21 @@ def test_a_note_costs_a_few_microseconds():
     assert each < 1e-4 and progress.place.count == 2 * count
 
 
+def test_stacks_can_be_asked_for_by_hand(capfd):
+    peers = Peers(HashStore(), 3, 4, 1, "host-1")
+    watch_stalls(peers, "unused", 15, ends=False)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    for each in peers.looks:
+        each.look(peers.store)
+    said = capfd.readouterr().err
+    assert said.startswith("stacks of rank 3 on host-1, asked for by SIGUSR1:\n"), said
+    assert "in test_stacks_can_be_asked_for_by_hand" in said
+    assert peers.store.check(["progress/3"])
+    for each in peers.looks:
+        each.look(peers.store)
+    assert capfd.readouterr().err == ""
+
+
 def test_the_note_of_this_process():
     at("reading the checkpoint")
     assert here().place.phase.text == "reading the checkpoint" and not here().place.phase.slow
@@ -242,7 +257,7 @@ def test_real_ranks_that_hang_end_the_job(tmp_path):
     said = ended = ""
     for line in job.stdout:
         said += line
-        if line.endswith("; rank 0 ends with it\n"):
+        if line.endswith("ends with it\n"):
             ended = line
             for child in children(job.pid):
                 os.kill(child, signal.SIGKILL)  # as torchrun does, 30 s later
