@@ -27,9 +27,11 @@ from parallel.runtime import (  # noqa: E402
     extracts_graphs,
     launch,
     leaves_at_once,
+    meet,
     prepare_environment,
     requested_world_size,
     use_huge_pages,
+    watch_stalls,
 )
 
 
@@ -45,6 +47,7 @@ def main() -> int:
         config = parse()
         world_size = requested_world_size(config.world_size)
         prepare_environment(world_size, config.stochastic_rounding)
+        watch_stalls(meet(), config.output_dir, config.stall_minutes, config.on_stall == "end")
         from trainer.checkpoint.names import NonFinite
         from trainer.job import lock, make_way, prepare
         from trainer.loop import run

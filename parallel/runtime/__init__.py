@@ -16,7 +16,9 @@ from parallel.runtime.environment import (
 from parallel.runtime.launch import launch
 from parallel.runtime.peers import Peers, meet
 from parallel.runtime.processes import ProcessRuntime, run_process
+from parallel.runtime.progress import Progress
 from parallel.runtime.rank import GraphListener, GraphMismatch, Runtime
+from parallel.runtime.stalls import watch_stalls
 from parallel.runtime.threads import LockstepBarrier, ThreadRuntime
 from parallel.runtime.variables import asks_for_bf16
 
@@ -26,6 +28,7 @@ __all__ = [
     "LockstepBarrier",
     "Peers",
     "ProcessRuntime",
+    "Progress",
     "Runtime",
     "ThreadRuntime",
     "asks_for_bf16",
@@ -40,4 +43,5 @@ __all__ = [
     "requested_world_size",
     "run_process",
     "use_huge_pages",
+    "watch_stalls",
 ]

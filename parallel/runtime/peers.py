@@ -27,6 +27,7 @@ class Peers:
         """store: a torch.distributed.Store; None where there is one process."""
         self.store, self.rank, self.world_size, self.local_rank = store, rank, world_size, local_rank
         self.host = host
+        self.looks: list[Any] = []  # whose look(store) the thread of parallel/runtime/watch.py calls
         if store:
             store.set(f"process/{rank}", json.dumps({"host": host, "pid": os.getpid()}))
 

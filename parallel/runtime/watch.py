@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 KEY = "failed"
@@ -37,10 +38,12 @@ class Watch:
     was told so.
 
     `store`, in which the ranks of all nodes tell each other, must be used by nobody else: a wait would keep
-    the thread waiting. The thread ends this process with status 1.
+    the thread waiting. The thread ends this process with status 1. Once a second it calls look(store) of each
+    of `looks`, too, which must not wait.
     """
 
-    def __init__(self, store, rank: int):
+    def __init__(self, store, rank: int, looks: Sequence = ()):
+        self._looks = looks
         self._store, self._rank, self._stopped = store, rank, threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -59,6 +62,8 @@ class Watch:
                 # Under torchrun its children are the ranks of this node.
                 ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
                 if len(children(os.getppid())) >= ranks or self._stopped.is_set():
+                    for each in self._looks:
+                        each.look(self._store)
                     continue
                 self._store.set(KEY, f"a process beside rank {self._rank} was killed")
             time.sleep(

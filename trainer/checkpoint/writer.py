@@ -129,6 +129,7 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until the last save is complete on all ranks; raises as `check`."""
+        self.runtime.progress.at("saving", slow=True)
         for future in (self._written, self._completed):
             if future:
                 wait([future])
