@@ -9,7 +9,7 @@ from parallel.graph.live import collecting_at_mark_steps, live_tensors
 from parallel.runtime import devices, gpu
 from parallel.runtime.environment import started_by_torchrun
 from parallel.runtime.rank import Runtime
-from parallel.runtime.watch import Watch, of_this_attempt
+from parallel.runtime.watch import of_this_attempt, watch_job
 
 
 class ProcessRuntime(Runtime):
@@ -83,12 +83,8 @@ def launch_process(function: Callable[[Runtime], object]) -> None:
 
 def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) -> None:
     """Run `function(runtime)` in an existing process group. An error or a killed process ends all ranks."""
-    watch = Watch(runtime.store.clone(), runtime.rank)
-    try:
-        with gpu.naming_memory():
-            function(runtime)
-    except BaseException as error:
-        watch.tell(error)
-        raise
+    watch = watch_job()
+    with watch.telling(), gpu.naming_memory():
+        function(runtime)
     watch.stop()
     runtime.barrier()
