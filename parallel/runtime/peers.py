@@ -176,7 +176,8 @@ class Peers:
                     raise ValueError(
                         f"after {waited / 60:.2g} minutes of waiting: {self._describe(late, name)}"
                     )
-                if late and waited >= report and self.is_first_on_node:
+                at_work = self.is_first_on_node and any(doing not in ("", WAITS) for doing in late.values())
+                if late and waited >= report and (self.is_first or at_work):
                     _say(f"waiting for {self._describe(late, name)}")
                     said = True
                 report = report if waited < report else waited + AGAIN_SECONDS

@@ -72,10 +72,11 @@ class OfSeveral(Maker):
         begun = self._peers.share(self._begun, "")
         if not begun:
             return None  # it had one already
-        partial = Path(begun)
-        if not partial.is_dir() and not os.path.lexists(entry_of(partial)):
-            return None
-        return Path(self._peers.share(self._ended, ""))
+        return Path(self._peers.share(self._ended, "")) if self._sees(Path(begun)) else None
+
+    def _sees(self, partial: Path) -> bool:
+        """Whether this machine has the directory, or by now the entry, that the first process makes."""
+        return partial.is_dir() or os.path.lexists(entry_of(partial))
 
     def ends(self, directory: Path) -> None:
         """The entry is in `directory`, found or made."""
