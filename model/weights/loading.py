@@ -12,14 +12,17 @@ from model.weights.sources import RandomWeights, SafetensorsFiles
 from parallel.shard import Shard, named_shards
 
 
-def check_weights(config: ModelConfig, weights: SafetensorsFiles | RandomWeights) -> None:
+def check_weights(
+    config: ModelConfig, weights: SafetensorsFiles | RandomWeights, compare: bool = True
+) -> None:
     """Raise ValueError for a weight that is missing, unexpected or of another shape.
 
-    Only headers are read; but a head that the config ties to the embedding must equal it.
+    Only headers are read; but a head that the config ties to the embedding must equal it, unless another
+    process is to `compare` the two.
     """
     # Old files contain a buffer of the rotary embedding.
     copies = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    weights.check(base_shapes(config), ("rotary_emb.inv_freq",), copies)
+    weights.check(base_shapes(config), ("rotary_emb.inv_freq",), copies, compare)
 
 
 def fill(

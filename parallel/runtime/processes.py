@@ -11,7 +11,7 @@ from parallel.runtime.environment import started_by_torchrun
 from parallel.runtime.peers import meet
 from parallel.runtime.progress import here
 from parallel.runtime.rank import Runtime
-from parallel.runtime.watch import Watch, of_this_attempt
+from parallel.runtime.watch import of_this_attempt, watch_job
 
 
 class ProcessRuntime(Runtime):
@@ -90,13 +90,9 @@ def launch_process(function: Callable[[Runtime], object]) -> None:
 
 def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) -> None:
     """Run `function(runtime)` in an existing process group. An error or a killed process ends all ranks."""
-    watch = Watch(runtime.store.clone(), runtime.rank, meet().looks)
+    watch = watch_job()
     runtime.progress.at("before its first graph", slow=True)  # it reads the weights
-    try:
-        with gpu.naming_memory():
-            function(runtime)
-    except BaseException as error:
-        watch.tell(error)
-        raise
+    with watch.telling(), gpu.naming_memory():
+        function(runtime)
     watch.stop()
     runtime.barrier()

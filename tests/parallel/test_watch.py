@@ -3,6 +3,7 @@ of no accident."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from tests.support.runs import SHORT, column, environment, start
 from trainer.checkpoint.names import list_checkpoints
 
 pytestmark = pytest.mark.process
+HOST = socket.gethostname()
 
 
 def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
@@ -40,8 +42,8 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
     assert done.returncode == 0, done.stderr
     ended = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ended == [
-        "error: a process beside rank 0 was killed; rank 0 ends with it",
-        "error: rank 1 has failed: rank one has had enough; rank 0 ends with it",
+        f"error: rank 1 on {HOST} was killed; rank 0 on {HOST} ends with it",
+        f"error: rank 1 on {HOST} has failed: rank one has had enough; rank 0 on {HOST} ends with it",
     ], done.stderr
     assert done.stderr.index("RuntimeError: rank one has had enough") < done.stderr.index(ended[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.buckets import Buckets
-from parallel.runtime import Peers, meet
+from parallel.runtime import Peers, SharedError, meet
 from trainer.checkpoint.names import INCOMPLETE, MANIFEST, NAME, list_checkpoints, not_written
 from trainer.checkpoint.previous import previous_checkpoints
 from trainer.checkpoint.reader import Checkpoint
@@ -50,10 +50,8 @@ def _as_first_sees(peers: Peers, name: str, look: Callable[[], Any]) -> Any:
             found = look()
         except ValueError as error:
             problem = str(error)
-    found, problem = peers.share(name, [found, problem])
-    if problem:
-        raise ValueError(problem)
-    return found
+    peers.raise_together(name, problem)
+    return peers.share(name, found)
 
 
 def _look(output: Path, overwrites: bool) -> list[str]:
@@ -117,25 +115,26 @@ def _read(path: Path, buckets: Buckets | None, peers: Peers) -> Checkpoint:
     damaged or cannot read it."""
     checkpoint = problem = None
     try:
-        checkpoint = Checkpoint(path, peers.rank, peers.world_size)
-        if buckets:
-            checkpoint.load(buckets)
-        else:
-            checkpoint.verify()
+        with peers.doing(f"reads {path}"):
+            checkpoint = Checkpoint(path, peers.rank, peers.world_size)
+            if buckets:
+                checkpoint.load(buckets)
+            else:
+                checkpoint.verify()
     except OSError as error:
         problem = f"{path} cannot be read: {error}"
     except ValueError as error:
         problem = str(error)
     manifest = checkpoint.manifest["checksum"] if checkpoint else None
-    found = peers.gather(path.name, [problem, manifest])
+    found = peers.gather(f"reading {path}", [problem, manifest])
     bad = [rank for rank, (problem, _) in enumerate(found) if problem]
     odd = [rank for rank, (_, manifest) in enumerate(found) if manifest != found[0][1]]
     if not bad and not odd:
         return checkpoint
     rank = (bad or odd)[0]
     text = found[rank][0] or f"{path}: its {MANIFEST} is not the one that {peers.name_of(0)} has read"
-    more = f"; so do {len(bad or odd) - 1} more ranks" if (bad or odd)[1:] else ""
-    raise ValueError(text + (f" (says {peers.name_of(rank)}{more})" if peers.world_size > 1 else ""))
+    more = f", and {len(bad or odd) - 1} more ranks" if (bad or odd)[1:] else ""
+    raise SharedError(text + (f" (says {peers.name_of(rank)}{more})" if peers.world_size > 1 else ""))
 
 
 def _check_step(checkpoint: Checkpoint) -> Checkpoint:
