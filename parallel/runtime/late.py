@@ -1,8 +1,6 @@
 """Which ranks are late, whose stacks tell why, and how a report says so in a few lines."""
 
-from collections.abc import Iterable
-from itertools import groupby
-
+from parallel.runtime.peers import ranks_in_words
 from parallel.runtime.progress import Place
 
 STACKS_PER_HOST = 4  # of late ranks
@@ -104,16 +102,6 @@ def shortened(lines: list[str]) -> list[str]:
     """The first LINES lines, and how many more there are."""
     more = len(lines) - LINES
     return [*lines[:LINES], *([f"... and {more} more such lines"] if more > 0 else [])]
-
-
-def ranks_in_words(ranks: Iterable[int]) -> str:
-    """`rank 7`, or `ranks 0-6, 8`. The ranks are in order."""
-    ranks = list(ranks)
-    runs = []
-    for _, run in groupby(enumerate(ranks), lambda item: item[1] - item[0]):
-        run = [rank for _, rank in run]
-        runs.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(runs)}"
 
 
 def duration(seconds: float) -> str:

@@ -5,10 +5,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 from parallel.runtime import devices
@@ -197,7 +198,7 @@ class Peers:
             if not host:
                 state = f" (machine {rank // self.local_world_size}): not started yet"
             states.setdefault(state, []).append(rank)
-        return "; ".join(in_words(ranks) + state for state, ranks in states.items())
+        return "; ".join(ranks_in_words(ranks) + state for state, ranks in states.items())
 
     def _host_of(self, rank: int) -> str | None:
         key = f"process/{rank}"
@@ -214,16 +215,14 @@ class Peers:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
-def in_words(ranks: list[int]) -> str:
-    """`rank 5`, or `ranks 0 to 3, 8` of ascending numbers."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    texts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(texts)}"
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """`rank 7`, or `ranks 0-6, 8`. The ranks are in order."""
+    ranks = list(ranks)
+    runs = []
+    for _, run in groupby(enumerate(ranks), lambda item: item[1] - item[0]):
+        run = [rank for _, rank in run]
+        runs.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(runs)}"
 
 
 def _say(line: str) -> None:

@@ -8,7 +8,6 @@ from parallel.graph import backend
 from parallel.graph.live import collecting_at_mark_steps, live_tensors
 from parallel.runtime import devices, gpu
 from parallel.runtime.environment import started_by_torchrun
-from parallel.runtime.peers import meet
 from parallel.runtime.progress import here
 from parallel.runtime.rank import Runtime
 from parallel.runtime.watch import of_this_attempt, watch_job

@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from parallel.runtime import Peers, SharedError, meet
 from parallel.runtime import peers as peers_module
-from parallel.runtime.peers import in_words
+from parallel.runtime.peers import ranks_in_words
 from tests.support.on_ranks import ROOT
 from tests.support.processes import in_processes
 
@@ -103,7 +103,7 @@ def test_who_is_late_is_named(monkeypatch, capfd):
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(process, range(6))) == [list(range(6))] * 6
     assert capfd.readouterr().err.splitlines() == [
-        "waiting for rank 2 on host-1, which tokenizes a.jsonl; ranks 4 to 5 (machine 2): not started yet",
+        "waiting for rank 2 on host-1, which tokenizes a.jsonl; ranks 4-5 (machine 2): not started yet",
         "waiting for rank 2 on host-1, which tokenizes a.jsonl",
         "all have come (values)",
     ]
@@ -117,4 +117,4 @@ def test_after_the_limit_the_first_process_names_who_has_not_come():
 
     found = in_processes(process, 4)
     assert "minutes of waiting: rank 2 on host-1: the start" in str(found[0])
-    assert in_words([0, 1, 2, 5, 7, 8]) == "ranks 0 to 2, 5, 7 to 8"
+    assert ranks_in_words([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"

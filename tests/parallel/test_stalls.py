@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from parallel.graph import backend
 from parallel.runtime import Peers, Progress, watch_stalls
-from parallel.runtime.late import ranks_in_words, shortened, who_is_late, whose_stacks
+from parallel.runtime.late import shortened, who_is_late, whose_stacks
 from parallel.runtime.progress import at, here
 from parallel.runtime.stalls import Stalls
 from parallel.runtime.watch import KEY, children
@@ -205,7 +205,6 @@ def test_a_report_of_a_thousand_ranks_is_short():
     assert late == list(range(601))
     own, outside = whose_stacks(all_ranks, late, {3, 4, 5, 6, 7})
     assert len(own) == 32 + 18 * 3 + 2 and outside == {"0": {"3": 3}}
-    assert ranks_in_words([0, 1, 2, 5, 8, 9]) == "ranks 0-2, 5, 8-9"
     assert shortened(list("abcdefghijklm")) == [*"abcdefghij", "... and 3 more such lines"]
 
 

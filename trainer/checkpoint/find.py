@@ -126,7 +126,7 @@ def _read(path: Path, buckets: Buckets | None, peers: Peers) -> Checkpoint:
     except ValueError as error:
         problem = str(error)
     manifest = checkpoint.manifest["checksum"] if checkpoint else None
-    found = peers.gather(f"reading {path}", [problem, manifest])
+    found = peers.gather(f"reading {path.name}", [problem, manifest])
     bad = [rank for rank, (problem, _) in enumerate(found) if problem]
     odd = [rank for rank, (_, manifest) in enumerate(found) if manifest != found[0][1]]
     if not bad and not odd:
