@@ -1,7 +1,9 @@
 """Jobs of torchrun in which a rank dies: the others end with it, the job starts again, and its curve is that
 of no accident."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -52,6 +54,37 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
         for rank in range(2)
         for step in range(last)
     ]
+
+
+def test_a_fault_in_the_start_ends_all_within_seconds(tmp_path):
+    """Two machines, ranks 0 and 1, and rank 2: one process of each says why, and the one that fails."""
+    faults = ["fails", "differs", "is told to end", "loses the store"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.starting", str(tmp_path), *faults],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+
+    def lines_of(fault, statuses=(1, 1, 1)):
+        job = found[fault]
+        assert job["statuses"] == list(statuses) and job["seconds"] < 10, job
+        on_first_machine, others = job["lines"][0] + job["lines"][1], job["lines"][2]
+        assert len(on_first_machine) == len(others) == 1, job
+        return re.sub("^error: rank 1", "error: rank 0", on_first_machine[0]), others[0]
+
+    failed = f"error: rank 2 on {HOST} has failed: no room; rank 0 on {HOST} ends with it"
+    assert lines_of("fails") == (failed, f"error: rank 2 on {HOST}: no room")
+    assert lines_of("differs") == (f"error: rank 2 on {HOST} has (1, 0)",) * 2
+    ended = f"error: rank 0 on {HOST} was told to end (SIGTERM); rank"
+    ends = tuple(f"{ended} {rank} on {HOST} ends with it" for rank in (0, 2))
+    assert lines_of("is told to end", (143, 1, 1)) == ends
+    for rank, line in zip((0, 2), lines_of("loses the store"), strict=True):
+        assert line.startswith(f"error: rank {rank} on {HOST} lost the connection to the store at localhost:")
 
 
 def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):

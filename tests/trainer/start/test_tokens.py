@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from data import token_cache
 from data import tokens as module
 from data.token_cache import cache_directory
 from parallel.runtime import SharedError
@@ -29,19 +30,20 @@ def data(tmp_path):
 def counted(monkeypatch):
     """The directories in which tokens are made, and those whose bytes are checked."""
     made, checked = [], []
-    write, read = module._write_examples, module.read_entry
+    write, read = module._write_examples, token_cache._describe
 
     def slow(directory, examples):
         made.append(directory)
         time.sleep(0.3)
         return write(directory, examples)
 
-    def counting(directory, known=False):
-        checked.extend([] if known else [directory])
-        return read(directory, known)
+    def counting(file):
+        if file.name == "input_ids.bin" and "." not in file.parent.name:
+            checked.append(file.parent)
+        return read(file)
 
     monkeypatch.setattr(module, "_write_examples", slow)
-    monkeypatch.setattr(module, "read_entry", counting)
+    monkeypatch.setattr(token_cache, "_describe", counting)
     return made, checked
 
 
