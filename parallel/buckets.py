@@ -85,7 +85,7 @@ class Buckets:
 
     def columns(self, name: str) -> int:
         """Elements of a part of the parameter, padding included."""
-        return -(-torch.Size(self.shards[name].local_shape).numel() // self.parts)
+        return columns_of(self.shards[name], self.parts)
 
     def own(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """This rank's part [1, columns], fp32, of values (name -> this rank's slice); on their device, which
@@ -102,9 +102,7 @@ class Buckets:
                 if other == name:
                     pieces.append(tensor[0, offset : offset + stop - start])
                 offset += stop - start
-        columns = self.columns(name)
-        first = min(self.part * columns, self.shards[name].numel)
-        length = min(columns, self.shards[name].numel - first)
+        first, length = own_range(self.shards[name], self.parts, self.part)
         return torch.cat(pieces)[:length], first
 
     def holders(self, bucket: Bucket) -> tuple[Group, Group]:
@@ -201,6 +199,18 @@ class Buckets:
             torch.cat([_columns(matrices[name], start, stop) for name, start, stop in bucket.pieces], 1)
             for bucket in self.buckets
         ]
+
+
+def columns_of(shard: Shard, parts: int) -> int:
+    """Elements of a part of a slice that is divided into so many, padding included."""
+    return -(-torch.Size(shard.local_shape).numel() // parts)
+
+
+def own_range(shard: Shard, parts: int, part: int) -> tuple[int, int]:
+    """(the number of the first element of a part in the slice, how many it has), without padding."""
+    columns = columns_of(shard, parts)
+    first = min(part * columns, shard.numel)
+    return first, min(columns, shard.numel - first)
 
 
 def _columns(matrix, start, stop):

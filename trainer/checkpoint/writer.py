@@ -115,7 +115,7 @@ class Saver:
         if self.runtime.rank == 0:
             partial.mkdir(parents=True)
         self.runtime.barrier()
-        if self._writes:
+        if self.runtime.rank in self._writers:
             kinds = (self.optimizer.weights, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
             state = [[value.to("cpu", copy=True) for value in each] for each in kinds]
             self._written = _in_background(lambda: self._write(partial, state))
@@ -155,16 +155,9 @@ class Saver:
                 raise error
 
     @property
-    def _writes(self) -> bool:
-        """Whether this rank writes a file: data parallel ranks hold the same state, except under ZeRO-1."""
-        return self.mesh.dp.rank() == 0 or self.optimizer.buckets.parts > 1
-
-    @property
     def _writers(self) -> list[int]:
         """The ranks that write a file."""
-        if self.optimizer.buckets.parts > 1:
-            return list(range(self.mesh.world_size))
-        return self.mesh.model.replica_groups[0]
+        return writers(self.mesh, self.optimizer.buckets.parts > 1)
 
     def _write(self, partial: Path, state: list[list[torch.Tensor]]) -> None:
         """Write this rank's file: the pieces that it stores, and a description of all that it holds.
@@ -203,7 +196,7 @@ class Saver:
             "dim": shard.dim,
             "parts": shard.parts,
             "index": shard.index,
-            "replicas": self.mesh.tp.size() if shard.dim is None else shard.replicas,
+            "replicas": replicas_of(shard, self.mesh.tp.size()),
             "first": first,
             "checksums": checksums(as_bytes(piece.float()), 4 * CHUNK),
         } | ({} if is_finite(piece) else {"nonfinite": True})
@@ -247,6 +240,16 @@ class Saver:
         _flush(partial.parent)
         self._old.prune(complete, manifest["eval_loss"])
         self._seconds = time.perf_counter() - begun
+
+
+def writers(mesh: Mesh, zero_1: bool) -> list[int]:
+    """The ranks that write a file: data parallel ranks hold the same state, except under ZeRO-1."""
+    return list(range(mesh.world_size)) if zero_1 else mesh.model.replica_groups[0]
+
+
+def replicas_of(shard: Shard, tensor_parallel_size: int) -> int:
+    """How many tensor parallel ranks hold the same slice. The first of each such group stores it."""
+    return tensor_parallel_size if shard.dim is None else shard.replicas
 
 
 def _in_background(work: Callable[[], None]) -> Future:
