@@ -119,6 +119,7 @@ def test_a_rank_that_does_not_answer_is_late_and_the_job_ends(tmp_path, capfd):
     said = capfd.readouterr().err
     last = "it was last seen at step 5, graph step, waiting for the device"
     assert re.search(rf"late: rank 1 on host-0: does not answer: .*; {last}\n", said), said
+    assert job.store.check([KEY])
     ended = job.store.get(KEY).decode()
     assert ended.startswith("nothing has moved for 15 min (--on_stall end); late: rank 1 on host-0: "), ended
     assert str(job.reports[0].parent) in ended
