@@ -119,6 +119,7 @@ def test_a_rank_that_does_not_answer_is_late_and_the_job_ends(tmp_path, capfd):
     said = capfd.readouterr().err
     last = "it was last seen at step 5, graph step, waiting for the device"
     assert re.search(rf"late: rank 1 on host-0: does not answer: .*; {last}\n", said), said
+    assert job.store.check([KEY])
     ended = job.store.get(KEY).decode()
     assert ended.startswith("nothing has moved for 15 min (--on_stall end); late: rank 1 on host-0: "), ended
     assert str(job.reports[0].parent) in ended
@@ -224,13 +225,13 @@ def test_a_note_costs_a_few_microseconds():
 def test_stacks_can_be_asked_for_by_hand(capfd):
     peers = Peers(HashStore(), 3, 4, 1, "host-1")
     watch_stalls(peers, "unused", 15, ends=False)
+    assert peers.store.check(["progress/3"])  # also where its thread never comes to look
     os.kill(os.getpid(), signal.SIGUSR1)
     for each in peers.looks:
         each.look(peers.store)
     said = capfd.readouterr().err
     assert said.startswith("stacks of rank 3 on host-1, asked for by SIGUSR1:\n"), said
     assert "in test_stacks_can_be_asked_for_by_hand" in said
-    assert peers.store.check(["progress/3"])
     for each in peers.looks:
         each.look(peers.store)
     assert capfd.readouterr().err == ""
