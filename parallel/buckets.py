@@ -136,7 +136,7 @@ class Buckets:
         for bucket, (_, columns), share in zip(self.buckets, self.shapes, shares, strict=True):
             for group in self.holders(bucket):
                 share = all_gather(share, group, 0).view(1, -1)
-            parts.append(_columns(share, 0, columns))
+            parts.append(_columns(share, 0, columns).clone())  # of a view, the first update is another graph
         return parts
 
     def take_gradients(self, sums: list[torch.Tensor] | None) -> list[torch.Tensor]:

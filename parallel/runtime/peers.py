@@ -168,7 +168,8 @@ class Peers:
     def _look_until_there(self, name: str, keys: dict[int, str]) -> bool:
         """Returns whether it has said who is late."""
         # The first process is the one that sees who is late.
-        limit = self.limit_seconds * (1 if self.is_first else 1.5)
+        patience = self.limit_seconds * (1 if self.is_first else 1.5)
+        limit = patience
         begun, report, said = time.monotonic(), REPORT_SECONDS, False
         while not self.store.check(list(keys.values())):
             waited = time.monotonic() - begun
@@ -184,7 +185,7 @@ class Peers:
                     _say(f"waiting for {self._describe(late, name)}")
                     said = True
                 report = report if waited < report else waited + AGAIN_SECONDS
-                limit = limit if waited < limit else waited + AGAIN_SECONDS
+                limit = waited + patience if working else limit
             time.sleep(min(LONGEST_PAUSE, 0.001 + waited / 10))
         return said
 

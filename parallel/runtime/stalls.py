@@ -215,6 +215,7 @@ def watch_stalls(peers: Peers, output_dir: str, minutes: float, ends: bool) -> N
         stalls = Stalls(peers, here(), output_dir, 60 * minutes, ends)
         stalls.look(peers.store)  # so that it is known even where its thread never comes to look
         peers.looks += [Asked(peers), stalls]
+        peers.limit_seconds = 60 * minutes
 
 
 class Asked:

@@ -91,13 +91,13 @@ def test_who_is_late_is_named(monkeypatch, capfd):
 
     def process(rank):
         if rank > 3:
-            time.sleep(0.4)
+            time.sleep(0.35)
         peers = Peers(store, rank, 6, rank % 2, f"host-{rank // 2}", 2)
         if rank == 2:
             with peers.doing("tokenizes a.jsonl"):
-                time.sleep(0.8)
+                time.sleep(0.8)  # the first process looks after 0.2 and 0.5 s
         peers.share_on_node("tokens", rank)
-        peers.limit_seconds = 0.1  # more than that is waited for one that is at work
+        peers.limit_seconds = 0.6  # and as long again after one was seen at work
         return peers.gather("values", rank)
 
     with ThreadPoolExecutor(6) as pool:

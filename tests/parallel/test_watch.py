@@ -140,7 +140,7 @@ def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
     assert 4 <= newest < 10 and said.count("\nresume: ") == 1, said
     assert f"\nresume: {path}, after step {newest} of 10\n" in said, said
     start("--world_size", 4, *flags, "--output_dir", whole)
-    assert column(broken, "compilations")[-1] == 3
+    assert column(broken, "compilations")[-1] == 4  # one gathers what the ranks have read
     for name in ("step", "loss", "grad_norm"):
         assert column(broken, name) == column(whole, name)
     start("--world_size", 2, *flags, "--resume", whole / "checkpoint-6", "--output_dir", fewer)
