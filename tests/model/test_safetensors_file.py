@@ -1,12 +1,15 @@
 """Which safetensors files are refused: all that the library refuses, by the file's name, in one line."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.weights.descriptors import Descriptors
 from model.weights.safetensors_file import TensorFile
 from model.weights.sources import SafetensorsFiles
 
@@ -107,3 +110,38 @@ def test_what_the_library_writes_is_read(tmp_path):
     assert file.metadata == {"format": "pt"} and set(file.entries) == set(values)
     for name, value in values.items():
         assert torch.equal(file.read(name, tuple(slice(0, size) for size in value.shape)), value)
+
+
+def test_a_file_that_is_read_stays_open(tmp_path):
+    """Two may be open, and both are being read: who wants a third one waits. Then the oldest is closed."""
+    files, pool = [tmp_path / str(number) for number in range(3)], Descriptors(2)
+    for path in files:
+        path.write_text(path.name)
+
+    def read(path):
+        with pool.reading(path, path) as descriptor:
+            return os.pread(descriptor, 1, 0).decode(), descriptor
+
+    with ThreadPoolExecutor(1) as thread, pool.reading(files[1], files[1]) as second:
+        with pool.reading(files[0], files[0]):
+            third = thread.submit(read, files[2])
+            with pytest.raises(TimeoutError):
+                third.result(0.2)
+        assert third.result(60)[0] == "2"  # in place of the first
+        assert os.pread(second, 1, 0) == b"1"
+    assert read(files[0])[0] == "0" and read(files[2]) == ("2", third.result()[1])
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none")
+
+
+def test_a_file_that_was_replaced_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(3)}, path)
+    file = TensorFile(path)
+    file.close()
+    assert torch.equal(file.elements("a", 0, 3), torch.zeros(3))  # opened anew
+    file.close()
+    path.rename(tmp_path / "old")
+    save_file({"a": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="x.safetensors was replaced while it was read"):
+        file.elements("a", 0, 3)
