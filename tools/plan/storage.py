@@ -23,8 +23,8 @@ from trainer.checkpoint.writer import replicas_of, writers
 
 BASE_ITEM = 2  # bytes of a weight in the base model's files: published models are bf16
 TOKEN_BYTES = np.dtype(np.int32).itemsize + np.dtype(np.bool_).itemsize  # data/tokens.py: ids and `trained`
-# Of a manifest, as they were counted: bytes of a file, of a tensor (of one kind), and of a piece of it.
-FILE_BYTES, TENSOR_BYTES, PIECE_BYTES = 89, 140, 96
+# Of a manifest, as they were counted: bytes of a file, of a tensor (of one kind), and of a slice of it.
+FILE_BYTES, TENSOR_BYTES, SLICE_BYTES = 89, 147, 14
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def storage_of(config, model_config, cores: int) -> Storage:
     written = [sum(stored[rank][0] for rank in node if rank in stored) for node in nodes]
     whole = {key: size for each in slices.values() for key, size in each.base.items()}
     tensors = len(KINDS) * len({name for each in slices.values() for name in each.trained})
-    pieces = sum(count for _, count in stored.values())
+    divided = sum(each.stored(1, 0)[1] for each in slices.values())
     return Storage(
         base=_read([[each.base for each in map(held.__getitem__, node)] for node in nodes]),
         frozen=_read([[each.frozen for each in map(held.__getitem__, node)] for node in nodes]),
@@ -88,7 +88,7 @@ def storage_of(config, model_config, cores: int) -> Storage:
         resumed=_shared(sum(written), len(nodes)),
         files=len(stored),
         largest_file=max(size for size, _ in stored.values()),
-        manifest=len(stored) * FILE_BYTES + tensors * TENSOR_BYTES + pieces * PIECE_BYTES,
+        manifest=len(stored) * FILE_BYTES + tensors * TENSOR_BYTES + divided * SLICE_BYTES,
         copy=max(sum(held[rank].state for rank in node if rank in stored) for node in nodes),
     )
 

@@ -48,7 +48,7 @@ def test_a_slow_rank_holds_up_nobody(tmp_path, monkeypatch, capsys):
     Clocks of the nodes are an hour apart: files come from the future and from the past.
     """
     write, closed, gate, late = Saver._write, TensorWriter.close, Event(), {}
-    monkeypatch.setattr(writer, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "WAIT_SECONDS", 2.0)
     monkeypatch.setattr(time, "time", lambda: 1.8e9 + HOUR * (-1) ** int(time.perf_counter() * 1e3))
 
     def slow(saver, partial, state):
@@ -78,7 +78,7 @@ def test_a_slow_rank_holds_up_nobody(tmp_path, monkeypatch, capsys):
         "warning: the save after step 4 is put off, and training goes on: checkpoint-2.incomplete is not "
         f"complete, the files of 1 of 4 ranks are missing: rank 3 on {socket.gethostname()}"
     ]
-    assert 0.2 <= late[5] < 10 and not any(late[step] for step in (2, 4, 6, 7))
+    assert 2 <= late[5] < 30 and not any(late[step] for step in (2, 4, 6, 7))
     for step, path in list_checkpoints(tmp_path):
         checkpoint = Checkpoint(path)
         checkpoint.verify()
