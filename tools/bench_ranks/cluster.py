@@ -49,11 +49,11 @@ class Cluster:
         """Start all, and again up to `restarts` times where they fail; each attempt ends after `limit`
         seconds."""
         attempts = []
-        with _store() as port:
-            while True:
+        while True:
+            with _store() as port:  # torchrun has a new one for each attempt, too
                 attempts.append(self._attempt(len(attempts), port, limit))
-                if attempts[-1].succeeded or attempts[-1].hung or len(attempts) > restarts:
-                    return attempts
+            if attempts[-1].succeeded or attempts[-1].hung or len(attempts) > restarts:
+                return attempts
 
     def _attempt(self, number: int, port: int, limit: float) -> "Attempt":
         logs = self.directory / f"attempt-{number}"
