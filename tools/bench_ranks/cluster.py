@@ -13,12 +13,15 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from tools.bench_ranks import counting, standin
 
@@ -51,24 +54,27 @@ class Cluster:
         attempts = []
         while True:
             with _store() as port:  # torchrun has a new one for each attempt, too
-                attempts.append(self._attempt(len(attempts), port, limit))
+                attempts.append(self._attempt(len(attempts), port, limit, len(attempts) < restarts))
             if attempts[-1].succeeded or attempts[-1].hung or len(attempts) > restarts:
                 return attempts
 
-    def _attempt(self, number: int, port: int, limit: float) -> "Attempt":
+    def _attempt(self, number: int, port: int, limit: float, again: bool) -> "Attempt":
+        """One start of all. Where they may start `again`, the agents of the other machines learn of a failure;
+        else those ranks have to end by themselves."""
         logs = self.directory / f"attempt-{number}"
         logs.mkdir(parents=True)
         attempt = Attempt(logs, self.processes, time.monotonic())
         agents = {_fork(self._agent, machine, number, port, logs) for machine in range(self.machines)}
         sampled = 0.0
         while agents:
-            for agent in [each for each in agents if os.waitpid(each, os.WNOHANG)[0]]:
-                agents.remove(agent)
+            ended = {each: status for each in agents for got, status in [os.waitpid(each, os.WNOHANG)] if got}
+            agents -= ended.keys()
             now = time.monotonic()
+            if again and any(ended.values()):
+                _signal(agents, signal.SIGTERM)
             if now - attempt.begun > limit and not attempt.hung:
                 attempt.hung = True
-                for agent in agents:
-                    os.kill(agent, signal.SIGKILL)  # and its ranks with it
+                _signal(agents, signal.SIGKILL)  # and their ranks with them
             if now - sampled > SAMPLE_SECONDS:
                 attempt.sample()
                 sampled = time.monotonic()
@@ -78,6 +84,8 @@ class Cluster:
 
     def _agent(self, machine: int, attempt: int, port: int, logs: Path) -> int:
         """Start the ranks of a machine and wait for them; returns 1 where one has failed."""
+        told = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: told.set())
         a_machine = self.processes // self.machines
         ranks = {
             _fork(self._rank, rank, machine, attempt, port, logs): rank
@@ -91,7 +99,7 @@ class Cluster:
                 status = os.waitstatus_to_exitcode(status)
                 ended[ranks.pop(process)] = [status, time.monotonic(), asked_at is not None]
                 failed |= status != 0
-            elif failed and asked_at is None:
+            elif (failed or told.is_set()) and asked_at is None:
                 asked_at = _signal(ranks, signal.SIGTERM)
             elif asked_at and time.monotonic() - asked_at > GRACE_SECONDS:
                 asked_at = _signal(ranks, signal.SIGKILL)
@@ -120,8 +128,8 @@ class Cluster:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(attempt),
             "TORCHELASTIC_RUN_ID": "bench",
-            "GLOO_SOCKET_IFNAME": "lo",
         }
+        torch.set_num_threads(1)  # a forked process makes a new pool, which threads must not do at once
         standin.install(rank, self.processes, f"machine-{machine}")
         counts = counting.Counts(logs / f"rank-{rank}.jsonl")
         counting.begin(counts)
@@ -187,7 +195,6 @@ class Attempt:
 def prepare() -> None:
     """Import everything that a rank needs, so that its fork shares the memory; to be called once, first."""
     os.environ |= {"PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import torch
     import torch_xla.distributed.xla_backend  # noqa: F401
     import transformers  # noqa: F401
 
@@ -231,6 +238,7 @@ def _fork(function: Callable, *arguments) -> int:
         return process
     status = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
         if os.getppid() == parent:
             status = function(*arguments) or 0

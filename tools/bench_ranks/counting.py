@@ -39,7 +39,13 @@ class Counts:
     def __init__(self, file: Path):
         """`file`: where the marks go, a line of JSON each."""
         self._file, self._lock, self._kinds = file, threading.Lock(), {}
-        self.read, self.opened, self.store, self.tokenized, self.most_open = Counter(), Counter(), Counter(), 0, 0
+        self.read, self.opened, self.store, self.tokenized, self.most_open = (
+            Counter(),
+            Counter(),
+            Counter(),
+            0,
+            0,
+        )
 
     def has_read(self, kind: str, count: int) -> int:
         """`count` bytes of a file have been read; returns the count."""

@@ -11,7 +11,7 @@ from model.weights.safetensors_file import TensorWriter
 from model.weights.shapes import base_shapes
 
 TINY = Path(__file__).resolve().parent.parent.parent / "data" / "sample" / "tiny"
-LAYERS, HEADS, FILES = 6, 8, 8
+LAYERS, HEADS, FILES = 4, 8, 8
 BYTES = 12  # of a checkpoint, for a parameter: fp32 weight and two moments
 STD = 0.02  # of the weights
 

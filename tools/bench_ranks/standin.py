@@ -6,30 +6,28 @@ run_process, the loop, the checkpoint and its files. What stands in, all of it i
 - A rank's device is the CPU, and PyTorch computes at once what a device would be told to compute. A mark_step
   has nothing left to start. So no graph is recorded, compiled, compared or replayed, and the host waits for
   the other ranks inside of a step, where it waits for the device on Trainium.
-- torch_xla's collectives are gloo's, between the processes. A collective whose other members have died waits
-  for ever, as a device's does: parallel/runtime/watch.py has to end the rank.
+- torch_xla's collectives are done by the processes themselves, through sockets of this machine. One whose
+  other members have died waits for ever, as a device's does: parallel/runtime/watch.py has to end the rank.
 - Random numbers, optimizer, rotary embedding, dropout and uploads need nothing: the loop has no other call of
   torch_xla.
 """
 
 import gc
+import os
 import socket
 import threading
 from collections.abc import Callable
-from datetime import timedelta
-from functools import cache
+from functools import reduce
 
 import torch
-import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xla_model
 import torch_xla.runtime as xla_runtime
 
+from model.weights.safetensors_file import as_bytes
 from parallel import buckets
 from parallel.graph import backend
 from parallel.runtime import devices, processes
-
-FOREVER = timedelta(days=1)
 
 
 class StandInRuntime(processes.ProcessRuntime):
@@ -44,6 +42,7 @@ class StandInRuntime(processes.ProcessRuntime):
 
     def __init__(self, rank, world_size, device):
         super().__init__(rank, world_size, device)
+        self.barrier()  # ranks have Neuron devices when all of them have
         for each in self.when_created:
             each(self)
 
@@ -73,80 +72,122 @@ def install(rank: int, world_size: int, host: str) -> None:
     processes.ProcessRuntime = StandInRuntime
     torch_xla.device = lambda: torch.device("cpu")
     xla_runtime.global_ordinal, xla_runtime.world_size = lambda: rank, lambda: world_size
-    start = dist.init_process_group
-    dist.init_process_group = lambda _, **arguments: start("gloo", timeout=FOREVER, **arguments)
     # model/saved_tensors.py tells by it which tensors it has saved already.
     backend.tensor_id = lambda each: (each.data_ptr(), each.shape, each.stride(), each.dtype)
     backend.are_pending = lambda tensors: [False] * len(tensors)
     # A slice of columns has no strides on an XLA device; buckets.py views it as one row.
     buckets._columns = lambda matrix, start, stop: matrix[:, start:stop].contiguous()
-    for each in (all_reduce, all_gather, reduce_scatter, collective_permute, optimization_barrier_):
-        setattr(xla_model, each.__name__, each)
+    # What a device would have is a copy of the part, and not a view that keeps the whole.
+    own = buckets.Buckets.own
+    buckets.Buckets.own = lambda *arguments: [part.clone() for part in own(*arguments)]
+    collectives = Collectives(Wires(rank, os.environ["MASTER_PORT"]))
+    for name in ("all_reduce", "all_gather", "reduce_scatter", "collective_permute", "optimization_barrier_"):
+        setattr(xla_model, name, getattr(collectives, name))
 
 
-def all_reduce(op, tensor, groups, pin_layout):
-    """xla_model.all_reduce of one tensor."""
-    tensor, op = _copy(tensor), dist.ReduceOp.MAX if op == xla_model.REDUCE_MAX else dist.ReduceOp.SUM
-    _wait_for(lambda: dist.all_reduce(tensor, op, _own_group(groups)))
-    return tensor
+class Wires:
+    """Sockets between this rank and others, made when first needed. Of two ranks the lower one listens."""
+
+    def __init__(self, rank: int, port: str):
+        """`port`: of the store, which no other attempt on this machine has."""
+        self.rank, self._port, self._made = rank, port, {}
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self._name(rank))
+        self._listener.listen(1024)
+
+    def _name(self, rank):
+        return f"\0bench_ranks-{self._port}-{rank}"  # Linux forgets it with the process
+
+    def to(self, other: int) -> socket.socket:
+        """The socket to another rank."""
+        while other not in self._made:
+            if other < self.rank:
+                wire = self._made[other] = socket.socket(socket.AF_UNIX)
+                wire.connect(self._name(other))
+                wire.sendall(self.rank.to_bytes(4, "little"))
+            else:
+                wire, _ = self._listener.accept()
+                self._made[int.from_bytes(wire.recv(4, socket.MSG_WAITALL), "little")] = wire
+        return self._made[other]
+
+    def send(self, other: int, tensor: torch.Tensor) -> None:
+        """Send the bytes of a tensor."""
+        try:
+            self.to(other).sendall(as_bytes(tensor))
+        except OSError:
+            _wait_for_ever()
+
+    def receive(self, other: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Fill a contiguous tensor with the bytes that another rank sends, and return it."""
+        view = as_bytes(tensor)
+        try:
+            while len(view):
+                got = self.to(other).recv_into(view)
+                view = view[got:] if got else _wait_for_ever()
+        except OSError:
+            _wait_for_ever()
+        return tensor
 
 
-def all_gather(tensor, dim, groups, pin_layout):
-    """xla_model.all_gather of one tensor."""
-    gathered = [torch.empty_like(tensor).contiguous() for _ in groups[0]]
-    _wait_for(lambda: dist.all_gather(gathered, _copy(tensor), _own_group(groups)))
-    return torch.cat(gathered, dim)
+class Collectives:
+    """torch_xla's collectives, by their names and with the arguments that parallel/collectives.py gives.
+
+    The first rank of a group collects the tensors of all, combines them in the order of the ranks, and sends
+    each its result.
+    """
+
+    def __init__(self, wires: Wires):
+        self._wires = wires
+
+    def all_reduce(self, op, tensor, groups, pin_layout):
+        return self._combine(tensor, self._own(groups), lambda all_: [_reduced(op, all_)] * len(all_))
+
+    def all_gather(self, tensor, dim, groups, pin_layout):
+        shape = list(tensor.shape)
+        shape[dim] *= len(groups[0])
+        return self._combine(
+            tensor, self._own(groups), lambda all_: [torch.cat(all_, dim)] * len(all_), shape
+        )
+
+    def reduce_scatter(self, op, tensor, scale, scatter_dim, shard_count, groups, pin_layout):
+        shape = list(tensor.shape)
+        shape[scatter_dim] //= shard_count
+        return self._combine(
+            tensor, self._own(groups), lambda all_: _reduced(op, all_).chunk(shard_count, scatter_dim), shape
+        )
+
+    def collective_permute(self, tensor, pairs):
+        source, ring = {to: source for source, to in pairs}, [self._wires.rank]
+        while source[ring[-1]] != ring[0]:
+            ring.append(source[ring[-1]])
+        ring.sort()
+        return self._combine(tensor, ring, lambda all_: [all_[ring.index(source[rank])] for rank in ring])
+
+    def optimization_barrier_(self, tensors):
+        """Nothing: no compiler merges anything here."""
+
+    def _own(self, groups):
+        return next(group for group in groups if self._wires.rank in group)
+
+    def _combine(self, tensor, ranks, combine, shape=None):
+        """This rank's one of the tensors `combine`(the tensors of all `ranks`), each of `shape` (default: as
+        they are)."""
+        first, *others = ranks
+        mine = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if self._wires.rank != first:
+            self._wires.send(first, mine)
+            return self._wires.receive(first, mine.new_empty(shape or mine.shape))
+        results = combine([mine, *(self._wires.receive(rank, torch.empty_like(mine)) for rank in others)])
+        for rank, result in zip(others, results[1:], strict=True):
+            self._wires.send(rank, result)
+        return results[0]
 
 
-def reduce_scatter(op, tensor, scale, scatter_dim, shard_count, groups, pin_layout):
-    """xla_model.reduce_scatter of one tensor, with a scale of 1; gloo has none of its own."""
-    whole = all_reduce(op, tensor, groups, pin_layout)
-    place = _own(groups).index(dist.get_rank())
-    return whole.chunk(shard_count, scatter_dim)[place].clone()
+def _reduced(op, tensors):
+    combine = torch.maximum if op == xla_model.REDUCE_MAX else torch.add
+    return reduce(lambda total, each: combine(total, each, out=total), tensors)
 
 
-def collective_permute(tensor, pairs):
-    """xla_model.collective_permute of pairs (from, to), in which each rank comes once on either side."""
-    rank, sent, received = dist.get_rank(), _copy(tensor), torch.empty_like(tensor).contiguous()
-    to, source = dict(pairs)[rank], next(source for source, to in pairs if to == rank)
-
-    def exchange():
-        sending = dist.isend(sent, to)
-        dist.recv(received, source)
-        sending.wait()
-
-    _wait_for(exchange)
-    return received
-
-
-def optimization_barrier_(tensors):
-    """xla_model.optimization_barrier_: no compiler merges anything here."""
-
-
-def _copy(tensor):
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _own(groups):
-    rank = dist.get_rank()
-    return next(group for group in groups if rank in group)
-
-
-def _own_group(groups):
-    return _group(tuple(_own(groups)))
-
-
-@cache
-def _group(ranks):
-    """gloo's group of these ranks, which all of them make at the same collective: their first."""
-    if len(ranks) == dist.get_world_size():
-        return None
-    # torch_xla has replaced dist.new_group.
-    return dist.distributed_c10d.new_group(ranks, timeout=FOREVER, use_local_synchronization=True)
-
-
-def _wait_for(collective):
-    try:
-        collective()
-    except RuntimeError:  # gloo has lost a connection; a device would not notice
-        threading.Event().wait()
+def _wait_for_ever():
+    """What a device does whose peer has gone."""
+    threading.Event().wait()

@@ -73,9 +73,11 @@ def walk(directory: Path, processes: int, machines: int, checkpoint_bytes: float
     }
     differs = loss_difference(*(directory / name / "out" for name in ("undisturbed", "killed")))
     made = {"processes": str(whole), "on half": str(half), "machines": machines, "parameters": parameters}
-    return made | {"checkpoint_bytes": sizes["checkpoint"], "base_bytes": base_bytes, "runs": found} | {
-        "largest_relative_difference_of_losses": differs
-    }
+    return (
+        made
+        | {"checkpoint_bytes": sizes["checkpoint"], "base_bytes": base_bytes, "runs": found}
+        | {"largest_relative_difference_of_losses": differs}
+    )
 
 
 def _flags(directory: Path) -> list[str]:
@@ -107,7 +109,9 @@ def _check(attempts: list[Attempt], restarts: int) -> None:
         if attempt.hung or attempt.succeeded != (number == restarts):
             failed = [rank for rank, (status, *_) in attempt.ended().items() if status] or [0]
             what = "did not end" if attempt.hung else "ended otherwise than it has to"
-            raise RuntimeError(f"{attempt.logs}: it {what}; rank {failed[0]}: {attempt.printed(failed[0])[-2000:]}")
+            raise RuntimeError(
+                f"{attempt.logs}: it {what}; rank {failed[0]}: {attempt.printed(failed[0])[-2000:]}"
+            )
 
 
 def figures(attempt: Attempt, sizes: dict[str, int]) -> dict[str, float]:
@@ -118,7 +122,9 @@ def figures(attempt: Attempt, sizes: dict[str, int]) -> dict[str, float]:
 
     def latest(name):
         """Seconds until every rank has come to a mark the first time."""
-        at = [next((mark["seconds"] for mark in each if mark["mark"] == name), None) for each in marks.values()]
+        at = [
+            next((mark["seconds"] for mark in each if mark["mark"] == name), None) for each in marks.values()
+        ]
         return max(at) if None not in at else None
 
     def total(counter, kind):
@@ -130,7 +136,9 @@ def figures(attempt: Attempt, sizes: dict[str, int]) -> dict[str, float]:
         "seconds until prepared": latest("prepared"),
         "seconds until met": latest("met"),
         "seconds until built": latest("built"),
-        "seconds of a step": sorted(b - a for a, b in zip(steps, steps[1:], strict=False))[len(steps) // 2 - 1],
+        "seconds of a step": sorted(b - a for a, b in zip(steps, steps[1:], strict=False))[
+            len(steps) // 2 - 1
+        ],
         "seconds a save held up": save[1] - save[0] if len(save) > 1 else None,
         "seconds in all": attempt.seconds,
         "texts tokenized": sum(each["tokenized"] for each in last),
@@ -152,7 +160,10 @@ def figures(attempt: Attempt, sizes: dict[str, int]) -> dict[str, float]:
 def loss_difference(one: Path, other: Path) -> float:
     """The largest relative difference of two runs' losses; raises RuntimeError where they have other steps."""
     losses = [
-        {line["step"]: line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+        {
+            line["step"]: line["loss"]
+            for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        }
         for run in (one, other)
     ]
     if losses[0].keys() != losses[1].keys():
