@@ -53,18 +53,18 @@ class Cluster:
         seconds."""
         attempts = []
         while True:
-            with _store() as port:  # torchrun has a new one for each attempt, too
+            with hosted_store() as port:  # torchrun has a new one for each attempt, too
                 attempts.append(self._attempt(len(attempts), port, limit, len(attempts) < restarts))
             if attempts[-1].succeeded or attempts[-1].hung or len(attempts) > restarts:
                 return attempts
 
     def _attempt(self, number: int, port: int, limit: float, again: bool) -> "Attempt":
-        """One start of all. Where they may start `again`, the agents of the other machines learn of a failure;
-        else those ranks have to end by themselves."""
+        """One start of all. Where they may start `again`, the agents of the other machines learn of a
+        failure; else those ranks have to end by themselves."""
         logs = self.directory / f"attempt-{number}"
         logs.mkdir(parents=True)
         attempt = Attempt(logs, self.processes, time.monotonic())
-        agents = {_fork(self._agent, machine, number, port, logs) for machine in range(self.machines)}
+        agents = {fork(self._agent, machine, number, port, logs) for machine in range(self.machines)}
         sampled = 0.0
         while agents:
             ended = {each: status for each in agents for got, status in [os.waitpid(each, os.WNOHANG)] if got}
@@ -88,7 +88,7 @@ class Cluster:
         signal.signal(signal.SIGTERM, lambda *_: told.set())
         a_machine = self.processes // self.machines
         ranks = {
-            _fork(self._rank, rank, machine, attempt, port, logs): rank
+            fork(self._rank, rank, machine, attempt, port, logs): rank
             for rank in range(machine * a_machine, (machine + 1) * a_machine)
         }
         (logs / f"machine-{machine}.pids").write_text(" ".join(map(str, ranks)))
@@ -200,7 +200,6 @@ def prepare() -> None:
 
     import trainer.job
     import trainer.loop  # noqa: F401
-
     from trainer.tokenizer import load_tokenizer
 
     load_tokenizer(ROOT / "data/sample/tiny")
@@ -210,7 +209,7 @@ def prepare() -> None:
 
 
 @contextmanager
-def _store() -> Iterator[int]:
+def hosted_store() -> Iterator[int]:
     """The port of a store that a process of its own hosts, as torchrun's agent does."""
     ready, told = os.pipe()
 
@@ -221,7 +220,7 @@ def _store() -> Iterator[int]:
         os.write(told, str(store.port).encode())
         signal.pause()
 
-    process = _fork(serve)
+    process = fork(serve)
     os.close(told)
     yield int(os.read(ready, 100))
     os.kill(process, signal.SIGKILL)
@@ -229,7 +228,7 @@ def _store() -> Iterator[int]:
     os.close(ready)
 
 
-def _fork(function: Callable, *arguments) -> int:
+def fork(function: Callable, *arguments) -> int:
     """Call the function in a forked process, whose status is its result, and which dies with this one;
     returns its number."""
     parent = os.getpid()

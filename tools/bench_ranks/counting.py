@@ -20,14 +20,16 @@ import torch.distributed as dist
 
 from parallel.runtime import GraphListener
 
-CHECKPOINT, BASE, TOKENS, OTHER = "checkpoint", "base", "tokens", "other"
+CHECKPOINT, MANIFEST, BASE, TOKENS, OTHER = "checkpoint", "manifest", "base", "tokens", "other"
+KINDS = (CHECKPOINT, MANIFEST, BASE, TOKENS)
 STORE = ("set", "get", "add", "wait", "check")  # the calls that markstep makes; gloo's own are not counted
 
 
 def kind_of(path: str) -> str:
-    """What a file is: part of a checkpoint, the base model, tokens in a cache, or something else."""
+    """What a file is: part of a checkpoint, its manifest, the base model, tokens in a cache, or something
+    else."""
     if re.search(r"/checkpoint-\d+[^/]*/", path):
-        return CHECKPOINT
+        return MANIFEST if path.endswith("/manifest.json") else CHECKPOINT
     if path.endswith(".safetensors"):
         return BASE
     return TOKENS if "/tokens/" in path else OTHER
@@ -181,13 +183,15 @@ class _CountedFile(io.FileIO):
 
 
 def _count_store(counts):
-    for name in STORE:
-
-        def counted(store, *arguments, of=getattr(dist.Store, name), name=name):
+    def counted(name, ask):
+        def call(store, *arguments):
             counts.has_asked(name)
-            return of(store, *arguments)
+            return ask(store, *arguments)
 
-        setattr(dist.Store, name, counted)
+        return call
+
+    for name in STORE:
+        setattr(dist.Store, name, counted(name, getattr(dist.Store, name)))
 
 
 def _count_tokens(counts):
@@ -204,7 +208,6 @@ def _count_tokens(counts):
 
 def _mark_phases(counts):
     import trainer.checkpoint.writer as writer
-
     from tools.bench_ranks.standin import StandInRuntime
 
     def marked(function, before, after):

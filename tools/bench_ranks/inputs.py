@@ -1,4 +1,4 @@
-"""Files that a walk reads: a base model with random weights, as several safetensors files, and a tokenizer."""
+"""Files that a walk reads: a base model with random weights, in several files, and a tokenizer."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
-"""The walk: a start, steps, a save, a rank that is killed, a restart of all, and a resume on half of the ranks.
+"""The walk: a start, steps, a save, a rank that is killed, a restart, and a resume on half of the ranks.
 
-Three runs of trainer/main.py. The first is not disturbed. In the second, the last rank is killed after a save,
-and all start again; its losses have to be those of the first. The third goes on from the second's last
+Three runs of trainer/main.py. The first is not disturbed. In the second, the last rank is killed after a
+save, and all start again; its losses have to be those of the first. The third goes on from the second's last
 checkpoint on half of the ranks.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tools.bench_ranks import counting
 from tools.bench_ranks.cluster import Attempt, Cluster
+from tools.bench_ranks.figures import figures
 from tools.bench_ranks.inputs import write_model
 from tools.bench_ranks.standin import StandInRuntime
 
@@ -32,6 +33,15 @@ class Layout:
         """8 tensor parallel ranks, 2 stages and 4 data parallel ranks of 64; fewer of fewer processes."""
         tensor = 8 if processes >= 32 else 2
         return cls(processes, tensor, 2 if processes >= 4 * tensor else 1)
+
+    @classmethod
+    def check(cls, processes: int, machines: int) -> None:
+        """Raise ValueError unless so many processes, and half of them, can walk."""
+        if processes not in (4, 8, 16, 32, 64) or machines < 1 or processes % machines:
+            raise ValueError(
+                f"--processes {processes} --machines {machines}: 4, 8, 16, 32 or 64 processes were expected, "
+                "and as many on each machine"
+            )
 
     @property
     def flags(self) -> list[str]:
@@ -56,35 +66,32 @@ def walk(directory: Path, processes: int, machines: int, checkpoint_bytes: float
         own += [text for flag, value in more.items() for text in (f"--{flag}", str(value))]
         count = machines if layout is whole else max(1, machines // 2)
         attempts = Cluster(layout.processes, count, own, directory / name, plant).run(restarts, limit)
-        _check(attempts, restarts)
+        check(attempts, restarts)
         return attempts
 
     [first] = run("undisturbed", whole, max_steps=STEPS)
     killed, again = run("killed", whole, _kills(processes - 1), 1, max_steps=STEPS, resume="latest")
-    saved = directory / "killed" / "out" / f"checkpoint-{SAVE_STEPS}"
-    last = directory / "killed" / "out" / f"checkpoint-{STEPS}"
-    [on_half] = run("half", half, max_steps=STEPS + MORE_STEPS, resume=last)
-    sizes = {counting.CHECKPOINT: _bytes(saved), counting.BASE: base_bytes}
-    found = {
-        "start": figures(first, sizes),
-        "start, rank killed": figures(killed, sizes),
-        "restart": figures(again, sizes),
-        "resume on half": figures(on_half, sizes),
+    runs = directory / "killed" / "out"
+    [on_half] = run("half", half, max_steps=STEPS + MORE_STEPS, resume=runs / f"checkpoint-{STEPS}")
+    sizes = {counting.CHECKPOINT: _bytes(runs / f"checkpoint-{SAVE_STEPS}"), counting.BASE: base_bytes}
+    attempts = {"start": first, "rank killed": killed, "restart": again, "resume on half": on_half}
+    return {
+        "ranks": processes,
+        "layout": f"{whole}, on {machines} pretended machines; half of them: {half}",
+        "parameters": parameters,
+        "checkpoint_bytes": sizes[counting.CHECKPOINT],
+        "base_bytes": base_bytes,
+        "loss_difference": loss_difference(directory / "undisturbed" / "out", runs),
+        "runs": {name: figures(attempt, sizes) for name, attempt in attempts.items()},
     }
-    differs = loss_difference(*(directory / name / "out" for name in ("undisturbed", "killed")))
-    made = {"processes": str(whole), "on half": str(half), "machines": machines, "parameters": parameters}
-    return (
-        made
-        | {"checkpoint_bytes": sizes["checkpoint"], "base_bytes": base_bytes, "runs": found}
-        | {"largest_relative_difference_of_losses": differs}
-    )
 
 
 def _flags(directory: Path) -> list[str]:
     return [
-        *f"--model_id {directory / 'model'} --data_cache_dir {directory / 'tokens'}".split(),
-        *"--lora_r 0 --zero_1 true --parallel_layers native --max_seq_length 32".split(),
-        *f"--global_batch_size 8 --per_device_train_batch_size 2 --save_steps {SAVE_STEPS}".split(),
+        *("--model_id", str(directory / "model"), "--data_cache_dir", str(directory / "tokens")),
+        *("--lora_r", "0", "--zero_1", "true", "--parallel_layers", "native", "--max_seq_length", "32"),
+        *("--global_batch_size", "8", "--per_device_train_batch_size", "2"),
+        *("--save_steps", str(SAVE_STEPS)),
     ]
 
 
@@ -102,7 +109,7 @@ def _kills(victim: int):
     return plant
 
 
-def _check(attempts: list[Attempt], restarts: int) -> None:
+def check(attempts: list[Attempt], restarts: int) -> None:
     """Raise RuntimeError unless all attempts but the last were ended by a killed rank, and the last one was
     not."""
     for number, attempt in enumerate(attempts):
@@ -114,51 +121,9 @@ def _check(attempts: list[Attempt], restarts: int) -> None:
             )
 
 
-def figures(attempt: Attempt, sizes: dict[str, int]) -> dict[str, float]:
-    """What the ranks of an attempt have needed, to be read as <figure>: <value>. `sizes`: the bytes of a
-    checkpoint and of the base model, by kind of file."""
-    marks = attempt.marks()
-    last = [each[-1] for each in marks.values()]
-
-    def latest(name):
-        """Seconds until every rank has come to a mark the first time."""
-        at = [
-            next((mark["seconds"] for mark in each if mark["mark"] == name), None) for each in marks.values()
-        ]
-        return max(at) if None not in at else None
-
-    def total(counter, kind):
-        return sum(each[counter].get(kind, 0) for each in last)
-
-    steps = [mark["seconds"] for mark in marks[0] if mark["mark"].startswith("step ")]
-    save = [mark["seconds"] for mark in marks[0] if mark["mark"] in ("save", "copied")]
-    found = {
-        "seconds until prepared": latest("prepared"),
-        "seconds until met": latest("met"),
-        "seconds until built": latest("built"),
-        "seconds of a step": sorted(b - a for a, b in zip(steps, steps[1:], strict=False))[
-            len(steps) // 2 - 1
-        ],
-        "seconds a save held up": save[1] - save[0] if len(save) > 1 else None,
-        "seconds in all": attempt.seconds,
-        "texts tokenized": sum(each["tokenized"] for each in last),
-        "files open at once": max(each["most_open"] for each in last),
-        "messages to the store": sum(sum(each["store"].values()) for each in last),
-        "private MB of a rank": max(mark["private"] for each in marks.values() for mark in each) / 1e6,
-        "GB of all": attempt.peak / 1e9,
-        "bytes read by the kernel's count": sum(each["rchar"] for each in last),
-        "bytes written by the kernel's count": sum(each["wchar"] for each in last),
-    }
-    for kind in (counting.CHECKPOINT, counting.BASE, counting.TOKENS, counting.OTHER):
-        found[f"bytes read: {kind}"] = total("read", kind)
-        found[f"files opened: {kind}"] = total("opened", kind)
-        if kind in sizes:
-            found[f"times the {kind} was read"] = total("read", kind) / sizes[kind]
-    return found
-
-
 def loss_difference(one: Path, other: Path) -> float:
-    """The largest relative difference of two runs' losses; raises RuntimeError where they have other steps."""
+    """The largest relative difference of two runs' losses; raises RuntimeError unless they have the same
+    steps."""
     losses = [
         {
             line["step"]: line["loss"]
