@@ -29,6 +29,27 @@ CHUNK_BYTES = 16 * 2**20
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # names this kernel, whose locks are certain
 
 
+class Maker:
+    """Who makes an entry that several processes need. This is a process that needs no other one;
+    trainer/start/tokens.py has one that asks the others."""
+
+    def begins(self, partial: Path) -> None:
+        """This process begins to make the entry, in the directory `partial` beside it."""
+
+    def made_by_another(self) -> Path | None:
+        """The entry that another process makes in a directory that this one sees, for which it waits; None
+        where there is none, and this process has to make it."""
+        return None
+
+
+ALONE = Maker()
+
+
+def entry_of(partial: Path) -> Path:
+    """The name that the directory of an entry which is being made will get."""
+    return partial.with_name(partial.name.partition(".")[0])
+
+
 def cache_directory(chosen: str | None) -> Path:
     """The directory `chosen` (--data_cache_dir); default: markstep/tokens in the user's cache.
 
@@ -61,10 +82,11 @@ def places(cache: Path) -> Iterator[Path]:
     yield Path(tempfile.mkdtemp(prefix="markstep-tokens-"))
 
 
-def read_entry(entry: Path) -> dict:
+def read_entry(entry: Path, checked: bool = False) -> dict:
     """The contents of an entry's meta.json, after all files were compared with it.
 
-    Raises ValueError where the entry is damaged, and OSError where it cannot be read.
+    Where another process has just `checked` their bytes, only their sizes are. Raises ValueError where the
+    entry is damaged, and OSError where it cannot be read.
     """
     try:
         meta = json.loads((entry / META).read_text(encoding="utf-8"))
@@ -74,21 +96,24 @@ def read_entry(entry: Path) -> dict:
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"{META} is not what was written") from None
     for name, described in files:
-        if _describe(entry / name) != described:
+        size = (entry / name).stat().st_size
+        if size != described[0] if checked else _describe(entry / name) != described:
             raise ValueError(f"{name} is not what was written")
     return meta
 
 
-def write_entry(entry: Path, write: Callable[[Path], dict]) -> None:
+def write_entry(entry: Path, write: Callable[[Path], dict], maker: Maker = ALONE) -> None:
     """Make an entry: `write(directory)` writes its files and returns the contents of meta.json.
 
-    Nothing is left where `write` raises. Permissions are those that the directory and the umask give.
+    `maker` is told of the directory in which the entry is made, before that begins. Nothing is left where
+    `write` raises. Permissions are those that the directory and the umask give.
     """
     partial = _reserve(entry)
     partial.mkdir()
     try:
         lock = _lock(partial)
         try:
+            maker.begins(partial)
             meta = write(partial)
             files = [path for path in sorted(partial.iterdir()) if path.name != LOCK]
             meta |= {"files": {path.name: _describe(path) for path in files}}

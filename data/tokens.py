@@ -31,7 +31,7 @@ from data.encoding import encode, tokenizer_fingerprint
 from data.formats import FORMATS, Rendered, guess_format, load_function, name_in, render
 from data.preferences import PREFERENCE, PROMPT, render_pair
 from data.sources import BadRecord, Source
-from data.token_cache import NOT_OURS, places, read_entry, warn, write_entry
+from data.token_cache import ALONE, NOT_OURS, Maker, places, read_entry, warn, write_entry
 
 IGNORED = -100  # the label of a position that trains nothing
 VERSION = 3  # of the cache
@@ -57,18 +57,25 @@ class Tokens:
     note: str = ""
 
     @classmethod
-    def open(cls, directory: Path) -> "Tokens":
-        """Map the files of a cache entry, after they were checked.
+    def open(cls, directory: Path, checked: bool = False) -> "Tokens":
+        """Map the files of a cache entry, after they were checked, or of one that another process has just
+        `checked`.
 
         Raises ValueError where the entry is damaged, and OSError where it cannot be read.
         """
-        meta = read_entry(directory)
+        meta = read_entry(directory, checked)
         kinds = {"input_ids": np.int32, "trained": np.bool_, "offsets": np.int64, "groups": np.uint64}
         arrays = {name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in kinds.items()}
         return cls(**arrays, directory=directory, meta=meta)
 
     def __len__(self) -> int:
         return len(self.groups)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the arrays, which meta.json has the checksums of."""
+        arrays = {name: each for name, each in self.meta["files"].items() if name.endswith(".bin")}
+        return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
     def where(self, index: int) -> str:
         """The position of an example in the data set, for error messages."""
@@ -87,12 +94,13 @@ def tokenize(
     streaming: bool = False,
     pairs: bool = False,
     cache: Path,
+    maker: Maker = ALONE,
 ) -> Tokens:
     """The tokens of the data set `name`, from the cache or made now, with a progress bar.
 
     With `pairs`, each record is a preference pair, and makes two examples: of the chosen and of the rejected
     answer, in this order. Raises ValueError, which names the position, for the first bad record; with
-    skip_bad, bad records are counted.
+    skip_bad, bad records are counted. `maker` says which of several processes makes them.
     """
     source = Source(name, streaming)
     function, code = load_function(format_name) if ":" in format_name else (None, "")
@@ -132,10 +140,10 @@ def tokenize(
             )
         return meta
 
-    return replace(_read_or_make(cache, key, name, write), note=source.note)
+    return replace(_read_or_make(cache, key, name, write, maker), note=source.note)
 
 
-def _read_or_make(cache: Path, key: str, name: str, write: Callable[[Path], dict]) -> Tokens:
+def _read_or_make(cache: Path, key: str, name: str, write: Callable[[Path], dict], maker: Maker) -> Tokens:
     """The tokens of the data set `name` from the entry `key`, which is made where it is not there or damaged.
 
     Where this user may not read or write in `cache`, they are kept elsewhere. Raises ValueError where they
@@ -144,12 +152,12 @@ def _read_or_make(cache: Path, key: str, name: str, write: Callable[[Path], dict
     for place in places(cache):
         entry = place / key
         try:
-            if os.path.lexists(entry):
-                try:
-                    return Tokens.open(entry)
-                except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-                    warn(f"the tokens of {name} in {entry} are damaged ({error}): they are made anew")
-            write_entry(entry, write)
+            if (found := _open(entry, name)) is not None:
+                return found
+            made = maker.made_by_another()
+            if made and (found := _open(made, name)) is not None:
+                return found
+            write_entry(entry, write, maker)
             return Tokens.open(entry)
         except OSError as error:
             problem = f"{error.filename or entry}: {error.strerror}"
@@ -160,6 +168,18 @@ def _read_or_make(cache: Path, key: str, name: str, write: Callable[[Path], dict
         f"the tokens of {name} cannot be kept in {place} ({problem}); --data_cache_dir chooses another "
         "directory"
     )
+
+
+def _open(entry: Path, name: str) -> Tokens | None:
+    """The tokens in an entry; None where there is none, or a damaged one. Raises OSError where it cannot be
+    read."""
+    if not os.path.lexists(entry):
+        return None
+    try:
+        return Tokens.open(entry)
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+        warn(f"the tokens of {name} in {entry} are damaged ({error}): they are made anew")
+        return None
 
 
 def _write_examples(directory: Path, examples: Iterator[Example]) -> int:

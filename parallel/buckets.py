@@ -7,6 +7,7 @@ side by side, cut where it would exceed BUCKET_BYTES, so one reduce-scatter alon
 divides it, and the optimizer sees one tensor in place of hundreds.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from parallel.collectives import all_gather, all_reduce, reduce_scatter
-from parallel.mesh import ALONE, Mesh
+from parallel.mesh import ALONE, Group, Mesh
 from parallel.shard import Shard
 
 BUCKET_BYTES = 128 * 10**6  # of fp32 gradients in one collective
@@ -31,6 +32,19 @@ class Bucket:
     decays: bool
     replicas: int
     partial: bool
+
+
+@dataclass(frozen=True)
+class Range:
+    """`count` elements of the flattened slice `shard` of a parameter, beginning with number `first`.
+
+    Of those beyond the slice, which are padding, there is nothing to read: they are 0.
+    """
+
+    name: str
+    shard: Shard
+    first: int
+    count: int
 
 
 class Buckets:
@@ -71,7 +85,7 @@ class Buckets:
 
     def columns(self, name: str) -> int:
         """Elements of a part of the parameter, padding included."""
-        return -(-torch.Size(self.shards[name].local_shape).numel() // self.parts)
+        return columns_of(self.shards[name], self.parts)
 
     def own(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """This rank's part [1, columns], fp32, of values (name -> this rank's slice); on their device, which
@@ -88,10 +102,42 @@ class Buckets:
                 if other == name:
                     pieces.append(tensor[0, offset : offset + stop - start])
                 offset += stop - start
-        columns = self.columns(name)
-        first = min(self.part * columns, self.shards[name].numel)
-        length = min(columns, self.shards[name].numel - first)
+        first, length = own_range(self.shards[name], self.parts, self.part)
         return torch.cat(pieces)[:length], first
+
+    def holders(self, bucket: Bucket) -> tuple[Group, Group]:
+        """The groups of ranks that have the same values in their part of a bucket: the replicas of a slice,
+        and data parallel ranks unless they divide it."""
+        return self.mesh.replicas(bucket.replicas), ALONE if self.parts > 1 else self.mesh.dp
+
+    def share_columns(self, bucket: Bucket) -> int:
+        """The columns of a share: the holders divide the bucket's among themselves, the last with padding."""
+        replicas, copies = self.holders(bucket)
+        return -(-sum(stop - start for _, start, stop in bucket.pieces) // (replicas.size() * copies.size()))
+
+    def shares(self) -> list[list[Range]]:
+        """What this rank's share of each bucket consists of, in its order."""
+        return [list(self._share(bucket)) for bucket in self.buckets]
+
+    def _share(self, bucket: Bucket) -> Iterator[Range]:
+        (replicas, copies), columns = self.holders(bucket), self.share_columns(bucket)
+        begin = (copies.rank() * replicas.size() + replicas.rank()) * columns
+        offset = 0  # of the piece, in the bucket
+        for name, start, stop in bucket.pieces:
+            first, last = max(begin, offset), min(begin + columns, offset + stop - start)
+            if first < last:
+                element = self.part * self.columns(name) + start + first - offset
+                yield Range(name, self.shards[name], element, last - first)
+            offset += stop - start
+
+    def gather_shares(self, shares: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The shares [1, share_columns] of all holders -> this rank's part [1, columns] of each bucket."""
+        parts = []
+        for bucket, (_, columns), share in zip(self.buckets, self.shapes, shares, strict=True):
+            for group in self.holders(bucket):
+                share = all_gather(share, group, 0).view(1, -1)
+            parts.append(_columns(share, 0, columns).clone())  # of a view, the first update is another graph
+        return parts
 
     def take_gradients(self, sums: list[torch.Tensor] | None) -> list[torch.Tensor]:
         """The parameters' gradients, fp32 [parts, columns], or `sums` itself with them added in place; .grad
@@ -153,6 +199,18 @@ class Buckets:
             torch.cat([_columns(matrices[name], start, stop) for name, start, stop in bucket.pieces], 1)
             for bucket in self.buckets
         ]
+
+
+def columns_of(shard: Shard, parts: int) -> int:
+    """Elements of a part of a slice that is divided into so many, padding included."""
+    return -(-torch.Size(shard.local_shape).numel() // parts)
+
+
+def own_range(shard: Shard, parts: int, part: int) -> tuple[int, int]:
+    """(the number of the first element of a part in the slice, how many it has), without padding."""
+    columns = columns_of(shard, parts)
+    first = min(part * columns, shard.numel)
+    return first, min(columns, shard.numel - first)
 
 
 def _columns(matrix, start, stop):

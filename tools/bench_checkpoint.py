@@ -51,6 +51,7 @@ def make_checkpoint(directory: Path, layers: int) -> Path:
     from parallel.runtime import Runtime
     from parallel.shard import named_shards
     from trainer.checkpoint import writer as saving
+    from trainer.checkpoint.late_files import LateFiles
     from trainer.config import Config
     from trainer.config_derived import SAMPLE
     from trainer.prompts import PromptFormat
@@ -83,6 +84,7 @@ def make_checkpoint(directory: Path, layers: int) -> Path:
         ]
         saver._write(partial, [values])
     saver.runtime.rank = 0
+    saver._late = LateFiles(partial, range(RANKS), str)
     saver._complete(
         partial, Position(1, 0, 0), None, SimpleNamespace(is_alive=lambda: True), time.perf_counter()
     )

@@ -20,12 +20,12 @@ from parallel.gradients import GradientAccumulator
 from parallel.layer_backend import parallel_layers
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
-from parallel.runtime import Runtime
+from parallel.runtime import Runtime, devices, meet
 from parallel.shard import named_shards
 from trainer.config import Config
 from trainer.dataset import check_row_length
 from trainer.objective import Objective, SupervisedFineTuning, objective_of
-from trainer.optimizer import AdamW
+from trainer.optimizer import AdamW, new_state, weights_dtype
 
 if TYPE_CHECKING:
     from trainer.job import Job
@@ -74,12 +74,32 @@ def build_model(
     return model
 
 
+def buckets_of(model: Llama, mesh: Mesh, config: Config) -> Buckets:
+    """The buckets of what is trained of a model."""
+    trained = [each for each in named_shards(model) if each[1].requires_grad]
+    return Buckets(trained, mesh, config.zero_1)
+
+
+def buckets_before_start(
+    config: Config, model_config: ModelConfig, world_size: int, lora: LoraConfig | None
+) -> Buckets | None:
+    """Where each rank is a process: the buckets that this process's rank will have, before it has a device.
+
+    Its place in the mesh is the one of our layers. None where the ranks are threads.
+    """
+    if not devices.ranks_are_processes():
+        return None
+    sizes = config.tensor_parallel_size, config.pipeline_parallel_size
+    mesh = Mesh.create(meet().rank, world_size, *sizes)
+    return buckets_of(build_model(config, model_config, mesh, lora), mesh, config)
+
+
 def build_state(runtime: Runtime, job: Job) -> TrainState:
     """The state before the first step of this run, on one rank: new, or as the checkpoint has it that the run
     resumes.
 
-    The rank reads its own slices of the weights and nothing else. Nothing is executed: a mark_step has to
-    follow.
+    The rank reads its own slices of the weights and nothing else, and of a checkpoint its share, which other
+    ranks need, too: they meet in a gather. Nothing is executed: a mark_step has to follow.
     """
     config, device = job.config, runtime.device
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
@@ -90,12 +110,15 @@ def build_state(runtime: Runtime, job: Job) -> TrainState:
     weights = open_weights(
         job.model_directory, job.model_config, config.random_seed, config.depth_scaled_init
     )
-    initial = fill(model, weights, device, config.seed, job.read_trained)
-    trained = [each for each in named_shards(model) if each[1].requires_grad]
-    buckets = Buckets(trained, mesh, config.zero_1)
-    optimizer = AdamW(buckets, config, initial, device)
+    read_trained = job.adapter.read if job.adapter else None
+    initial = fill(model, weights, device, config.seed, read_trained, values_follow=bool(job.resume))
+    buckets = buckets_of(model, mesh, config)
     if job.resume:
-        job.resume.restore(optimizer)
+        state = job.resume.part(buckets).gather(buckets, weights_dtype(config), device)
+        buckets.set_parameters(state[0])
+    else:
+        state = new_state(buckets, config, initial, device)
+    optimizer = AdamW(buckets, config, state)
     objective = objective_of(config)
     counts = 2 + len(objective.FIGURES)
     accumulator = GradientAccumulator(buckets, counts, device, config.graph_per_micro_batch)

@@ -186,6 +186,14 @@ class Config(DerivedSettings):
         "After a step whose loss or gradient norm is not finite: end and say where it began, skip the step, "
         "or nothing.",
     )
+    stall_minutes: float = _flag(
+        15.0,
+        "Where ranks are processes and nothing has moved for so long, eight times as long while it compiles: "
+        "say which ranks are late, and write Python stacks into OUTPUT_DIR/stalls.",
+    )
+    on_stall: Literal["report", "end"] = _flag(
+        "report", "After such a report: nothing more, or end all ranks, so that torchrun starts them again."
+    )
     seed: int = _flag(42, "Seed of initial values, of the order of rows and of dropout.")
     # output
     output_dir: str = _flag("output", "Where checkpoints and metrics.jsonl go.")

@@ -33,7 +33,7 @@ AT_LEAST = {
     "adam_epsilon": 1e-30,
     "rpo_alpha": 0,
 }
-ABOVE_ZERO = ("num_train_epochs", "lora_alpha", "max_minutes", "dpo_beta")
+ABOVE_ZERO = ("num_train_epochs", "lora_alpha", "max_minutes", "dpo_beta", "stall_minutes")
 REPORT_TO = ("none", "tensorboard", "wandb")
 FROM_ZERO_TO_BELOW_ONE = ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2")
 

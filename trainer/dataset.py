@@ -8,10 +8,11 @@ import numpy as np
 from data.dates import pinned_date
 from data.packing import Rows, pack
 from data.selection import Chosen, cut, fit_pairs, split, weigh
-from data.token_cache import cache_directory
-from data.tokens import CHAT, NAMED, Tokens, tokenize
+from data.tokens import CHAT, NAMED, Tokens
 from model.config import ModelConfig
+from parallel.runtime import Peers, meet
 from trainer.config import Config
+from trainer.start.tokens import tokens_of
 
 
 def check_row_length(config: Config, model_config: ModelConfig) -> None:
@@ -23,13 +24,16 @@ def check_row_length(config: Config, model_config: ModelConfig) -> None:
         )
 
 
-def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Rows, Rows | None, str]:
+def build_rows(
+    config: Config, tokenizer, model_config: ModelConfig, peers: Peers | None = None
+) -> tuple[Rows, Rows | None, str]:
     """(training rows, held-out rows or None, summary): the data sets as rows of --max_seq_length tokens.
 
-    Raises ValueError for a record that cannot be used, and where nothing is left to train or to evaluate.
+    `peers` (default: this process's) share the work of making the tokens. Raises ValueError for a record that
+    cannot be used, and where nothing is left to train or to evaluate.
     """
     check_row_length(config, model_config)
-    sources = _tokenize(config, tokenizer)
+    sources = tokens_of(config, tokenizer, peers or meet())
     _check_vocabulary(sources, model_config.vocab_size)
     chosen, held_out = [np.arange(len(source)) for source in sources], None
     if config.do_eval:
@@ -50,25 +54,6 @@ def build_rows(config: Config, tokenizer, model_config: ModelConfig) -> tuple[Ro
     most = max(train_rows.segments, eval_rows.segments)  # one shape, so that they share a graph
     train_rows, eval_rows = (replace(rows, segments=most) for rows in (train_rows, eval_rows))
     return train_rows, eval_rows, "\n".join(summary)
-
-
-def _tokenize(config: Config, tokenizer) -> list[Tokens]:
-    """The tokens of each data set."""
-    cache = cache_directory(config.data_cache_dir)
-    return [
-        tokenize(
-            name,
-            tokenizer,
-            format_name=config.format,
-            train_on_prompt=config.train_on_prompt,
-            max_samples=config.max_samples,
-            skip_bad=config.skip_bad,
-            streaming=config.streaming,
-            pairs=config.trains_on_pairs,
-            cache=cache,
-        )
-        for name in config.datasets
-    ]
 
 
 def _check_vocabulary(sources: list[Tokens], vocab_size: int) -> None:

@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -23,8 +22,8 @@ from model.weights.sources import RandomWeights, SafetensorsFiles, open_weights
 from parallel import layers as native
 from parallel.layer_backend import parallel_layers
 from parallel.mesh import Mesh
-from parallel.runtime import extracts_graphs
-from trainer.build import build_model
+from parallel.runtime import Peers, extracts_graphs, meet
+from trainer.build import buckets_before_start, build_model
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.previous import set_previous_aside
 from trainer.checkpoint.reader import Checkpoint
@@ -33,6 +32,7 @@ from trainer.dataset import build_rows, fingerprint
 from trainer.lora_settings import lora_config, read_adapter, trained_summary
 from trainer.prompts import PromptFormat, end_tokens, keep_date
 from trainer.reporting.writers import check_writers, files_of_a_run
+from trainer.start.facts import agree_on_model, agree_on_rows, agree_on_start
 from trainer.tokenizer import load_tokenizer
 
 
@@ -57,16 +57,6 @@ class Job:
     terminated: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 
     @property
-    def read_trained(self):
-        """A function (name, shard) -> the first value of a trained parameter, fp32.
-
-        It reads the checkpoint or the adapter that the run continues from; None where there is neither.
-        """
-        if self.resume:
-            return partial(self.resume.read, "parameter")
-        return self.adapter and self.adapter.read
-
-    @property
     def prompt_format(self) -> PromptFormat:
         """The prompts that the model expects after training: those of the first data set."""
         return PromptFormat.of(self.train_rows.tokens[0].meta["prompts"], pinned_date(self.tokenizer))
@@ -89,37 +79,38 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     Raises ValueError of one line before anything is compiled or written. --max_minutes count from `begun`, a
     time.monotonic(); default: now.
     """
-    begun = begun or time.monotonic()
+    begun, peers = begun or time.monotonic(), meet()
+    agree_on_start(peers, config)
     mesh = Mesh.create(0, world_size, config.tensor_parallel_size, config.pipeline_parallel_size)
     layers = parallel_layers(config.parallel_layers, config.pipeline_parallel_size)
     config = config.for_ranks(mesh.dp.size())
-    resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir)
-    if _is_first_process():
+    if peers.is_first:
         check_writers(config)
 
     directory = resolve(config.model_directory)
     model_config = ModelConfig.from_pretrained(directory)
     adapter = read_adapter(config, model_config)
     lora = adapter.config if adapter else lora_config(config, model_config)
-    build_model(
-        config, model_config, mesh
-    )  # on the meta device: raises ValueError where it cannot be divided
+    build_model(config, model_config, mesh)  # on the meta device: raises where it cannot be divided
+    buckets = buckets_before_start(config, model_config, world_size, lora)
+    resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir, buckets, peers)
     trained = trained_shapes(model_config, lora)
-    weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
-    check_weights(model_config, weights)
+    weights = _open_base(config, directory, model_config, adapter, peers)
     tokenizer = load_tokenizer(directory)
     keep_date(tokenizer, resume.path if resume else None)
-    end_tokens(
-        directory, tokenizer, model_config.vocab_size
-    )  # raises where generation_config.json is damaged
+    end_tokens(directory, tokenizer, model_config.vocab_size)  # raises where its files are damaged
 
-    train_rows, eval_rows, data_summary = build_rows(config, tokenizer, model_config)
-    identity = _identity(config, model_config, lora, weights, train_rows)
+    train_rows, eval_rows, data_summary = build_rows(config, tokenizer, model_config, peers)
+    identity = _identity(config, model_config, lora, weights, train_rows, peers)
+    agree_on_rows(peers, config.datasets, train_rows, identity["data"])
     if resume:
-        _check_checkpoint(resume, identity, trained)
-    total_steps = _total_steps(config, mesh, train_rows, resume)
-    flash_attention, attention_summary = attention_of(
-        config, model_config, layers, [rows for rows in (train_rows, eval_rows) if rows]
+        resume.check(identity)
+        resume.check_tensors(trained)
+
+    total_steps = peers.first("steps", lambda: _total_steps(config, mesh, train_rows, resume))
+    rows = [rows for rows in (train_rows, eval_rows) if rows]
+    flash_attention, attention_summary = peers.first(
+        "attention", lambda: attention_of(config, model_config, layers, rows)
     )
     summary = [data_summary, *_start_summary(model_config, lora, resume, total_steps), attention_summary]
     if not extracts_graphs():
@@ -142,30 +133,36 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     )
 
 
+def _open_base(
+    config: Config, directory: Path, model_config: ModelConfig, adapter: PeftAdapter | None, peers: Peers
+) -> SafetensorsFiles | RandomWeights:
+    """The base model's weights, which were checked: names, shapes, and that all processes have the same."""
+    weights = open_weights(directory, model_config, config.random_seed, config.depth_scaled_init)
+    agree_on_model(peers, {directory: weights} | ({adapter.directory: adapter} if adapter else {}))
+    check_weights(model_config, weights, compare=peers.is_first)
+    return weights
+
+
 def _identity(
     config: Config,
     model_config: ModelConfig,
     lora: LoraConfig | None,
     weights: SafetensorsFiles | RandomWeights,
     train_rows: Rows,
+    peers: Peers,
 ) -> dict:
     """What a checkpoint must agree with before a run resumes from it; docs/checkpoint-format.md describes it.
 
-    Only the first process hashes the base weights.
+    All processes hash the base weights together, and the first one of each machine its rows.
     """
+    with peers.doing("hashes the base weights"):
+        base = weights.fingerprint(base_shapes(model_config), peers)
     return {
-        "base": weights.fingerprint(base_shapes(model_config)) if _is_first_process() else None,
+        "base": base,
         "lora": asdict(lora) if lora else None,
         "seed": config.seed,
-        "data": fingerprint(train_rows),
+        "data": peers.first_on_node("hash of the rows", lambda: fingerprint(train_rows)),
     }
-
-
-def _check_checkpoint(resume: Checkpoint, identity: dict, trained: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError unless the checkpoint belongs to this run and holds the `trained` shapes."""
-    if _is_first_process():  # the others have no hash of the base weights
-        resume.check(identity)
-    resume.check_tensors(trained)
 
 
 def _total_steps(config: Config, mesh: Mesh, train_rows: Rows, resume: Checkpoint | None) -> int:
@@ -216,11 +213,6 @@ def attention_of(
     return not reason, f"neuronx-distributed's layers, and {chosen}"
 
 
-def _is_first_process() -> bool:
-    """Whether this process hashes the base weights, locks --output_dir and writes metrics and curves."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _make_output_dir(output_dir: str) -> None:
     """Make the directory; raises ValueError where it cannot be made or written to."""
     try:
@@ -236,7 +228,7 @@ def lock(output_dir: str) -> None:
 
     Raises ValueError where another run holds it.
     """
-    if not _is_first_process() or extracts_graphs():
+    if not meet().is_first or extracts_graphs():
         return
     try:
         fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,5 +245,5 @@ def lock(output_dir: str) -> None:
 
 def make_way(config: Config) -> None:
     """Move the run that --output_dir holds into a folder of it; raises ValueError where that cannot be."""
-    if _is_first_process() and not extracts_graphs():
+    if meet().is_first and not extracts_graphs():
         set_previous_aside(Path(config.output_dir), files_of_a_run(config))

@@ -67,9 +67,8 @@ def run(runtime: Runtime, job: Job) -> TrainState:
         # Values are read one step late, so that the host waits for the step before and not for this one.
         metrics.hold(step + 1, lr, batches.waited, saver.stalled, report)
         finite.hold(step + 1, report)  # raises after a step that was not finite: trainer/nonfinite.py
-        stop, saver.stalled = stopping.should_stop(stop_requests), 0.0
-        saver.check()  # raises where the save before has failed
-        saves = last or stop or (step + 1) % config.save_steps == 0
+        stop = stopping.should_stop(stop_requests)
+        saves = saver.saves_after(step + 1, last or stop)  # raises where the save before has failed
         evaluates = eval_loader and not stop and (last or config.evaluates_after(step + 1, saves))
         eval_loss = None
         if saves or evaluates:
@@ -81,6 +80,7 @@ def run(runtime: Runtime, job: Job) -> TrainState:
             eval_loss = evaluation.loss
         if saves:
             saver.save(loader.position(step + 1), eval_loss)  # the host waits for its copy of the state
+        if saver.stalled:
             metrics.restart_clock()
         if stop and not last:
             metrics.stopped(step + 1)

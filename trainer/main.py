@@ -27,9 +27,12 @@ from parallel.runtime import (  # noqa: E402
     extracts_graphs,
     launch,
     leaves_at_once,
+    meet,
     prepare_environment,
     requested_world_size,
     use_huge_pages,
+    watch_job,
+    watch_stalls,
 )
 
 
@@ -45,24 +48,34 @@ def main() -> int:
         config = parse()
         world_size = requested_world_size(config.world_size)
         prepare_environment(world_size, config.stochastic_rounding)
-        from trainer.checkpoint.names import NonFinite
-        from trainer.job import lock, make_way, prepare
-        from trainer.loop import run
-
-        job = prepare(config, world_size, BEGUN)
-        lock(config.output_dir)
-        if config.overwrite_output_dir:
-            make_way(config)
+        watch = watch_job()  # from here on an error of any process ends all
+        watch_stalls(meet(), config.output_dir, config.stall_minutes, config.on_stall == "end")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    if meet().world_size > 1:
+        signal.signal(signal.SIGTERM, watch.terminated)
+    try:
+        with watch.telling():
+            from trainer.checkpoint.names import NonFinite
+            from trainer.job import lock, make_way, prepare
+            from trainer.loop import run
+
+            job = prepare(config, world_size, BEGUN)
+            lock(config.output_dir)
+            if config.overwrite_output_dir:
+                make_way(config)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {watch.in_words(error)}", file=sys.stderr)
         return 1
     if not extracts_graphs():
         signal.signal(signal.SIGTERM, lambda *_: job.terminated.set())
     # From here on, a ValueError is a bug in the loop, not bad input: it keeps its traceback.
     try:
-        launch(lambda runtime: run(runtime, job), world_size)
+        with watch.telling():
+            launch(lambda runtime: run(runtime, job), world_size)
     except (GraphMismatch, NewGraph, NonFinite, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {watch.in_words(error)}", file=sys.stderr)
         return 1
     return 0
 

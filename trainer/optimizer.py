@@ -19,16 +19,10 @@ class AdamW:
     device as one tensor. Matrices decay; norms and biases do not.
     """
 
-    def __init__(self, buckets: Buckets, config: Config, values: dict[str, torch.Tensor], device):
-        """`values`: the fp32 values of the parameters on the CPU, by name, this rank's slices."""
+    def __init__(self, buckets: Buckets, config: Config, state: list[list[torch.Tensor]]):
+        """`state`: weights and both moments, of new_state or of a checkpoint (trainer/checkpoint/part.py)."""
         self.buckets, self.config = buckets, config
-        # Made on the CPU: zeros made on the device would be a graph of their own.
-        own = buckets.own(values)
-        dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
-        self.weights = [value.to(dtype).to(device) for value in own]
-        self.exp_avg, self.exp_avg_sq = (
-            [torch.zeros_like(value).to(device) for value in own] for _ in range(2)
-        )
+        self.weights, self.exp_avg, self.exp_avg_sq = state
 
     def scalars(self, step: int, learning_rate: float) -> torch.Tensor:
         """[learning rate, learning rate / (1 - beta1^t), sqrt(1 - beta2^t)] fp32 on the CPU, t = step + 1."""
@@ -59,6 +53,22 @@ class AdamW:
             weight.copy_(new - update)
             for new, old in zip(state, before, strict=True) if applies is not None else ():
                 new.copy_(torch.where(applies, new, old))
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """The dtype of the master weights."""
+    return torch.bfloat16 if config.stochastic_rounding else torch.float32
+
+
+def new_state(
+    buckets: Buckets, config: Config, values: dict[str, torch.Tensor], device
+) -> list[list[torch.Tensor]]:
+    """The state before the first step; `values`: the fp32 values of the parameters on the CPU, by name, this
+    rank's slices."""
+    # Made on the CPU: zeros made on the device would be a graph of their own.
+    own = buckets.own(values)
+    weights = [value.to(weights_dtype(config)).to(device) for value in own]
+    return [weights, *([torch.zeros_like(value).to(device) for value in own] for _ in range(2))]
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

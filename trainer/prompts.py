@@ -79,8 +79,8 @@ class PromptFormat:
 def keep_date(tokenizer, directory: Path | None = None) -> None:
     """Have a tokenizer whose chat template writes today's date write one date from here on, in all processes.
 
-    It is the date in the prompt_format.json of `directory`, a checkpoint or merged model, or else the day on
-    which the first process calls this. Raises ValueError where the file is damaged, or the template asks for
+    It is the date in the prompt_format.json of `directory`, a checkpoint or merged model, or else today's, as
+    the first process sees it. Raises ValueError where the file is damaged, or the template asks for
     the date in a way that cannot be pinned.
     """
     if not writes_date(tokenizer):
@@ -88,7 +88,7 @@ def keep_date(tokenizer, directory: Path | None = None) -> None:
     known = PromptFormat.read(directory, tokenizer).date if directory else None
     if known and not _is_date(known):
         raise ValueError(f"{directory / FILE} is damaged: the date is {known!r}; YYYY-MM-DD was expected")
-    pin_date(tokenizer, known or meet().share("date", calendar.today().isoformat()))
+    pin_date(tokenizer, meet().share(f"date ({directory})", known or calendar.today().isoformat()))
 
 
 def _is_date(text: str) -> bool:

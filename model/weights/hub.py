@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from parallel.runtime import meet
+
 # Files of a hub model: weights, settings, the tokenizer, and its chat templates, of which
 # additional_chat_templates/ has further ones.
 NEEDED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
@@ -27,16 +29,23 @@ def why_not_loaded(error: Exception) -> str:
 def resolve(model_id: str, flag: str = "--model_id") -> Path:
     """The local directory of `model_id`: itself, or the hub's snapshot, which is downloaded to its cache.
 
-    Raises ValueError, which names the `flag`, where `model_id` is neither a directory nor a hub id.
+    The first process of each machine downloads it for the others. Raises ValueError, which names the `flag`,
+    where `model_id` is neither a directory nor a hub id.
     """
     if os.path.isdir(model_id):
         return Path(model_id)
     if model_id.startswith((".", "/", "~")) or model_id.count("/") > 1:
         raise ValueError(f"{flag} {model_id}: no such directory")
+    return Path(meet().first_on_node(f"{flag} {model_id}", lambda: _download(model_id, flag)))
+
+
+def _download(model_id: str, flag: str) -> str:
+    """The directory of the hub's snapshot; as `resolve`."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=NEEDED, ignore_patterns=UNNEEDED))
+        with meet().doing(f"downloads {model_id}"):
+            return snapshot_download(model_id, allow_patterns=NEEDED, ignore_patterns=UNNEEDED)
     except Exception as error:  # the hub's errors share no base class
         raise ValueError(
             f"{flag} {model_id}: no directory of that name, and the hub does not give it: "

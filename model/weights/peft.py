@@ -76,7 +76,8 @@ class PeftAdapter:
     """
 
     def __init__(self, directory: Path):
-        path = Path(directory) / "adapter_config.json"
+        self.directory = Path(directory)
+        path = self.directory / "adapter_config.json"
         if not path.is_file():
             raise ValueError(
                 f"{directory} has no adapter_config.json: a directory saved by peft was expected"
@@ -105,6 +106,10 @@ class PeftAdapter:
             tuple(sorted(targets)),
             bool(values.get("use_rslora")),
         )
+
+    def headers(self) -> dict[str, tuple[int, str]]:
+        """As SafetensorsFiles.headers."""
+        return self._files.headers()
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the file holds exactly the factors `expected`, with finite numbers.

@@ -12,7 +12,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from model.weights.descriptors import Descriptors
 from model.weights.hub import in_one_line, naming
 
 DTYPES = {
@@ -39,6 +39,7 @@ MAX_HEADER_BYTES = 10**8  # the library's limit
 # What Python and torch raise for values that no header has.
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError)
 CHUNK_BYTES = 16 * 2**20  # the bytes of a tensor that `chunks` reads at once
+OPEN_FILES = Descriptors()  # of the process: its limit is one of the process, too
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,24 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file, open for reading: its `entries` by name, its `metadata` and `header_checksum`.
+    """A safetensors file to read from: its `entries` by name, its `metadata` and `header_checksum`.
 
     Raises ValueError where the library refuses the header, where it names a tensor twice or does not agree
-    with the file's length, and OSError where the file cannot be opened. Threads may share it.
+    with the file's length, and OSError where the file cannot be opened. Threads may share it. Of all files of
+    the process only a few are open at once (model/weights/descriptors.py).
     """
 
     def __init__(self, path: Path):
         self.path, self.entries, self.metadata = Path(path), {}, {}
-        self._open = [os.open(path, os.O_RDONLY)]
-        size = os.fstat(self._open[0]).st_size
-        length = int.from_bytes(os.pread(self._open[0], 8, 0), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(
-                f"{path} is damaged: {size} bytes that do not begin with the header of a safetensors file"
-            )
-        header = os.pread(self._open[0], length, 8)
+        self._key = object()
+        with self._reading() as descriptor:
+            _, size = self._identity = _identity(descriptor)
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(
+                    f"{path} is damaged: {size} bytes that do not begin with the header of a safetensors file"
+                )
+            header = os.pread(descriptor, length, 8)
         self.header_checksum = checksum(header)
         try:
             described = json.loads(header, object_pairs_hook=_once)
@@ -94,13 +97,15 @@ class TensorFile:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {in_one_line(error)}") from None
 
+    def _reading(self):
+        return OPEN_FILES.reading(self._key, self.path)
+
     def close(self) -> None:
-        """Close the file; any thread may, more than once."""
-        with suppress(IndexError):
-            os.close(self._open.pop())
+        """Close the file until it is read again; any thread may, more than once."""
+        OPEN_FILES.close(self._key)
 
     def __del__(self):
-        if hasattr(self, "_open"):
+        if hasattr(self, "_key"):
             self.close()
 
     def elements(self, name: str, first: int, count: int) -> torch.Tensor:
@@ -108,11 +113,14 @@ class TensorFile:
         entry = self.entries[name]
         values = torch.empty(count, dtype=DTYPES[entry.dtype])
         view, offset = memoryview(values.view(torch.uint8).numpy()), entry.begin + first * values.itemsize
-        while len(view):
-            got = os.preadv(self._open[0], [view], offset)  # at most 2 GB at once
-            if not got:
-                raise ValueError(f"{self.path} became shorter while it was read")
-            view, offset = view[got:], offset + got
+        with self._reading() as descriptor:
+            if _identity(descriptor) != self._identity:  # the file may have been opened anew
+                raise ValueError(f"{self.path} was replaced while it was read")
+            while len(view):
+                got = os.preadv(descriptor, [view], offset)  # at most 2 GB at once
+                if not got:
+                    raise ValueError(f"{self.path} became shorter while it was read")
+                view, offset = view[got:], offset + got
         return values
 
     def read(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
@@ -128,13 +136,11 @@ class TensorFile:
         for first in range(0, count, chunk):
             yield self.elements(name, first, min(chunk, count - first))
 
-    def update(self, name: str, digest) -> bool:
-        """Update the hash `digest` with the bytes of the tensor; returns whether all values are finite."""
-        finite = True
-        for values in self.chunks(name):
-            digest.update(as_bytes(values))
-            finite = finite and is_finite(values)
-        return finite
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    """(inode, bytes) of an open file: another file of the same path has others."""
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:
@@ -216,6 +222,11 @@ def as_bytes(values: torch.Tensor) -> memoryview:
 def checksum(content) -> str:
     """The 128-bit XXH3 hash (https://xxhash.com) in hexadecimal: it finds damage, at the speed of memory."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def checksums(content: memoryview, chunk: int) -> list[str]:
+    """The checksum of each `chunk` bytes of the content, of which the last may have fewer."""
+    return [checksum(content[first : first + chunk]) for first in range(0, len(content), chunk)]
 
 
 def is_finite(values: torch.Tensor) -> bool:

@@ -1,7 +1,9 @@
 """Sources of weights with one interface: Hugging Face's safetensors files, or a random generator."""
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from heapq import heapify, heapreplace
 from pathlib import Path
 
 import torch
@@ -12,8 +14,10 @@ from model.lora import generator_of
 from model.weights.hub import read_json
 from model.weights.safetensors_file import DTYPES, TensorFile, as_bytes, checksum, is_finite
 from model.weights.shapes import base_shapes
+from parallel.runtime import Peers
 
 INDEX = ".safetensors.index.json"
+ALONE = Peers(None, 0, 1, 0, "")
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names; integers and 8-bit floats would need scales
 
 
@@ -50,11 +54,12 @@ class SafetensorsFiles:
         expected: dict[str, tuple[int, ...]],
         ignored: tuple[str, ...] = (),
         copies: dict[str, str] | None = None,
+        compare: bool = True,
     ) -> None:
         """Raise ValueError unless names and shapes are those of `expected`.
 
         Further tensors may be there whose names end with one of `ignored`, or are in `copies` {name: name of
-        the one that it must equal}; those are read.
+        the one that it must equal}; those are read, if this is to `compare` them.
         """
         copies = {name: original for name, original in (copies or {}).items() if name in self.shapes}
         ignored = (*ignored, *copies)
@@ -72,7 +77,7 @@ class SafetensorsFiles:
                     f"{self.directory}: the weight {name} has shape {list(self.shapes[name])}; "
                     f"the config asks for {list(shape)}"
                 )
-        for name, original in copies.items():
+        for name, original in copies.items() if compare else ():
             if not self._equal(name, original):
                 raise ValueError(
                     f"{self._file_of[name].path}: {name} differs from {original}, and the config ties them "
@@ -86,10 +91,15 @@ class SafetensorsFiles:
         chunks = (self._file_of[name].chunks(name) for name in (one, other))
         return all(torch.equal(*pair) for pair in zip(*chunks, strict=True))
 
-    def fingerprint(self, shapes: dict[str, tuple[int, ...]]) -> str:
-        """A hash of the names, dtypes, shapes and bytes of these tensors.
+    def headers(self) -> dict[str, tuple[int, str]]:
+        """{name of a file: (its bytes, the checksum of its header)}."""
+        files = {file.path.name: file for file in self._file_of.values()}
+        return {name: (file.path.stat().st_size, file.header_checksum) for name, file in files.items()}
 
-        Raises ValueError where one has a NaN or an infinity.
+    def fingerprint(self, shapes: dict[str, tuple[int, ...]], peers: Peers = ALONE) -> str:
+        """A hash of the names, dtypes, shapes and bytes of these tensors. Each of the processes reads some.
+
+        Raises ValueError, in all processes, where one has a NaN or an infinity.
         """
 
         def describe(name):
@@ -99,8 +109,20 @@ class SafetensorsFiles:
                 digest.update(as_bytes(chunk))
             return f"{name} {self.dtype(name)} {self.shapes[name]} {digest.hexdigest()}"
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return checksum("\n".join(pool.map(describe, sorted(shapes))).encode())
+        sizes = {name: math.prod(shape) * self.dtype(name).itemsize for name, shape in shapes.items()}
+        mine, problem = divide(sizes, peers.world_size, peers.local_world_size)[peers.rank], None
+        with ThreadPoolExecutor(max(1, os.cpu_count() // peers.local_world_size)) as pool:
+            try:
+                described = dict(zip(mine, pool.map(describe, mine), strict=True))
+            except ValueError as error:
+                described, problem = {}, f"{peers.name_of(peers.rank)}: {error}"
+                if peers.world_size == 1:
+                    raise
+        found = peers.collect("hash of the base weights", [described, problem])
+        problems = [problem for _, problem in found or () if problem]
+        peers.raise_together("hash of the base weights", problems[0] if problems else None)
+        every = {name: line for part, _ in found or () for name, line in part.items()}
+        return peers.share("base", checksum("\n".join(every[name] for name in sorted(every)).encode()))
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in the file; raises ValueError for one that torch cannot hold."""
@@ -126,6 +148,22 @@ class SafetensorsFiles:
                 f"{self._file_of[name].path}: the weight {name} has values that are NaN or infinite: the "
                 "file is damaged, or of a training that failed"
             )
+
+
+def divide(sizes: dict[str, int], processes: int, of_a_machine: int = 1) -> list[list[str]]:
+    """Names of tensors with their bytes -> the names that each process reads, about as many bytes each.
+
+    The largest come first, each to the process that has the least so far; of equals, machines take turns.
+    `of_a_machine`: the number of processes with consecutive ranks on a machine.
+    """
+    heap = [(0, rank % of_a_machine, rank) for rank in range(processes)]
+    parts: list[list[str]] = [[] for _ in heap]
+    heapify(heap)
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        taken, position, rank = heap[0]
+        parts[rank].append(name)
+        heapreplace(heap, (taken + sizes[name], position, rank))
+    return parts
 
 
 def _find_files(directory: Path, stem: str) -> tuple[list[Path], dict[str, str]]:
@@ -161,10 +199,14 @@ class RandomWeights:
         self._std, self._seed, self._shapes = config.initializer_range, seed, base_shapes(config)
         self._residual_std = self._std / (2 * config.num_hidden_layers) ** 0.5 if depth_scaled else self._std
 
-    def check(self, expected, ignored=(), copies=None):
+    def check(self, expected, ignored=(), copies=None, compare=True):
         """Do nothing: every name and shape can be drawn."""
 
-    def fingerprint(self, shapes) -> str:
+    def headers(self) -> dict:
+        """Nothing: there are no files."""
+        return {}
+
+    def fingerprint(self, shapes, peers=ALONE) -> str:
         """A text that is the same where the weights are."""
         scaled = f", of residuals {self._residual_std}" if self._residual_std != self._std else ""
         return f"random: seed {self._seed}, initializer_range {self._std}{scaled}"

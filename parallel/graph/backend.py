@@ -7,6 +7,7 @@ before.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
@@ -152,7 +153,13 @@ def graph_inputs(tensors: Sequence[torch.Tensor]) -> list[tuple[int, torch.Tenso
 
 
 def run_compiled(graph: bytes, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Start the compiled graph with this hash; returns its outputs, before the device has computed them."""
+    """Start the compiled graph with this hash; returns its outputs, before the device has computed them.
+
+    Where a device takes no graph before the last one is done, this waits for it: first without Python's lock,
+    in a sync that has nothing to do. _run_cached_graph would hold the lock, so that no thread could say where
+    this rank is.
+    """
+    _xlac()._xla_sync_multi(inputs[:1], [], False, True)
     return _xlac()._run_cached_graph(graph, inputs)
 
 
@@ -186,6 +193,19 @@ def count(metric: str) -> int:
 
     data = metric_data(metric)
     return data[0] if data else 0
+
+
+def is_compiling() -> bool:
+    """Whether a graph is being compiled: it is counted as new before, and as compiled afterwards.
+
+    Any thread may ask. It must not import torch_xla: the thread that trains may be about to, or be stuck in
+    it.
+    """
+    xlac = getattr(sys.modules.get("torch_xla"), "_XLAC", None)
+    if not xlac:
+        return False
+    compiled = xlac._xla_metric_data("CompileTime")
+    return (xlac._xla_counter_value("UncachedCompile") or 0) > (compiled[0] if compiled else 0)
 
 
 def reads() -> int:

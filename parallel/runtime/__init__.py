@@ -14,11 +14,14 @@ from parallel.runtime.environment import (
     use_huge_pages,
 )
 from parallel.runtime.launch import launch
-from parallel.runtime.peers import Peers, meet
+from parallel.runtime.peers import Peers, SharedError, meet
 from parallel.runtime.processes import ProcessRuntime, run_process
+from parallel.runtime.progress import Progress
 from parallel.runtime.rank import GraphListener, GraphMismatch, Runtime
+from parallel.runtime.stalls import watch_stalls
 from parallel.runtime.threads import LockstepBarrier, ThreadRuntime
 from parallel.runtime.variables import asks_for_bf16
+from parallel.runtime.watch import watch_job
 
 __all__ = [
     "GraphListener",
@@ -26,7 +29,9 @@ __all__ = [
     "LockstepBarrier",
     "Peers",
     "ProcessRuntime",
+    "Progress",
     "Runtime",
+    "SharedError",
     "ThreadRuntime",
     "asks_for_bf16",
     "clean_environment",
@@ -40,4 +45,6 @@ __all__ = [
     "requested_world_size",
     "run_process",
     "use_huge_pages",
+    "watch_job",
+    "watch_stalls",
 ]

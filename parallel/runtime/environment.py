@@ -147,6 +147,8 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
     clean_environment()
     devices.check_device()
     if devices.on_neuron():
+        # torch would print a stack in C++ where the store is lost, before our line about it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         if stochastic_rounding:
             os.environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = "1"
         return

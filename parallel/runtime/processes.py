@@ -8,14 +8,18 @@ from parallel.graph import backend
 from parallel.graph.live import collecting_at_mark_steps, live_tensors
 from parallel.runtime import devices, gpu
 from parallel.runtime.environment import started_by_torchrun
+from parallel.runtime.progress import here
 from parallel.runtime.rank import Runtime
-from parallel.runtime.watch import Watch, of_this_attempt
+from parallel.runtime.watch import of_this_attempt, watch_job
 
 
 class ProcessRuntime(Runtime):
     """A rank that is a process with a NeuronCore or a GPU."""
 
     _barriers = _shared = 0
+
+    def __init__(self, rank, world_size, device):
+        super().__init__(rank, world_size, device, here())
 
     @property
     def store(self):
@@ -31,14 +35,16 @@ class ProcessRuntime(Runtime):
         name = f"barrier-{self._barriers}"
         if store.add(name, 1) == self.world_size:
             store.set(f"{name}-complete", "")
-        store.wait([f"{name}-complete"], timedelta(days=1))
+        with self.progress.waiting("at a barrier"):
+            store.wait([f"{name}-complete"], timedelta(days=1))
 
     def share(self, value):
         store, self._shared = self.store, self._shared + 1
         name = f"shared-{self._shared}"
         if self.rank == 0:
             store.set(name, pickle.dumps(value))
-        store.wait([name], timedelta(days=1))
+        with self.progress.waiting("waiting for what rank 0 shares"):
+            store.wait([name], timedelta(days=1))
         return pickle.loads(store.get(name))
 
     def _live(self):
@@ -83,12 +89,9 @@ def launch_process(function: Callable[[Runtime], object]) -> None:
 
 def run_process(function: Callable[[Runtime], object], runtime: ProcessRuntime) -> None:
     """Run `function(runtime)` in an existing process group. An error or a killed process ends all ranks."""
-    watch = Watch(runtime.store.clone(), runtime.rank)
-    try:
-        with gpu.naming_memory():
-            function(runtime)
-    except BaseException as error:
-        watch.tell(error)
-        raise
+    watch = watch_job()
+    runtime.progress.at("before its first graph", slow=True)  # it reads the weights
+    with watch.telling(), gpu.naming_memory():
+        function(runtime)
     watch.stop()
     runtime.barrier()

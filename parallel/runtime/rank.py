@@ -8,6 +8,7 @@ from typing import Any
 from parallel.graph import backend
 from parallel.graph.guard import Guard
 from parallel.runtime.devices import extracts_graphs
+from parallel.runtime.progress import Progress
 
 
 class GraphMismatch(RuntimeError):
@@ -32,15 +33,17 @@ class Runtime:
     """One rank's view of where it runs: `rank`, `world_size` and `device` (a torch.device).
 
     `executes` is False where graphs are only collected (extracts_graphs): then what was computed is not true,
-    so it must not be written, and no branch may depend on it. `listeners` are told about every mark_step.
+    so it must not be written, and no branch may depend on it. `listeners` are told about every mark_step;
+    `progress` is the first of them.
     """
 
     is_opaque_to_replay = True  # parallel/graph/watched.py
 
-    def __init__(self, rank: int, world_size: int, device):
+    def __init__(self, rank: int, world_size: int, device, progress: Progress | None = None):
         self.rank, self.world_size, self.device = rank, world_size, device
         self.executes = not extracts_graphs()
-        self.listeners: list[GraphListener] = []
+        self.progress = progress or Progress()
+        self.listeners: list[GraphListener | Progress] = [self.progress]
         self.guard: Guard | None = None
         self._uploads = Lock()
         self.replay_graphs(True)
@@ -52,7 +55,8 @@ class Runtime:
         self.guard = Guard(on_recompile, self.compilations) if watches else None
 
     def begin_step(self, step: int) -> None:
-        """The optimizer step with this 1-based number begins: warnings name it."""
+        """The optimizer step with this 1-based number begins: warnings and reports name it."""
+        self.progress.begin_step(step)
         if self.guard:
             self.guard.begin_step(step)
 
@@ -113,7 +117,8 @@ class Runtime:
             self._trace_ends(name, before)
             return outputs
         live = self._live()
-        backend.wait()
+        with self.progress.waiting("waiting for the device"):
+            backend.wait()
         before = Before(live, arguments)
         with Reads(recorder.reads_values) as reads:
             result = without_views(function(*inputs))
@@ -189,7 +194,8 @@ class Runtime:
     def read(self, tensor) -> list[float]:
         """The values of a tensor [n] of the last mark_step, for which the host waits; zeros where nothing is
         executed."""
-        return tensor.cpu().tolist() if self.executes else [0.0] * len(tensor)
+        with self.progress.waiting("waiting for the device, to read values"):
+            return tensor.cpu().tolist() if self.executes else [0.0] * len(tensor)
 
     def _compile(self, name: str | None, graph: bytes, pending: list) -> None:
         """Compile the graph of the pending tensors, whose hash is `graph`, if it is new.

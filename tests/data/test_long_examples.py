@@ -70,7 +70,7 @@ def test_an_example_that_no_row_length_would_train_stops_the_start(tmp_path, mon
     meta = tokens.meta | {"guessed": False, "skipped": 0, "prompts": "chat"}
     tokens = replace(tokens, directory=tmp_path, meta=meta)
     (tmp_path / "where.txt").write_text("file:1\nfile:2\n")
-    monkeypatch.setattr(dataset, "_tokenize", lambda *_: [tokens])
+    monkeypatch.setattr(dataset, "tokens_of", lambda *_: [tokens])
     with pytest.raises(
         ValueError, match=r"file:2: the example has no target token \(1 such examples; --skip_b"
     ):

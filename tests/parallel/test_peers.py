@@ -3,12 +3,17 @@
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed import HashStore
 
-from parallel.runtime import Peers, meet
+from parallel.runtime import Peers, SharedError, meet
+from parallel.runtime import peers as peers_module
+from parallel.runtime.peers import ranks_in_words
 from tests.support.on_ranks import ROOT
+from tests.support.processes import in_processes
 
 PROGRAM = """
 import os
@@ -57,25 +62,59 @@ def test_processes_agree_and_meet_afterwards(agent):
 
 
 def test_nodes_and_disagreements():
-    """Two machines of two processes each, as threads with a store in memory."""
-    from torch.distributed import HashStore
+    """Two machines of two processes each."""
 
-    store = HashStore()
-
-    def process(rank):
-        peers = Peers(store, rank, 4, rank % 2, f"host-{rank // 2}")
-        found = peers.share_on_node("node", rank), peers.gather("values", rank * 10)
+    def process(peers):
+        found = peers.share_on_node("node", peers.rank), peers.gather("values", peers.rank * 10)
+        assert peers.first("once", lambda: made.append(peers.rank)) is None
         try:
             peers.agree(
                 "versions",
-                "1.0" if rank < 3 else "1.1",
+                "1.0" if peers.rank < 3 else "1.1",
                 lambda name, value, first: f"{name} has {value} and not {first}",
             )
-        except ValueError as error:
+        except SharedError as error:
             return *found, str(error)
 
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(process, range(4)))
+    made = []
     values = [0, 10, 20, 30]
     problem = "rank 3 on host-1 has 1.1 and not 1.0"
-    assert found == [(first, values, problem) for first in (0, 0, 2, 2)]
+    assert in_processes(process, 4) == [(first, values, problem) for first in (0, 0, 2, 2)]
+    assert made == [0]
+
+
+def test_who_is_late_is_named(monkeypatch, capfd):
+    """Rank 2 works, rank 3 waits for it, and the machine of ranks 4 and 5 comes late."""
+    monkeypatch.setattr(peers_module, "REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(peers_module, "AGAIN_SECONDS", 0.3)
+    store = HashStore()
+
+    def process(rank):
+        if rank > 3:
+            time.sleep(0.35)
+        peers = Peers(store, rank, 6, rank % 2, f"host-{rank // 2}", 2)
+        if rank == 2:
+            with peers.doing("tokenizes a.jsonl"):
+                time.sleep(0.8)  # the first process looks after 0.2 and 0.5 s
+        peers.share_on_node("tokens", rank)
+        peers.limit_seconds = 0.6  # and as long again after one was seen at work
+        return peers.gather("values", rank)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(process, range(6))) == [list(range(6))] * 6
+    assert capfd.readouterr().err.splitlines() == [
+        "waiting for rank 2 on host-1, which tokenizes a.jsonl; ranks 4-5 (machine 2): not started yet",
+        "waiting for rank 2 on host-1, which tokenizes a.jsonl",
+        "all have come (values)",
+    ]
+
+
+def test_after_the_limit_the_first_process_names_who_has_not_come():
+    def process(peers):
+        peers.limit_seconds = 0.3
+        if peers.rank != 2:
+            peers.barrier("the start")
+
+    found = in_processes(process, 4)
+    assert "minutes of waiting: rank 2 on host-1: the start" in str(found[0])
+    assert ranks_in_words([0, 1, 2, 5, 7, 8]) == "ranks 0-2, 5, 7-8"

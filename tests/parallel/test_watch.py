@@ -1,8 +1,11 @@
 """Jobs of torchrun in which a rank dies: the others end with it, the job starts again, and its curve is that
 of no accident."""
 
+import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +19,7 @@ from tests.support.runs import SHORT, column, environment, start
 from trainer.checkpoint.names import list_checkpoints
 
 pytestmark = pytest.mark.process
+HOST = socket.gethostname()
 
 
 def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
@@ -40,8 +44,8 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
     assert done.returncode == 0, done.stderr
     ended = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ended == [
-        "error: a process beside rank 0 was killed; rank 0 ends with it",
-        "error: rank 1 has failed: rank one has had enough; rank 0 ends with it",
+        f"error: rank 1 on {HOST} was killed; rank 0 on {HOST} ends with it",
+        f"error: rank 1 on {HOST} has failed: rank one has had enough; rank 0 on {HOST} ends with it",
     ], done.stderr
     assert done.stderr.index("RuntimeError: rank one has had enough") < done.stderr.index(ended[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -50,6 +54,37 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
         for rank in range(2)
         for step in range(last)
     ]
+
+
+def test_a_fault_in_the_start_ends_all_within_seconds(tmp_path):
+    """Two machines, ranks 0 and 1, and rank 2: one process of each says why, and the one that fails."""
+    faults = ["fails", "differs", "is told to end", "loses the store"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.starting", str(tmp_path), *faults],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+
+    def lines_of(fault, statuses=(1, 1, 1)):
+        job = found[fault]
+        assert job["statuses"] == list(statuses) and job["seconds"] < 10, job
+        on_first_machine, others = job["lines"][0] + job["lines"][1], job["lines"][2]
+        assert len(on_first_machine) == len(others) == 1, job
+        return re.sub("^error: rank 1", "error: rank 0", on_first_machine[0]), others[0]
+
+    failed = f"error: rank 2 on {HOST} has failed: no room; rank 0 on {HOST} ends with it"
+    assert lines_of("fails") == (failed, f"error: rank 2 on {HOST}: no room")
+    assert lines_of("differs") == (f"error: rank 2 on {HOST} has (1, 0)",) * 2
+    ended = f"error: rank 0 on {HOST} was told to end (SIGTERM); rank"
+    ends = tuple(f"{ended} {rank} on {HOST} ends with it" for rank in (0, 2))
+    assert lines_of("is told to end", (143, 1, 1)) == ends
+    for rank, line in zip((0, 2), lines_of("loses the store"), strict=True):
+        assert line.startswith(f"error: rank {rank} on {HOST} lost the connection to the store at localhost:")
 
 
 def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
@@ -105,7 +140,7 @@ def test_a_killed_job_restarts_from_its_last_checkpoint(tmp_path):
     assert 4 <= newest < 10 and said.count("\nresume: ") == 1, said
     assert f"\nresume: {path}, after step {newest} of 10\n" in said, said
     start("--world_size", 4, *flags, "--output_dir", whole)
-    assert column(broken, "compilations")[-1] == 3
+    assert column(broken, "compilations")[-1] == 4  # one gathers what the ranks have read
     for name in ("step", "loss", "grad_norm"):
         assert column(broken, name) == column(whole, name)
     start("--world_size", 2, *flags, "--resume", whole / "checkpoint-6", "--output_dir", fewer)

@@ -11,8 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from parallel.runtime import ProcessRuntime, run_process
-from parallel.runtime.watch import of_this_attempt
+from parallel.runtime import ProcessRuntime, devices, meet, run_process
 
 
 class Simulated(ProcessRuntime):
@@ -34,11 +33,9 @@ def steps(runtime):
 
 
 if __name__ == "__main__":
-    from torch.distributed import rendezvous
-
     signal.signal(signal.SIGTERM, lambda *_: None)  # as trainer/main.py, which would finish its step
-    store, number, world_size = next(rendezvous("env://"))
-    Simulated.store = of_this_attempt(store)
-    simulated = Simulated(number, world_size, None)
+    devices.on_neuron = lambda: True
+    Simulated.store = meet().store
+    simulated = Simulated(meet().rank, meet().world_size, None)
     simulated.barrier()  # an initialised process group: all are there
     run_process(steps, simulated)

@@ -6,6 +6,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from data.loader import Position
 from parallel.buckets import Buckets
@@ -59,9 +62,36 @@ def optimizer_of(mesh, step, zero_1=False, shapes=SHAPES, bucket_bytes=80, chang
         }
         for kind in KINDS
     }
-    optimizer = AdamW(buckets, Config(), values["parameter"], "cpu")
-    optimizer.exp_avg, optimizer.exp_avg_sq = (buckets.own(values[kind]) for kind in KINDS[1:])
-    return optimizer
+    return AdamW(buckets, Config(), [buckets.own(values[kind]) for kind in KINDS])
+
+
+def resume_all(checkpoint, meshes, zero_1=False):
+    """The optimizers of all ranks as a checkpoint has them: each reads its share, and all gather."""
+    optimizers = [optimizer_of(mesh, 0, zero_1) for mesh in meshes]
+    return give_shares(optimizers, [checkpoint.part(optimizer.buckets) for optimizer in optimizers])
+
+
+def give_shares(optimizers, parts):
+    """The gathers of parallel/buckets.py, without a device: every rank's part of a checkpoint is here."""
+    buckets = [optimizer.buckets for optimizer in optimizers]
+    for kind, name in enumerate(("weights", "exp_avg", "exp_avg_sq")):
+        for number, _ in enumerate(buckets[0].buckets):
+            values = [part.shares[kind][number] for part in parts]
+            for groups in zip(*(each.holders(each.buckets[number]) for each in buckets), strict=True):
+                values = [
+                    torch.cat([values[other] for other in members], 1)
+                    for members in map(members_of, groups, range(len(values)))
+                ]
+            for optimizer, value in zip(optimizers, values, strict=True):
+                state = getattr(optimizer, name)
+                assert state[number].shape[1] <= value.shape[1]
+                state[number] = value[:, : state[number].shape[1]]
+    return optimizers
+
+
+def members_of(group, rank):
+    """The ranks of the rank's own group."""
+    return [rank] if group.size() == 1 else next(each for each in group.replica_groups if rank in each)
 
 
 def save(
@@ -83,48 +113,53 @@ def save(
 
     `change(rank, optimizer)` may spoil a state before it is saved. Returns the last checkpoint's directory.
     """
-    directory = model or SAMPLE / "tiny"
-    config = replace(
-        Config(),
-        model_id=model and str(model),
-        output_dir=str(output),
-        save_total_limit=limit,
-        zero_1=zero_1,
-        on_nonfinite=on_nonfinite,
-    )
-    job = SimpleNamespace(
-        config=config,
-        model_directory=directory,
+    config = {"model_id": model and str(model), "save_total_limit": limit, "on_nonfinite": on_nonfinite}
+    job = job_of(output, steps[0] - 1, model, identity, zero_1=zero_1, **config)
+
+    def rank_saves(runtime, mesh):
+        saver = None
+        for number, step in enumerate(steps):
+            optimizer = optimizer_of(mesh, step, zero_1, **state)
+            if change:
+                change(runtime.rank, optimizer)
+            saver = saver or Saver(runtime, mesh, job, optimizer)
+            saver.optimizer = optimizer
+            saver.save(Position(step, 1, 3), dict(enumerate(losses)).get(number))
+        saver.wait()
+
+    each_rank(rank_saves, tp, dp, pp)
+    return output / f"checkpoint-{steps[-1]}"
+
+
+def job_of(output, first_step=0, model=None, identity=IDENTITY, **config):
+    """What a Saver needs of a job, which goes on after `first_step` steps."""
+    return SimpleNamespace(
+        config=replace(Config(), output_dir=str(output), **config),
+        model_directory=model or SAMPLE / "tiny",
         tokenizer=TOKENIZER,
         identity=identity,
         prompt_format=PromptFormat.of("instruction"),
         model_reference=str(model or "tiny"),
-        resume=SimpleNamespace(step=steps[0] - 1),
+        resume=SimpleNamespace(step=first_step),
     )
-    barrier = LockstepBarrier(tp * dp * pp)
 
-    def rank_saves(rank):
-        mesh = Mesh.create(rank, tp * dp * pp, tp, pp)
-        saver = None
+
+def each_rank(function, tp=2, dp=2, pp=1):
+    """Run function(runtime, mesh) in a thread for each rank; raises the first error."""
+    world_size = tp * dp * pp
+    barrier = LockstepBarrier(world_size)
+
+    def run(rank):
         try:
-            for number, step in enumerate(steps):
-                optimizer = optimizer_of(mesh, step, zero_1, **state)
-                if change:
-                    change(rank, optimizer)
-                saver = saver or Saver(
-                    ThreadRuntime(rank, tp * dp * pp, torch.device("cpu"), barrier), mesh, job, optimizer
-                )
-                saver.optimizer = optimizer
-                saver.save(Position(step, 1, 3), dict(enumerate(losses)).get(number))
-            saver.wait()
+            runtime = ThreadRuntime(rank, world_size, torch.device("cpu"), barrier)
+            function(runtime, Mesh.create(rank, world_size, tp, pp))
         except BaseException:
             barrier.abort()
             raise
 
-    with ThreadPoolExecutor(tp * dp * pp) as pool:
-        for future in [pool.submit(rank_saves, rank) for rank in range(tp * dp * pp)]:
+    with ThreadPoolExecutor(world_size) as pool:
+        for future in [pool.submit(run, rank) for rank in range(world_size)]:
             future.result()
-    return output / f"checkpoint-{steps[-1]}"
 
 
 def forge(checkpoint, change):
@@ -133,6 +168,43 @@ def forge(checkpoint, change):
     manifest = json.loads(path.read_text())
     manifest = change(manifest) or manifest
     path.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+
+
+def as_version_3(checkpoint):
+    """Rewrite a checkpoint as version 3 had it: one checksum a piece, each piece listed in the manifest."""
+    pieces = {}
+    for path in sorted(checkpoint.glob("rank-*")):
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dictionary)
+            described = json.loads(file.metadata()["shards"])
+        for key, values in described.items():
+            del values["checksums"]
+            if key in tensors:
+                values["checksum"] = xxhash.xxh3_128_hexdigest(tensors[key].numpy().tobytes())
+                piece = {"first": values["first"], "checksum": values["checksum"], "file": path.name}
+                pieces.setdefault((key, values["index"]), []).append(piece)
+            else:  # a replica's
+                values["checksum"] = next(
+                    piece["checksum"]
+                    for piece in pieces[key, values["index"]]
+                    if piece["first"] == values["first"]
+                )
+        save_file(tensors, path, metadata={"shards": json.dumps(described)})
+
+    def change(manifest):
+        manifest["version"] = 3
+        for key, values in manifest["tensors"].items():
+            del values["piece"], values["ranks"]
+            found = [pieces.get((key, index), []) for index in range(values["parts"])]
+            values["slices"] = [sorted(each, key=lambda piece: piece["first"]) for each in found]
+        for path in checkpoint.glob("rank-*"):
+            content = path.read_bytes()
+            header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+            listed = {"bytes": len(content), "checksum": xxhash.xxh3_128_hexdigest(header)}
+            manifest["files"][path.name] = listed
+
+    forge(checkpoint, change)
+    return checkpoint
 
 
 def list_files(checkpoint):

@@ -53,7 +53,7 @@ def test_files_sizes_and_types(tmp_path):
 
 def test_memory_holds_bands_and_no_tensor(tmp_path, monkeypatch):
     checkpoint, shapes = save_tiny(tmp_path, 3)
-    monkeypatch.setattr("trainer.checkpoint.reader.BAND_BYTES", 4096)
+    monkeypatch.setattr("trainer.checkpoint.stored.BAND_BYTES", 4096)
     bands, write = [], TensorWriter.write
     monkeypatch.setattr(
         TensorWriter, "write", lambda *arguments: bands.append(arguments[2].nbytes) or write(*arguments)

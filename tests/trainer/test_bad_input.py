@@ -229,6 +229,8 @@ def test_merging(tmp_path):
         (["--weight_decay", "1e39"], "fp32"),
         (["--max_steps", "1.5"], "invalid int"),
         (["--num_train_epochs", "0"], "above 0"),
+        (["--stall_minutes", "0"], "--stall_minutes 0.0: a number above 0 was expected"),
+        (["--on_stall", "wait"], "wait"),
     ],
 )
 def test_flags(flags, problem, capsys):

@@ -8,7 +8,7 @@ from parallel.buckets import Buckets
 from parallel.mesh import Mesh
 from parallel.shard import Shard
 from trainer.config import Config
-from trainer.optimizer import AdamW, learning_rate
+from trainer.optimizer import AdamW, learning_rate, new_state
 
 
 def test_twenty_steps_equal_torchs():
@@ -27,7 +27,8 @@ def test_twenty_steps_equal_torchs():
         (("matrix", 13, 20),),
         (("norm", 0, 4),),
     ]
-    optimizer = AdamW(buckets, config, {name: parameter.detach() for name, parameter in ours.items()}, "cpu")
+    values = {name: parameter.detach() for name, parameter in ours.items()}
+    optimizer = AdamW(buckets, config, new_state(buckets, config, values, "cpu"))
     reference = torch.optim.AdamW(
         [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}],
         lr=0.0,

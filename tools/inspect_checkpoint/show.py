@@ -27,7 +27,7 @@ def show_checkpoint(checkpoint: Checkpoint) -> int:
             "-" if values["dim"] is None else values["dim"],
             values["parts"],
             values["replicas"],
-            sum(map(len, values["slices"])),
+            sum(checkpoint.tensors[f"parameter/{name}"].piece_counts),
         )
 
     rows = []
@@ -53,7 +53,7 @@ def summarise(checkpoint: Checkpoint, sizes: dict[str, int]) -> dict[str, object
         f"{manifest['world_size']}: {manifest['tensor_parallel_size']} tensor "
         f"x {manifest['data_parallel_size']} data parallel"
     )
-    most = max(len(slices) for values in manifest["tensors"].values() for slices in values["slices"])
+    most = max(count for stored in checkpoint.tensors.values() for count in stored.piece_counts)
     sums = {"all": directory_bytes(checkpoint.path)} | {
         kind: sum(size for key, size in sizes.items() if key.startswith(f"{kind}/")) for kind in KINDS
     }

@@ -11,7 +11,8 @@ from model.weights.hub import read_json
 from model.weights.safetensors_file import bands
 from model.weights.sources import SafetensorsFiles
 from trainer.checkpoint.names import INCOMPLETE, MANIFEST
-from trainer.checkpoint.reader import BAND_BYTES, Checkpoint
+from trainer.checkpoint.reader import Checkpoint
+from trainer.checkpoint.stored import BAND_BYTES
 
 STEMS = ("model", "adapter_model")  # names of safetensors files: of a model, of a peft adapter
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(" + re.escape(INCOMPLETE) + r"|\.damaged-\d+)?")

@@ -11,7 +11,8 @@ from model.weights.hub import read_json
 from model.weights.safetensors_file import bands
 from model.weights.shapes import base_shapes
 from tools.model_source import open_base
-from trainer.checkpoint.reader import BAND_BYTES, Checkpoint
+from trainer.checkpoint.reader import Checkpoint
+from trainer.checkpoint.stored import BAND_BYTES
 
 CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

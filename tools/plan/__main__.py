@@ -3,13 +3,14 @@ binds. A model.
 
     python -m tools.plan --model llama3-8b --machine trn1.32xlarge --nodes 1 --tensor_parallel_size 8 \\
       --max_seq_length 2048 --bf16 --gradient_accumulation_steps 16 [--sweep] [--picture FILE] \\
-      [--json FILE] [--price USD] [--report FILE] [any other flag of trainer/main.py]
+      [--json FILE] [--price USD] [--report FILE] [--storage_gbps GBPS] [any other flag of trainer/main.py]
 
 The step is that of trainer/loop.py, traced without a machine (tools/plan/extrapolate.py), or read from
 --report, the --json of tools.bench_compile. The formula is in tools/plan/roofline.py. Figures of the
 instances and the shares of them that a step is assumed to get are in tools/plan/instances.py, with their
 sources. A step takes as long as the device or the host needs for it, whichever is more: with --replay false
 the host traces every step. `--sweep` compares topologies with as many rows a step (tools/plan/sweep.py).
+Without it, what start, save and resume read and write comes after the step (tools/plan/storage.py).
 """
 
 import argparse
@@ -23,9 +24,11 @@ from tools.graphs.checks import check_file, check_flags
 from tools.graphs.models import PRESETS, rank_model, read_model
 from tools.graphs.report import rank_0_mesh
 from tools.plan.extrapolate import reports
+from tools.plan.file_systems import chosen_file_systems, describe_storage, record_storage
 from tools.plan.instances import INSTANCES
 from tools.plan.output import SHOWN, describe, preface, price_source, record, table
 from tools.plan.step_report import estimate_step, read_report
+from tools.plan.storage import storage_of
 from tools.plan.sweep import sweep
 from tools.plan.topology import rows_per_step, topology_name
 
@@ -55,9 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.price is None:
         print(price_source(price))
     print()
-    print(table(pairs, price) if chosen.sweep else f"{topology_name(config)}\n{describe(pairs[0][1], price)}")
+    facts = {"model": chosen.model, "machine": chosen.machine, "nodes": chosen.nodes, "price": price}
+    if chosen.sweep:
+        print(table(pairs, price))
+    else:
+        print(f"{topology_name(config)}\n{describe(pairs[0][1], price)}\n")
+        storage = storage_of(config, model_config, instance.cores)
+        systems = chosen_file_systems(chosen.storage_gbps)
+        print(describe_storage(storage, systems))
+        facts["storage"] = record_storage(storage, systems)
     if chosen.json:
-        facts = {"model": chosen.model, "machine": chosen.machine, "nodes": chosen.nodes, "price": price}
         cli.write_json(chosen.json, facts | {"estimates": [record(*pair, price) for pair in pairs]})
     if chosen.picture:
         from tools.plan.picture import draw
@@ -97,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--price", type=float, help="USD an hour and node; default: on demand, where a list price is known"
     )
+    parser.add_argument(
+        "--storage_gbps",
+        type=float,
+        help="GB/s that the shared file system reads and writes in all; default: three of AWS's",
+    )
     return parser
 
 
@@ -108,6 +123,8 @@ def _prepare(chosen: argparse.Namespace, config) -> tuple:
         raise ValueError(f"--nodes {chosen.nodes}: at least 1 was expected")
     if chosen.price is not None and not 0 < chosen.price < 1e6:
         raise ValueError(f"--price {chosen.price}: USD an hour and node, above 0, were expected")
+    if chosen.storage_gbps is not None and not 0 < chosen.storage_gbps < 1e6:
+        raise ValueError(f"--storage_gbps {chosen.storage_gbps}: GB/s above 0 were expected")
     if chosen.report and chosen.sweep:
         raise ValueError("--report is of one topology, and --sweep traces many: choose one")
     cores = chosen.nodes * INSTANCES[chosen.machine].cores

@@ -17,7 +17,7 @@ SHOWN = 60  # characters of a wrong value in the error
 def check_manifest(manifest: dict) -> None:
     """Raise ValueError, which names the field, for a manifest that no checkpoint can have.
 
-    What the files themselves hold is compared with it when they are opened (trainer/checkpoint/reader.py).
+    What the files themselves hold is compared with it when they are opened (trainer/checkpoint/pieces.py).
     """
     for name, (good, expected) in FIELDS.items():
         require(name in manifest and good(manifest[name]), name, manifest.get(name), expected)
@@ -44,29 +44,14 @@ def check_manifest(manifest: dict) -> None:
     _check_tensors(manifest["tensors"], manifest["files"])
 
 
-def check_pieces(tensors: dict, files: dict[str, TensorFile]) -> None:
-    """Raise ValueError where the manifest says something else of a piece than the file that holds it.
-
-    `tensors`: those of the manifest. A file describes its pieces in its header (docs/checkpoint-format.md).
-    """
-    described = {name: _described(file) for name, file in files.items()}
-    for key, values in tensors.items():
-        whole = {name: values[name] for name in ("global_shape", "dim", "parts", "replicas")}
-        for index, pieces in enumerate(values["slices"]):
-            for piece in pieces:
-                said = whole | {"index": index, "first": piece["first"], "checksum": piece["checksum"]}
-                if described[piece["file"]].get(key) != said:
-                    path = files[piece["file"]].path
-                    raise ValueError(f"{path} says something else of part {index} of {key} than the manifest")
-
-
-def _described(file: TensorFile) -> dict:
-    """{key: what the file says of the piece that it holds}; raises ValueError where it says nothing."""
+def described_pieces(file: TensorFile) -> dict[str, dict]:
+    """{key: what a rank's file says of the piece that the rank held}; raises ValueError where that is
+    nothing."""
     try:
         described = json.loads(file.metadata["shards"])
     except (KeyError, ValueError, RecursionError):
         described = None
-    if not isinstance(described, dict):
+    if not isinstance(described, dict) or not all(isinstance(each, dict) for each in described.values()):
         raise ValueError(f"{file.path} is damaged: it does not describe what it holds")
     return described
 
@@ -131,9 +116,7 @@ def _check_tensors(tensors: dict, files: dict) -> None:
         good = _is_integer(parts, 1) and _is_integer(values.get("replicas"), 1)
         require(good, f"{key}.parts", parts, "an integer above 0, with replicas above 0,")
         require(values.get("dtype") == "F32", f"{key}.dtype", values.get("dtype"), "'F32'")
-        slices = values.get("slices")
-        good = isinstance(slices, list) and len(slices) == parts and all(map(_is_slice, slices))
-        require(good, f"{key}.slices", slices, f"{parts} lists of pieces (first, checksum, file)")
+        _check_places(key, values, len(files))
         shapes[kind][name] = shape
     parameters = shapes[KINDS[0]]
     for kind in KINDS[1:]:
@@ -142,14 +125,40 @@ def _check_tensors(tensors: dict, files: dict) -> None:
             require(here == there, f"{kind}/{name}", here, f"the parameter's shape, {there},")
 
 
+def _check_places(key: str, values: dict, most: int) -> None:
+    """Each slice says which files have its pieces; that they have them is compared when they are opened.
+
+    most: the number of files.
+    """
+    parts, slices, ranks = values["parts"], values.get("slices"), values.get("ranks")
+    if "slices" in values:  # version 3
+        good = isinstance(slices, list) and len(slices) == parts and all(map(_is_slice, slices))
+        require(good, f"{key}.slices", slices, f"{parts} lists of pieces (first, checksum, file)")
+        return
+    require(_is_integer(values.get("piece"), 1), f"{key}.piece", values.get("piece"), "an integer above 0")
+    good = isinstance(ranks, list) and len(ranks) == parts and all(_is_runs(runs, most) for runs in ranks)
+    require(good, f"{key}.ranks", ranks, f"{parts} lists of [start, stop, step] of ranks that have files")
+
+
 def _is_slice(pieces) -> bool:
-    """Whether this is a list of pieces; which file holds them is compared when the files are open."""
+    """Whether this is a list of pieces."""
     return isinstance(pieces, list) and all(
         isinstance(piece, dict)
         and _is_integer(piece.get("first"))
         and _is_text(piece.get("checksum"))
         and _is_text(piece.get("file"))
         for piece in pieces
+    )
+
+
+def _is_runs(runs, most: int) -> bool:
+    """Whether these are arguments of Python's range, which make at most so many ranks."""
+    return (
+        isinstance(runs, list)
+        and all(
+            isinstance(run, list) and len(run) == 3 and all(map(_is_integer, run)) and run[2] for run in runs
+        )
+        and sum(len(range(*run)) for run in runs) <= most
     )
 
 

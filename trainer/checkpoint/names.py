@@ -7,7 +7,11 @@ from pathlib import Path
 
 from model.weights.safetensors_file import checksum
 
-FORMAT, VERSION = "markstep checkpoint", 3
+FORMAT, VERSION = "markstep checkpoint", 4
+READABLE = (3, VERSION)
+CHUNK = (
+    2**14
+)  # elements of a piece that one checksum covers: what is read of a piece begins and ends with some
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"  # trainer/reference.py

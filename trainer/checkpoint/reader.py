@@ -4,50 +4,56 @@ docs/checkpoint-format.md describes the directory; trainer/checkpoint/writer.py 
 """
 
 import json
-import math
 import os
-from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-import xxhash
 
 from data.loader import Position
 from model.lora import LoraConfig
 from model.weights.hub import read_json
-from model.weights.safetensors_file import TensorFile, as_bytes, bands, checksum, is_finite, read_part
+from model.weights.safetensors_file import checksum
+from parallel.buckets import Buckets
 from parallel.shard import Shard
-from trainer.checkpoint.manifest_checks import check_manifest, check_pieces
-from trainer.checkpoint.names import FORMAT, INCOMPLETE, KINDS, MANIFEST, VERSION, manifest_checksum
-
-BAND_BYTES = 16 * 2**20  # the part of a tensor that `stream` holds in memory at once
+from trainer.checkpoint.manifest_checks import check_manifest
+from trainer.checkpoint.names import FORMAT, INCOMPLETE, KINDS, MANIFEST, READABLE, manifest_checksum
+from trainer.checkpoint.part import Part, read_part
+from trainer.checkpoint.pieces import RANK_FILE, RankFiles, check_found, check_size
+from trainer.checkpoint.stored import Stored
 
 
 class Checkpoint:
-    """A complete checkpoint, opened for reading: manifest and headers at once, tensors on demand.
+    """A complete checkpoint, opened for reading: its manifest at once, tensors on demand.
 
     `tensors` has each stored tensor by its key `<kind>/<name>`, `shapes` the global shape of each parameter
     by its name. Raises ValueError where `path` is no checkpoint, or one of its files is missing, truncated or
-    unreadable. Damage within the tensors is found by `verify` and by `stream`.
+    unreadable. Damage within the tensors is found by `verify`, by `stream` and by `load`.
+
+    Where several processes read it together, each is (reader, number of them): the first looks at all files'
+    sizes and reads those that no rank wrote, and each reads the headers of its part of the others.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, reader: int = 0, readers: int = 1):
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
         self.step: int = self.manifest["step"]
         self.position = Position(self.step, **self.manifest["position"])
         lora = self.manifest["identity"]["lora"]
         self.lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])}) if lora else None
-        self._files = _open_files(self.path, self.manifest["files"])
+        self._files, self._part = RankFiles(self.path, self.manifest), None
         self.tensors = {
-            key: Stored(self.path, key, values, self._files)
-            for key, values in self.manifest["tensors"].items()
+            key: Stored(self._files, key, values) for key, values in self.manifest["tensors"].items()
         }
-        check_pieces(self.manifest["tensors"], self._files)
+        if reader == 0:
+            _check_files(self.path, self.manifest["files"])
+        ranks = [int(match[1]) for name in self.manifest["files"] if (match := RANK_FILE.fullmatch(name))]
+        for rank in ranks[reader::readers]:
+            self._files.open(rank)
+        if readers == 1:
+            for stored in self.tensors.values():
+                stored.check()
         self.shapes = {
             key.removeprefix("parameter/"): stored.shape
             for key, stored in self.tensors.items()
@@ -71,9 +77,8 @@ class Checkpoint:
         return self.tensors[f"parameter/{name}"].stream()
 
     def close(self) -> None:
-        """Close the files; nothing can be read afterwards."""
-        for file in self._files.values():
-            file.close()
+        """Close the files that are open."""
+        self._files.close()
 
     def verify(self, kinds: tuple[str, ...] = KINDS) -> None:
         """Read all tensors of these kinds; raises ValueError that names the first one with a wrong checksum,
@@ -107,21 +112,20 @@ class Checkpoint:
                 f"{wanted.get(odd[0], 'none')} was expected"
             )
 
-    def restore(self, optimizer) -> None:
-        """Give the optimizer's moments their stored values, in place.
+    def load(self, buckets: Buckets) -> None:
+        """Read what `part` will return; raises ValueError where it is damaged, or not finite.
 
-        Its weights were already read, when the model was filled.
+        Does nothing where this is a checkpoint of another model, which check_tensors says.
         """
-        for kind, state in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq)):
-            values = {
-                name: torch.zeros(shard.local_shape)
-                if shard.padding
-                else shard.pad(self.read(kind, name, shard))
-                for name, shard in optimizer.buckets.shards.items()
-            }
-            state[:] = [
-                value.to(old.device) for value, old in zip(optimizer.buckets.own(values), state, strict=True)
-            ]
+        shapes = {name: shard.global_shape for name, shard in buckets.shards.items() if not shard.padding}
+        if all(self.shapes.get(name) == shape for name, shape in shapes.items()):
+            self._part = read_part(self.tensors, buckets)
+
+    def part(self, buckets: Buckets) -> Part:
+        """What this rank has to read of the state (trainer/checkpoint/part.py), which `load` has read or is
+        read now. It is let go of: it is given once."""
+        part, self._part = self._part, None
+        return part if part and part.is_of(buckets) else read_part(self.tensors, buckets)
 
 
 def _read_manifest(path: Path) -> dict:
@@ -132,10 +136,10 @@ def _read_manifest(path: Path) -> dict:
             f"{path} is no complete checkpoint: a directory checkpoint-<step> with a {MANIFEST} was expected"
         )
     manifest = read_json(file)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    if manifest.get("format") != FORMAT or manifest.get("version") not in READABLE:
         raise ValueError(
             f"{file}: format {manifest.get('format')!r} version {manifest.get('version')!r}; "
-            f"this program reads {FORMAT!r} version {VERSION}"
+            f"this program reads {FORMAT!r} version {' or '.join(map(str, READABLE))}"
         )
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise ValueError(f"{file} is damaged: its checksum is not that of its contents")
@@ -146,137 +150,10 @@ def _read_manifest(path: Path) -> dict:
     return manifest
 
 
-def _open_files(path: Path, listed: dict[str, dict]) -> dict[str, TensorFile]:
-    """The open files of the ranks, by name; raises ValueError where one of the `listed` files is damaged.
-
-    Of the ranks' files only the headers are read; the other files are read and verified as a whole.
-    """
-    files = {}
+def _check_files(path: Path, listed: dict[str, dict]) -> None:
+    """Raise ValueError where one of the `listed` files is missing or has another size, or where one that no
+    rank wrote is damaged: those are read as a whole."""
     for name, values in listed.items():
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: the checkpoint is damaged")
-        size = file.stat().st_size
-        if size != values["bytes"]:
-            raise ValueError(f"{file} has {size} bytes of {values['bytes']}: the checkpoint is damaged")
-        if name.startswith("rank-"):
-            files[name] = TensorFile(file)
-            found = files[name].header_checksum
-        else:
-            found = checksum(file.read_bytes())
-        if found != values["checksum"]:
-            raise ValueError(f"{file} is damaged: its checksum is not that in {MANIFEST}")
-    return files
-
-
-@dataclass
-class Piece:
-    """Consecutive elements of a flattened slice, starting with number `first`: a 1-D tensor in `file`."""
-
-    first: int
-    file: TensorFile
-    checksum: str
-
-
-class Stored:
-    """A tensor of a checkpoint: slices along one dimension, each of which is stored in pieces.
-
-    Under ZeRO-1, a slice has a piece per data parallel rank. Raises ValueError where the files do not hold
-    the whole tensor.
-    """
-
-    def __init__(self, path: Path, key: str, values: dict, files: dict[str, TensorFile]):
-        self._key, self.shape = key, tuple(values["global_shape"])
-        self._slices: list[tuple[Shard, list[Piece]]] = []
-        held = 0
-        for index, pieces in enumerate(values["slices"]):
-            shard, end = Shard(self.shape, values["dim"], values["parts"], index), 0
-            for each in pieces:
-                entry = files[each["file"]].entries.get(key) if each["file"] in files else None
-                if entry is None or each["first"] != end or entry.dtype != "F32" or len(entry.shape) != 1:
-                    raise ValueError(f"{path}: of part {index} of {key}, the files hold only some elements")
-                end += entry.numel
-            if end != shard.numel:
-                raise ValueError(
-                    f"{path}: of part {index} of {key}, the files hold {end} of {shard.numel} elements"
-                )
-            held += end
-            self._slices.append(
-                (shard, [Piece(each["first"], files[each["file"]], each["checksum"]) for each in pieces])
-            )
-        if held != math.prod(self.shape):
-            raise ValueError(f"{path}: of {key}, the parts hold {held} of {math.prod(self.shape)} elements")
-
-    def read(
-        self, part: tuple[slice, ...], digests: dict[int, xxhash.xxh3_128] | None = None
-    ) -> torch.Tensor:
-        """The requested part of the tensor, fp32.
-
-        `digests`, a hash of each piece by its id(), are updated with the bytes that are read.
-        """
-        whole = torch.empty([each.stop - each.start for each in part])
-        for shard, pieces in self._slices:
-            overlap = [
-                slice(max(a.start, b.start), min(a.stop, b.stop))
-                for a, b in zip(part, shard.slices, strict=True)
-            ]
-            if all(each.start < each.stop for each in overlap):
-                read_elements = partial(self._elements, pieces, digests)
-                values = read_part(shard.shape, _within(shard.slices, overlap), read_elements)
-                if values.shape == whole.shape:
-                    return values  # one slice holds the part: no copy
-                whole[_within(part, overlap)] = values
-        return whole
-
-    def _elements(self, pieces: list[Piece], digests, first: int, count: int) -> torch.Tensor:
-        """`count` elements of a flattened slice, starting with number `first`."""
-        found = []
-        number = bisect_right([piece.first for piece in pieces], first) - 1
-        while count:
-            piece = pieces[number]
-            length = min(count, piece.first + piece.file.entries[self._key].numel - first)
-            found.append(piece.file.elements(self._key, first - piece.first, length))
-            if digests is not None:
-                digests.setdefault(id(piece), xxhash.xxh3_128()).update(as_bytes(found[-1]))
-            first, count, number = first + length, count - length, number + 1
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def stream(self) -> Iterator[torch.Tensor]:
-        """The tensor in bands of rows; see Checkpoint.stream."""
-        digests, finite = {}, True
-        rest = tuple(slice(0, size) for size in self.shape[1:])
-        for first, last in bands(self.shape, 4, BAND_BYTES):
-            band = self.read((slice(first, last), *rest), digests)
-            finite = finite and is_finite(band)
-            yield band
-        for _, pieces in self._slices:
-            for piece in pieces:
-                if digests[id(piece)].hexdigest() != piece.checksum:
-                    raise ValueError(self._damaged(piece))
-        if not finite:
-            raise ValueError(self._not_finite(self._slices[0][1][0]))
-
-    def problem(self) -> str | None:
-        """What is wrong with this tensor; None where its bytes are as saved, and its values finite."""
-        for _, pieces in self._slices:
-            for piece in pieces:
-                digest = xxhash.xxh3_128()
-                finite = piece.file.update(self._key, digest)
-                if digest.hexdigest() != piece.checksum:
-                    return self._damaged(piece)
-                if not finite:
-                    return self._not_finite(piece)
-        return None
-
-    def _damaged(self, piece: Piece) -> str:
-        return f"{piece.file.path} is damaged: the bytes of {self._key} are not those that were saved"
-
-    def _not_finite(self, piece: Piece) -> str:
-        return f"{piece.file.path.parent}: {self._key} has values that are not finite (NaN or infinite)"
-
-
-def _within(outer: tuple[slice, ...], inner: list[slice]) -> tuple[slice, ...]:
-    """The slices `inner`, relative to the start of `outer`."""
-    return tuple(
-        slice(each.start - own.start, each.stop - own.start) for each, own in zip(inner, outer, strict=True)
-    )
+        check_size(path / name, values["bytes"])
+        if not RANK_FILE.fullmatch(name):
+            check_found(path / name, checksum((path / name).read_bytes()), values)

@@ -12,32 +12,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data.loader import Position
-from model.weights.safetensors_file import TensorWriter, as_bytes, checksum, is_finite
+from model.weights.safetensors_file import TensorWriter, as_bytes, checksums, is_finite
 from parallel.mesh import Mesh
-from parallel.runtime import Runtime
+from parallel.runtime import Runtime, meet
 from parallel.shard import Shard
-from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors, read_eval_loss
-from trainer.checkpoint.names import (
-    INCOMPLETE,
-    KINDS,
-    MANIFEST,
-    NAME,
-    NonFinite,
-    list_checkpoints,
-    not_written,
-    rank_file,
-)
+from trainer.checkpoint.late_files import LateFiles
+from trainer.checkpoint.manifest import build_manifest, describe_files, describe_tensors
+from trainer.checkpoint.names import CHUNK, INCOMPLETE, KINDS, MANIFEST, NonFinite, rank_file
+from trainer.checkpoint.old_checkpoints import OldCheckpoints, tidy_up
 from trainer.reference import write_reference
+from trainer.reporting.console import say
 
 MODEL_FILES = ("config.json", "generation_config.json")
-POLL_SECONDS, PATIENCE_SECONDS = 0.02, 3600  # how often and how long rank 0 looks for the others' files
+WAIT_SECONDS = 30  # for the last save at the next one, before that is put off
 REMOVALS = 3
 SAVE_SECONDS = 30.0  # the assumed duration of a save, until one was measured
 
@@ -46,7 +40,7 @@ class Saver:
     """Saves the state of a run, one checkpoint at a time.
 
     Every rank has a Saver and calls its methods at the same steps. `stalled` is the number of seconds for
-    which the last `save` held up training, `seconds` the whole duration of the last one.
+    which saves have held up training since the last call of `saves_after`.
     """
 
     def __init__(
@@ -57,22 +51,54 @@ class Saver:
         self._reference = reference
         self._output = Path(job.config.output_dir)
         self._partial: Path | None = None  # the directory of the last save, while it was written
+        self._late: LateFiles | None = None
         self._written = self._completed = None
-        self.stalled, self.seconds = 0.0, SAVE_SECONDS
+        self._put_off = False
+        self._begun = self.stalled = 0.0
+        self._seconds = SAVE_SECONDS
+        self._old = OldCheckpoints(self._output, job.config.save_total_limit)
         if runtime.rank == 0 and runtime.executes:
-            self._tidy_up(job.resume.step if job.resume else 0)
+            tidy_up(self._output, job.resume.step if job.resume else 0)
 
-    def _tidy_up(self, first_step: int) -> None:
-        """Delete what a killed run left incomplete; rename the checkpoints after `first_step`.
+    @property
+    def seconds(self) -> float:
+        """The duration of a save, as rank 0 knows it: of the last one, or so far of the one that is being
+        written, whichever is more."""
+        if self._completed is None or self._completed.done():
+            return self._seconds
+        return max(self._seconds, time.perf_counter() - self._begun)
 
-        Those cannot be used: --resume latest has skipped them, and said why.
+    def saves_after(self, step: int, must: bool) -> bool:
+        """Whether a save follows the 1-based `step`; the same on all ranks. `must`: the run ends here.
+
+        To be called after each step. A save is due every --save_steps. Where the one before is then not
+        complete, because a rank is slow, the host waits for WAIT_SECONDS at most; after that the save is put
+        off to the first later step at which the one before is complete. Raises as `check`.
         """
-        for path in self._output.glob("checkpoint-*" + INCOMPLETE):
-            if NAME.fullmatch(path.name.removesuffix(INCOMPLETE)) and not not_written(path):
-                shutil.rmtree(path)
-        for step, path in list_checkpoints(self._output):
-            if step > first_step:
-                print(f"{path} is renamed to {_set_aside(path).name}: a save may need its name")
+        self.stalled = 0.0
+        self.check()
+        due = must or self._put_off or step % self.job.config.save_steps == 0
+        if not due or must or self._partial is None:
+            return due
+        begun, waits = time.perf_counter(), not self._put_off
+        # Ranks see files and threads of their own: rank 0 decides, and the others wait for it.
+        self._put_off = not self.runtime.share(self.runtime.rank == 0 and self._is_complete(step, waits))
+        if waits:
+            self.stalled = time.perf_counter() - begun
+        return not self._put_off
+
+    def _is_complete(self, step: int, waits: bool) -> bool:
+        """On rank 0: whether the last save is complete. Where it `waits`, a warning says if not."""
+        wait([self._written, self._completed], WAIT_SECONDS if waits else 0, FIRST_EXCEPTION)
+        self.check()
+        complete = self._completed.done()
+        if waits and not complete:
+            say(
+                f"warning: the save after step {step} is put off, and training goes on: "
+                f"{self._partial.name} is not complete, {self._late}",
+                sys.stderr,
+            )
+        return complete
 
     def save(self, position: Position, eval_loss: float | None = None) -> None:
         """Start writing `OUT/checkpoint-<step>`: the state before the step of `position`, after a mark_step.
@@ -82,26 +108,28 @@ class Saver:
         """
         if not self.runtime.executes:
             return
-        begun = time.perf_counter()
+        stalled = time.perf_counter()
         self.wait()
-        copying = time.perf_counter()
+        self._begun = time.perf_counter()
         self._partial = partial = self._output / f"checkpoint-{position.step}{INCOMPLETE}"
         if self.runtime.rank == 0:
             partial.mkdir(parents=True)
         self.runtime.barrier()
-        if self._writes:
+        if self.runtime.rank in self._writers:
             kinds = (self.optimizer.weights, self.optimizer.exp_avg, self.optimizer.exp_avg_sq)
             state = [[value.to("cpu", copy=True) for value in each] for each in kinds]
             self._written = _in_background(lambda: self._write(partial, state))
         if self.runtime.rank == 0:
-            owner = threading.current_thread()
+            owner, begun = threading.current_thread(), self._begun
+            self._late = LateFiles(partial, self._writers, meet().name_of)
             self._completed = _in_background(
-                lambda: self._complete(partial, position, eval_loss, owner, copying)
+                lambda: self._complete(partial, position, eval_loss, owner, begun)
             )
-        self.stalled = time.perf_counter() - begun
+        self.stalled += time.perf_counter() - stalled
 
     def wait(self) -> None:
         """Wait until the last save is complete on all ranks; raises as `check`."""
+        self.runtime.progress.at("saving", slow=True)
         for future in (self._written, self._completed):
             if future:
                 wait([future])
@@ -112,8 +140,8 @@ class Saver:
     def check(self) -> None:
         """Raise the error of the last save, where it has failed on this rank, and delete what it has written.
 
-        To be called after each step: a run ends as soon as a checkpoint could not be written. Of the other
-        ranks, which then lack the directory, only the first error counts.
+        A run ends as soon as a checkpoint could not be written. Of the other ranks, which then lack the
+        directory, only the first error counts.
         """
         for future in (self._written, self._completed):
             error = future.exception() if future and future.done() else None
@@ -127,16 +155,9 @@ class Saver:
                 raise error
 
     @property
-    def _writes(self) -> bool:
-        """Whether this rank writes a file: data parallel ranks hold the same state, except under ZeRO-1."""
-        return self.mesh.dp.rank() == 0 or self.optimizer.buckets.parts > 1
-
-    @property
     def _writers(self) -> list[int]:
         """The ranks that write a file."""
-        if self.optimizer.buckets.parts > 1:
-            return list(range(self.mesh.world_size))
-        return self.mesh.model.replica_groups[0]
+        return writers(self.mesh, self.optimizer.buckets.parts > 1)
 
     def _write(self, partial: Path, state: list[list[torch.Tensor]]) -> None:
         """Write this rank's file: the pieces that it stores, and a description of all that it holds.
@@ -161,7 +182,7 @@ class Saver:
         writer = TensorWriter(
             unfinished,
             {key: (torch.float32, (length,)) for key, (_, _, length) in stored.items()},
-            {"shards": json.dumps(described)},
+            {"shards": json.dumps(described, separators=(",", ":"))},
         )
         for key, (name, values, _) in stored.items():  # pieces are copies: one at a time is in memory
             writer.write(key, buckets.own_piece(name, values)[0].float())
@@ -175,9 +196,9 @@ class Saver:
             "dim": shard.dim,
             "parts": shard.parts,
             "index": shard.index,
-            "replicas": self.mesh.tp.size() if shard.dim is None else shard.replicas,
+            "replicas": replicas_of(shard, self.mesh.tp.size()),
             "first": first,
-            "checksum": checksum(as_bytes(piece.float())),
+            "checksums": checksums(as_bytes(piece.float()), 4 * CHUNK),
         } | ({} if is_finite(piece) else {"nonfinite": True})
 
     def _complete(
@@ -192,7 +213,7 @@ class Saver:
 
         `begun` is the time.perf_counter() at which the save started; `owner` the thread that trains.
         """
-        if not self._wait_for_files(partial, owner, begun):
+        if not self._late.wait(owner, begun):
             return
         for name in MODEL_FILES:
             if (self.job.model_directory / name).is_file():
@@ -210,49 +231,25 @@ class Saver:
             return
         files = describe_files(partial, rank_files)
         manifest = build_manifest(self.job, self.mesh, position, eval_loss, tensors, files)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (partial / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")), encoding="utf-8")
         for path in [*sorted(partial.rglob("*")), partial]:
-            _flush(path)
-        os.rename(partial, partial.with_name(partial.name.removesuffix(INCOMPLETE)))
+            if path.name not in rank_files:  # each rank has waited until its own is on disk
+                _flush(path)
+        complete = partial.with_name(partial.name.removesuffix(INCOMPLETE))
+        os.rename(partial, complete)
         _flush(partial.parent)
-        self._prune()
-        self.seconds = time.perf_counter() - begun
+        self._old.prune(complete, manifest["eval_loss"])
+        self._seconds = time.perf_counter() - begun
 
-    def _wait_for_files(self, partial: Path, owner: threading.Thread, begun: float) -> bool:
-        """Whether the files of all ranks have come: False where the error of another rank has ended the run.
 
-        Raises OSError after PATIENCE_SECONDS.
-        """
-        while missing := [rank for rank in self._writers if not (partial / rank_file(rank)).exists()]:
-            if not owner.is_alive():
-                return False
-            if time.perf_counter() - begun > PATIENCE_SECONDS:
-                raise OSError(
-                    f"{rank_file(missing[0])} has not come in {PATIENCE_SECONDS} s: "
-                    "do all nodes share the directory?"
-                )
-            time.sleep(POLL_SECONDS)
-        return True
+def writers(mesh: Mesh, zero_1: bool) -> list[int]:
+    """The ranks that write a file: data parallel ranks hold the same state, except under ZeRO-1."""
+    return list(range(mesh.world_size)) if zero_1 else mesh.model.replica_groups[0]
 
-    def _prune(self) -> None:
-        """Delete all but the newest --save_total_limit checkpoints and the one with the least eval loss.
 
-        A checkpoint that cannot be deleted gives a warning: it is no reason to end a run.
-        """
-        limit = self.job.config.save_total_limit
-        if not limit:
-            return
-        present = list_checkpoints(self._output)
-        losses = {path: loss for _, path in present if (loss := read_eval_loss(path)) is not None}
-        best = min(losses, key=losses.get, default=None)
-        for _, old in present[:-limit]:
-            if old != best and not old.is_symlink():  # a link is the user's
-                doomed = old.with_name(old.name + INCOMPLETE)  # a half-deleted one must not look complete
-                try:
-                    os.rename(old, doomed)
-                    shutil.rmtree(doomed)
-                except OSError as error:
-                    print(f"warning: {old} cannot be deleted: {error}", file=sys.stderr)
+def replicas_of(shard: Shard, tensor_parallel_size: int) -> int:
+    """How many tensor parallel ranks hold the same slice. The first of each such group stores it."""
+    return tensor_parallel_size if shard.dim is None else shard.replicas
 
 
 def _in_background(work: Callable[[], None]) -> Future:
@@ -267,14 +264,6 @@ def _in_background(work: Callable[[], None]) -> Future:
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def _set_aside(path: Path) -> Path:
-    """Rename a checkpoint that cannot be used, so that a new one can have its name; returns the new path."""
-    number = 1
-    while os.path.lexists(path.with_name(f"{path.name}.damaged-{number}")):
-        number += 1
-    return path.rename(path.with_name(f"{path.name}.damaged-{number}"))
 
 
 def _flush(path: Path) -> None:

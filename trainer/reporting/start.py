@@ -2,13 +2,11 @@
 
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 
 from parallel.runtime import Runtime
 from trainer.job import Job
 from trainer.lora_settings import count_parameters
-
-PACKAGES = ("markstep", "torch", "torch_xla", "torch_neuronx", "transformers")
+from trainer.start.facts import versions
 
 
 def start_record(runtime: Runtime, job: Job, first_step: int, device: str, peak: float | None) -> dict:
@@ -24,13 +22,6 @@ def start_record(runtime: Runtime, job: Job, first_step: int, device: str, peak:
         "trained_parameters": trained,
         "parameters": parameters,
         "model": job.model_reference,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": versions(),
         "flags": asdict(job.config),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -11,7 +11,7 @@ from data.loader import Position
 from model.weights.safetensors_file import TensorFile
 from parallel.mesh import Mesh
 from tests.support import saved
-from tests.support.saved import IDENTITY, SHAPES, optimizer_of, save, shards_of, whole
+from tests.support.saved import IDENTITY, SHAPES, optimizer_of, resume_all, save, shards_of, whole
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.names import KINDS, list_checkpoints, manifest_checksum
 from trainer.checkpoint.reader import Checkpoint
@@ -37,15 +37,15 @@ def test_what_some_ranks_wrote_any_topology_reads(tmp_path, zero_1, files):
         (2, 5, True),
         (2, 2, False),
     ):
-        for rank in range(tp * dp):
-            mesh = Mesh.create(rank, tp * dp, tp)
-            optimizer, expected = optimizer_of(mesh, 0, divided), optimizer_of(mesh, 7, divided)
-            checkpoint.restore(optimizer)
+        meshes = [Mesh.create(rank, tp * dp, tp) for rank in range(tp * dp)]
+        for mesh, optimizer in zip(meshes, resume_all(checkpoint, meshes, divided), strict=True):
+            expected = optimizer_of(mesh, 7, divided)
             for name, shard in shards_of(mesh).items():
                 assert torch.equal(
                     checkpoint.read("parameter", name, shard), whole("parameter", name, 7)[shard.slices]
                 )
             for ours, theirs in (
+                (optimizer.weights, expected.weights),
                 (optimizer.exp_avg, expected.exp_avg),
                 (optimizer.exp_avg_sq, expected.exp_avg_sq),
             ):
@@ -63,16 +63,16 @@ def test_stages_save_and_read_what_is_theirs(tmp_path, zero_1, writers):
     assert all(
         torch.equal(checkpoint.read(kind, name), whole(kind, name, 7)) for kind in KINDS for name in SHAPES
     )
-    for rank, pp in ((0, 1), *((rank, 2) for rank in range(8))):
-        mesh = Mesh.create(rank, 8, 2, pp)
-        optimizer, expected = optimizer_of(mesh, 0, zero_1), optimizer_of(mesh, 7, zero_1)
-        checkpoint.restore(optimizer)
-        for kind in ("exp_avg", "exp_avg_sq"):
-            for name, shard in shards_of(mesh).items():
-                ours, theirs = (
-                    each.buckets.own_piece(name, getattr(each, kind))[0] for each in (optimizer, expected)
-                )
-                assert not ours.any() if shard.padding else torch.equal(ours, theirs), name
+    for pp in (1, 2):
+        meshes = [Mesh.create(rank, 8, 2, pp) for rank in range(8)]
+        for mesh, optimizer in zip(meshes, resume_all(checkpoint, meshes, zero_1), strict=True):
+            expected = optimizer_of(mesh, 7, zero_1)
+            for kind in ("weights", "exp_avg", "exp_avg_sq"):
+                for name, shard in shards_of(mesh).items():
+                    ours, theirs = (
+                        each.buckets.own_piece(name, getattr(each, kind))[0] for each in (optimizer, expected)
+                    )
+                    assert not ours.any() if shard.padding else torch.equal(ours, theirs), name
 
 
 def test_a_rank_reads_what_it_needs(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def rewrite(**changes):
 
 def forget_a_slice(path):
     tensors = json.loads((path.parent / "manifest.json").read_text())["tensors"]
-    tensors["parameter/column.weight"]["slices"][1] = []
+    tensors["parameter/column.weight"]["ranks"][1] = []
     rewrite(tensors=tensors)(path)
 
 
@@ -153,7 +153,7 @@ def replace_text(name, old, new):
         (lambda path: cut(path.parent / "manifest.json"), "manifest.json is damaged"),
         (rewrite(format="other"), "format 'other'"),
         (rewrite(version=2), "format 'markstep checkpoint' version 2"),
-        (replace_text("manifest.json", b'"row": 3', b'"row": 4'), "manifest.json is damaged: its checksum"),
+        (replace_text("manifest.json", b'"row":3', b'"row":4'), "manifest.json is damaged: its checksum"),
         (replace_text("config.json", b"llama", b"lama2"), "config.json is damaged: its checksum"),
         (
             replace_text("rank-00001.safetensors", b"exp_avg/row", b"exp_avg/raw"),

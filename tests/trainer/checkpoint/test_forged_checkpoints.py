@@ -49,7 +49,7 @@ def without(*path):
 
 def no_parts(manifest):
     for key in (COLUMN, "exp_avg/column.weight", "exp_avg_sq/column.weight"):
-        manifest["tensors"][key] |= {"parts": 0, "slices": []}
+        manifest["tensors"][key] |= {"parts": 0, "ranks": []}
 
 
 def fewer_parts(manifest):
@@ -60,13 +60,13 @@ def fewer_parts(manifest):
 
 def swapped_parts(manifest):
     """Both parts are whole, and their checksums are right: only the files know which is which."""
-    manifest["tensors"][COLUMN]["slices"].reverse()
+    manifest["tensors"][COLUMN]["ranks"].reverse()
 
 
 def a_whole_among_parts(manifest):
     for key in (NORM, "exp_avg/norm.weight", "exp_avg_sq/norm.weight"):
         manifest["tensors"][key]["parts"] = 2
-        manifest["tensors"][key]["slices"] *= 2
+        manifest["tensors"][key]["ranks"] *= 2
 
 
 FORGED = [
@@ -113,9 +113,11 @@ FORGED = [
     (put("tensors", COLUMN, "global_shape", [-8, -6]), f"'{COLUMN}.global_shape'"),
     (put("tensors", COLUMN, "replicas", 0), f"'{COLUMN}.parts'"),
     (put("tensors", COLUMN, "dtype", "BF16"), f"'{COLUMN}.dtype' is 'BF16'"),
-    (put("tensors", COLUMN, "slices", 0, 0, "first", "0"), f"'{COLUMN}.slices'"),
-    (put("tensors", COLUMN, "slices", 0, 0, "file", "config.json"), "the files hold only some elements"),
-    (put("tensors", COLUMN, "slices", 0, 0, "first", 1), "the files hold only some elements"),
+    (put("tensors", COLUMN, "ranks", 0, 0, 0, "0"), f"'{COLUMN}.ranks'"),
+    (put("tensors", COLUMN, "ranks", 0, 0, 2, 0), f"'{COLUMN}.ranks'"),
+    (put("tensors", COLUMN, "ranks", 0, 0, 1, 2**60), f"'{COLUMN}.ranks'"),
+    (put("tensors", COLUMN, "ranks", 0, 0, [7, 8, 1]), "a piece is in rank-00007.safetensors, which"),
+    (put("tensors", COLUMN, "piece", 23), "of part 0 of parameter/column.weight, the files hold 23 of 24"),
     (put("tensors", "weight", {}), "'a key in tensors' is 'weight'"),
     (without("tensors", "exp_avg/column.weight"), "'exp_avg/column.weight' is None; the parameter's shape"),
 ]

@@ -1,5 +1,7 @@
 """--overwrite_output_dir: the run that was there makes way, and nothing else does."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from trainer.checkpoint.find import find_checkpoint
@@ -89,6 +91,6 @@ def test_what_no_run_has_made_is_not_moved(tmp_path, name, problem):
 def test_a_job_of_torchrun_moves_once(tmp_path, monkeypatch):
     """Only the first process moves: another one would take the new run's files."""
     write(tmp_path, "metrics.jsonl")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("trainer.job.meet", lambda: SimpleNamespace(is_first=False))
     make_way(Config(output_dir=str(tmp_path), overwrite_output_dir=True))
     assert names(tmp_path) == ["metrics.jsonl"]
