@@ -1,7 +1,7 @@
 """What the processes of a job read, open and wait for, counted in real ones; and ten planted faults.
 
     python -m tools.bench_ranks [--processes 64] [--checkpoint_gb 1] [--json NEW] [--compare OLD]
-    python -m tools.bench_ranks --faults
+    python -m tools.bench_ranks --faults [WORD ...]
 
 Real processes on pretended machines walk the path that ranks take on Trainium, trainer/main.py under
 torchrun's variables and store, with a stand-in for the device (tools/bench_ranks/standin.py says what it is).
@@ -36,20 +36,23 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             if directory.exists():
                 raise ValueError(f"{directory} exists: --directory has to be a new one, or one without it")
-            found = _faults(directory) if chosen.faults else _walk(directory, chosen)
+            found = (
+                _faults(directory, chosen.faults) if chosen.faults is not None else _walk(directory, chosen)
+            )
         except (ValueError, RuntimeError) as error:
             return cli.fail(error)
     if chosen.json:
         cli.write_json(chosen.json, found)
-    return 0 if not chosen.faults or all(each["passed"] for each in found) else cli.FAILED
+    return 0 if chosen.faults is None or all(each["passed"] for each in found) else cli.FAILED
 
 
-def _faults(directory: Path) -> list[dict]:
+def _faults(directory: Path, words: list[str]) -> list[dict]:
     from tools.bench_ranks.fault_runs import in_words, run_faults
 
-    found = run_faults(directory)
-    for each in found:
-        print(in_words(each))
+    found = []
+    for each in run_faults(directory, words):
+        print(in_words(each), flush=True)
+        found.append(each)
     return found
 
 
@@ -79,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint_gb", type=float, default=1.0, help="size of a checkpoint, which the model follows"
     )
     parser.add_argument(
-        "--faults", action="store_true", help="plant ten faults in a job of 8 processes instead"
+        "--faults",
+        nargs="*",
+        metavar="WORD",
+        help="instead, plant ten faults, or those whose name has one of these words, in jobs of 8 processes",
     )
     parser.add_argument("--json", type=cli.path, help="where the figures go, for a later --compare")
     parser.add_argument("--compare", type=cli.path, help="figures of another run with the same flags")

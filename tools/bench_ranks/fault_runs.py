@@ -3,38 +3,37 @@
 import os
 import re
 import shutil
-from dataclasses import fields
+from collections.abc import Iterator
 from pathlib import Path
 
 from tools.bench_ranks.cluster import Attempt, Cluster
 from tools.bench_ranks.faults import FAULTS, PLANTED, Fault
 from tools.bench_ranks.inputs import write_model
 from tools.bench_ranks.walk import check, loss_difference
-from trainer.config import Config
 
 PROCESSES, MACHINES, STEPS, SAVED = 8, 2, 4, 2
 HUNG_SECONDS = 150.0
 ALLOWED_SECONDS = 120.0
-STALL_MINUTES = 0.1
 FLAGS = (
     f"--model_id model --max_steps {STEPS} --save_steps {SAVED} --lora_r 0 --zero_1 true "
     "--parallel_layers native --tensor_parallel_size 2 --pipeline_parallel_size 2 --max_seq_length 32 "
-    "--per_device_train_batch_size 2"
+    "--per_device_train_batch_size 2 --stall_minutes 0.1 --on_stall end"
 ).split()
 
 
-def run_faults(directory: Path, names: list[str] | None = None) -> list[dict]:
-    """Run a job without a fault, then one with each of FAULTS (or of those whose name has one of `names`).
+def run_faults(directory: Path, words: list[str]) -> Iterator[dict]:
+    """Run a job without a fault, then one with each of FAULTS, or of those whose name has one of the `words`.
 
-    Returns for each: name, passed, seconds (from the fault, or from the start, until all had ended), ended
+    Gives for each: name, passed, seconds (from the fault, or from the start, until all had ended), ended
     (how), line (what a process printed that names rank and host).
     """
     directory.mkdir(parents=True)
     write_model(directory / "model", 1e6)
     [sound] = _cluster(directory, "sound", None).run(limit=HUNG_SECONDS)
     check([sound], 0)
-    chosen = [each for each in FAULTS if not names or any(name in each.name for name in names)]
-    return [_run_fault(directory, number, fault) for number, fault in enumerate(chosen)]
+    for number, fault in enumerate(FAULTS):
+        if not words or any(word in fault.name for word in words):
+            yield _run_fault(directory, f"fault-{number}", fault)
 
 
 def _cluster(directory: Path, name: str, fault: Fault | None) -> Cluster:
@@ -50,8 +49,6 @@ def _cluster(directory: Path, name: str, fault: Fault | None) -> Cluster:
     flags = [*FLAGS, "--output_dir", str(directory / name / "out")]
     if fault and fault.resumes:
         flags += ["--resume", str(directory / "sound" / "out" / f"checkpoint-{SAVED}")]
-    if "stall_minutes" in {field.name for field in fields(Config)}:
-        flags += ["--stall_minutes", str(STALL_MINUTES), "--on_stall", "end"]
 
     def plant(rank, machine, attempt):
         os.environ["XDG_CACHE_HOME"] = os.path.abspath("cache")
@@ -61,8 +58,7 @@ def _cluster(directory: Path, name: str, fault: Fault | None) -> Cluster:
     return Cluster(PROCESSES, MACHINES, flags, directory / name, plant)
 
 
-def _run_fault(directory: Path, number: int, fault: Fault) -> dict:
-    name = f"fault-{number}"
+def _run_fault(directory: Path, name: str, fault: Fault) -> dict:
     cluster = _cluster(directory, name, fault)
     fault.spoil(directory / name / "machine-1")
     [attempt] = cluster.run(limit=HUNG_SECONDS)
@@ -81,7 +77,6 @@ def _run_fault(directory: Path, number: int, fault: Fault) -> dict:
         "seconds": seconds,
         "ended": "hung" if attempt.hung else "all steps done" if goes_on else "ended",
         "line": line or _last_line(attempt),
-        "lines": len(_errors(attempt)),
     }
 
 

@@ -28,6 +28,7 @@ from model.weights.safetensors_file import as_bytes
 from parallel import buckets
 from parallel.graph import backend
 from parallel.runtime import devices, processes
+from parallel.runtime.progress import here
 
 
 class StandInRuntime(processes.ProcessRuntime):
@@ -120,12 +121,13 @@ class Wires:
     def receive(self, other: int, tensor: torch.Tensor) -> torch.Tensor:
         """Fill a contiguous tensor with the bytes that another rank sends, and return it."""
         view = as_bytes(tensor)
-        try:
-            while len(view):
-                got = self.to(other).recv_into(view)
-                view = view[got:] if got else _wait_for_ever()
-        except OSError:
-            _wait_for_ever()
+        with here().waiting("waiting for the device"):
+            try:
+                while len(view):
+                    got = self.to(other).recv_into(view)
+                    view = view[got:] if got else _wait_for_ever()
+            except OSError:
+                _wait_for_ever()
         return tensor
 
 
