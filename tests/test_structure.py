@@ -17,6 +17,8 @@ SOURCES = sorted(path for package in ALLOWED for path in (ROOT / package).rglob(
 KNOW_TORCH_XLA = {
     "model/llama.py",
     "tools/bench_peers/peers.py",
+    "tools/bench_ranks/cluster.py",
+    "tools/bench_ranks/standin.py",
     "tools/bench_step/measure.py",
     "tools/bench_step/trace.py",
     "tools/graphs/tracing.py",

@@ -17,7 +17,7 @@ ALLOWED_SECONDS = 120.0
 FLAGS = (
     f"--model_id model --max_steps {STEPS} --save_steps {SAVED} --lora_r 0 --zero_1 true "
     "--parallel_layers native --tensor_parallel_size 2 --pipeline_parallel_size 2 --max_seq_length 32 "
-    "--per_device_train_batch_size 2 --stall_minutes 0.1 --on_stall end"
+    "--per_device_train_batch_size 2 --stall_minutes 0.75 --on_stall end"
 ).split()
 
 
@@ -51,7 +51,7 @@ def _cluster(directory: Path, name: str, fault: Fault | None) -> Cluster:
         flags += ["--resume", str(directory / "sound" / "out" / f"checkpoint-{SAVED}")]
 
     def plant(rank, machine, attempt):
-        os.environ["XDG_CACHE_HOME"] = os.path.abspath("cache")
+        os.environ["XDG_CACHE_HOME"] = "cache"  # in the folder of the machine, which others cannot see
         if fault and machine == 1 and (not fault.one or rank == PROCESSES // MACHINES + 1):
             fault.plant()
 
