@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.token_cache import read_entry, write_entry
+from data.token_cache import META, read_entry, write_entry
 from tools.bench_ranks.standin import StandInRuntime, Wires
 
 HOUR = 3600.0
@@ -82,7 +82,8 @@ def _other_rows(folder: Path):
 
     def write(directory):
         for file in aside.glob("*.*"):
-            shutil.copy(file, directory)
+            if file.name != META:
+                shutil.copy(file, directory)
         tokens = np.fromfile(aside / "input_ids.bin", np.int32)
         tokens[::-1].tofile(directory / "input_ids.bin")
         return read_entry(aside)
@@ -95,11 +96,12 @@ def _no_shard(folder: Path):
 
 
 def _cannot_read():
-    """Reads of one file of the checkpoint fail, as on a machine whose mount has gone."""
+    """Reads of a file of the checkpoint fail, as on a machine whose mount has gone: of one that a rank of it
+    reads."""
 
     def failing(read):
         def call(descriptor, *arguments):
-            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/rank-00003.safetensors"):
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("/rank-00006.safetensors"):
                 raise OSError(EIO, os.strerror(EIO))
             return read(descriptor, *arguments)
 

@@ -98,7 +98,7 @@ def _source_files() -> str:
     return checksum(b"".join(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes() for path in paths))
 
 
-def _compare_clocks(peers: Peers, clock: Callable[[], float] = time.time) -> None:
+def _compare_clocks(peers: Peers, clock: Callable[[], float] = lambda: time.time()) -> None:
     """Warn of machines whose clock is not the first process's. To be called right after all have met."""
     times = peers.collect("clocks", clock())
     hosts = set()
