@@ -136,9 +136,11 @@ class Buckets:
         """The shares [1, share_columns] of all holders -> this rank's part [1, columns] of each bucket."""
         parts = []
         for bucket, (_, columns), share in zip(self.buckets, self.shapes, shares, strict=True):
-            for group in self.holders(bucket):
+            groups = [group for group in self.holders(bucket) if group.size() > 1]
+            for group in groups:
                 share = all_gather(share, group, 0).view(1, -1)
-            parts.append(_columns(share, 0, columns))
+            # A view would be one in the graph of each step, too, which changes it in place.
+            parts.append(share[:, :columns].clone() if groups else share)
         return parts
 
     def take_gradients(self, sums: list[torch.Tensor] | None) -> list[torch.Tensor]:
