@@ -40,7 +40,7 @@ def shards_of(mesh, shapes=SHAPES):
     """{name: shard} of a rank. A stage has the parameters of all stages: those of others are padding."""
     size, rank, stages = mesh.tp.size(), mesh.tp.rank(), mesh.pp.size()
     shards = {
-        name: Shard(shape) if dim is None else Shard(shape, dim, size, rank)
+        name: Shard(shape, replicas=size) if dim is None else Shard(shape, dim, size, rank)
         for name, (shape, dim) in shapes.items()
     }
     return {

@@ -8,8 +8,6 @@ from tests.support.runs import run_one
 pytestmark = pytest.mark.process
 
 FLAGS = "--max_seq_length 64 --per_device_train_batch_size 1 --tensor_parallel_size 2 --lora_r 0 --bf16"
-    "--max_seq_length 64 --per_device_train_batch_size 1 --tensor_parallel_size 2 --lora_r 0 --bf16".split()
-)
 
 
 def compiled(runtime, output):
