@@ -24,7 +24,7 @@ def test_a_small_walk(tmp_path):
     start(*threads.split())
     for name in ("loss", "grad_norm"):
         expected = column(tmp_path / "threads", name)
-        assert column(tmp_path / "ranks" / "killed" / "out", name) == pytest.approx(expected, rel=1e-6)
+        assert column(tmp_path / "ranks" / "killed" / "out", name) == pytest.approx(expected, rel=1e-5)
 
     runs = found["runs"]
     assert runs["start"]["texts tokenized"] == 139 and runs["restart"]["texts tokenized"] == 0
