@@ -92,7 +92,7 @@ def prepare(config: Config, world_size: int, begun: float | None = None) -> Job:
     adapter = read_adapter(config, model_config)
     lora = adapter.config if adapter else lora_config(config, model_config)
     build_model(config, model_config, mesh)  # on the meta device: raises where it cannot be divided
-    buckets = buckets_before_start(config, model_config, world_size, lora)
+    buckets = buckets_before_start(config, model_config, world_size, lora) if config.resume else None
     resume = find_checkpoint(config.output_dir, config.resume, config.overwrite_output_dir, buckets, peers)
     trained = trained_shapes(model_config, lora)
     weights = _open_base(config, directory, model_config, adapter, peers)

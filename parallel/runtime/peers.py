@@ -82,10 +82,6 @@ class Peers:
         `name` stands. A process that does not need it need not call this."""
         return self.first(name, lambda: value)
 
-    def share_on_node(self, name: str, value: Any) -> Any:
-        """The value of the first process of each machine, in all processes of that machine."""
-        return self.first_on_node(name, lambda: value)
-
     def first(self, name: str, make: Callable[[], Any]) -> Any:
         """What make() returns in the first process, which alone calls it, in every process."""
         return make() if self.world_size == 1 else self._from(0, name, f"share/{name}", make)
@@ -130,11 +126,6 @@ class Peers:
         if problem := self.share(f"{name}: problem", problem):
             raise SharedError(problem)
 
-    def barrier(self, name: str) -> None:
-        """Wait until all processes are here."""
-        self.collect(name, None)
-        self.share(name, None)
-
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Within this context those who wait for this process may read what it does: `tokenizes DATA`. Any
@@ -163,7 +154,7 @@ class Peers:
             return
         with self.doing(WAITS), here().waiting(f"waiting for others: {name}"):
             if self._look_until_there(name, keys):
-                _say(f"all have come ({name})")
+                say(f"all have come ({name})")
 
     def _look_until_there(self, name: str, keys: dict[int, str]) -> bool:
         """Returns whether it has said who is late."""
@@ -182,7 +173,7 @@ class Peers:
                     )
                 at_work = self.is_first_on_node and any(doing not in ("", WAITS) for doing in late.values())
                 if late and waited >= report and (self.is_first or at_work):
-                    _say(f"waiting for {self._describe(late, name)}")
+                    say(f"waiting for {self._describe(late, name)}")
                     said = True
                 report = report if waited < report else waited + AGAIN_SECONDS
                 limit = waited + patience if working else limit
@@ -226,8 +217,9 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(runs)}"
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Print on stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @cache

@@ -91,8 +91,3 @@ class Progress:
 def here() -> Progress:
     """The note of this process, once and for all. Ranks that are threads have one each, in their Runtime."""
     return Progress()
-
-
-def at(what: str, slow: bool = False) -> None:
-    """As Progress.at, of this process."""
-    here().at(what, slow)

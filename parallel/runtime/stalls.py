@@ -8,7 +8,6 @@ stacks.
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from parallel.runtime.late import (
     who_is_late,
     whose_stacks,
 )
-from parallel.runtime.peers import Peers
+from parallel.runtime.peers import Peers, say
 from parallel.runtime.progress import COMPILING, STARTING, TRACING, Place, Progress, here
 from parallel.runtime.stacks import (
     SIGNAL,
@@ -89,7 +88,7 @@ class Stalls:
         if stands is not self._stood:
             if self._reported:
                 stood = duration(stands.since - self._stood.since)
-                _say(f"rank {self._peers.rank} moves again after {stood}: {place_of(told(place))}")
+                say(f"rank {self._peers.rank} moves again after {stood}: {place_of(told(place))}")
             self._stood, self._again, self._round, self._reported = stands, None, None, False
         if place != self._published:
             self._publish(store, place, now)
@@ -191,7 +190,7 @@ class Stalls:
         self._write(current.directory, "report.txt", "\n".join([head, *where, *late, ""]))
         folder = self._output / "stalls" / current.directory
         lines = [*shortened(where), *shortened(late), f"stacks of ranks, and all of this: {folder}"]
-        _say("\n  ".join([head, *lines]))
+        say("\n  ".join([head, *lines]))
         if self._ends:
             ended = f"nothing has moved for {age} (--on_stall end); {late[0]}; see {folder}"
             store.compare_set(KEY, "", ended)  # an error of a rank would be the better reason
@@ -203,7 +202,7 @@ class Stalls:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         except OSError as error:
-            _say(f"warning: {path} cannot be written: {error.strerror}")
+            say(f"warning: {path} cannot be written: {error.strerror}")
 
 
 def watch_stalls(peers: Peers, output_dir: str, minutes: float, ends: bool) -> None:
@@ -227,8 +226,4 @@ class Asked:
     def look(self, store) -> None:
         """Print what the signal's handler has written since the last call."""
         if said := self._answers.take():
-            _say(f"stacks of {self._name}, asked for by {SIGNAL.name}:\n{said}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            say(f"stacks of {self._name}, asked for by {SIGNAL.name}:\n{said}")

@@ -65,7 +65,7 @@ def test_nodes_and_disagreements():
     """Two machines of two processes each."""
 
     def process(peers):
-        found = peers.share_on_node("node", peers.rank), peers.gather("values", peers.rank * 10)
+        found = peers.first_on_node("node", lambda: peers.rank), peers.gather("values", peers.rank * 10)
         assert peers.first("once", lambda: made.append(peers.rank)) is None
         try:
             peers.agree(
@@ -96,7 +96,7 @@ def test_who_is_late_is_named(monkeypatch, capfd):
         if rank == 2:
             with peers.doing("tokenizes a.jsonl"):
                 time.sleep(0.8)  # the first process looks after 0.2 and 0.5 s
-        peers.share_on_node("tokens", rank)
+        peers.first_on_node("tokens", lambda: rank)
         peers.limit_seconds = 0.6  # and as long again after one was seen at work
         return peers.gather("values", rank)
 
@@ -114,7 +114,7 @@ def test_after_the_limit_the_first_process_names_who_has_not_come():
     def process(peers):
         peers.limit_seconds = 0.3
         if peers.rank != 2:
-            peers.barrier("the start")
+            peers.gather("the start", None)
 
     found = in_processes(process, 4)
     assert "minutes of waiting: rank 2 on host-1: the start" in str(found[0])

@@ -15,7 +15,7 @@ from torch.distributed import HashStore
 from parallel.graph import backend
 from parallel.runtime import Peers, Progress, watch_stalls
 from parallel.runtime.late import shortened, who_is_late, whose_stacks
-from parallel.runtime.progress import at, here
+from parallel.runtime.progress import here
 from parallel.runtime.stalls import Stalls
 from parallel.runtime.watch import KEY, children
 from tests.support import hanging
@@ -238,7 +238,7 @@ def test_stacks_can_be_asked_for_by_hand(capfd):
 
 
 def test_the_note_of_this_process():
-    at("reading the checkpoint")
+    here().at("reading the checkpoint")
     assert here().place.phase.text == "reading the checkpoint" and not here().place.phase.slow
 
 

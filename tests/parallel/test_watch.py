@@ -23,25 +23,8 @@ HOST = socket.gethostname()
 
 
 def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "--max_restarts=2",
-            "-m",
-            "tests.support.dying",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2")
+    done = start("-m", "tests.support.dying", tmp_path, program=torchrun, forked=False, timeout=600)
     ended = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ended == [
         f"error: rank 1 on {HOST} was killed; rank 0 on {HOST} ends with it",
@@ -59,15 +42,7 @@ def test_a_dead_rank_ends_the_others_and_the_job_restarts(tmp_path):
 def test_a_fault_in_the_start_ends_all_within_seconds(tmp_path):
     """Two machines, ranks 0 and 1, and rank 2: one process of each says why, and the one that fails."""
     faults = ["fails", "differs", "is told to end", "loses the store"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.starting", str(tmp_path), *faults],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = start(tmp_path, *faults, program=("-m", "tests.support.starting"), forked=False, timeout=120)
     found = json.loads(done.stdout)
 
     def lines_of(fault, statuses=(1, 1, 1)):

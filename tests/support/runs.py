@@ -26,8 +26,9 @@ def environment():
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
-def start(*flags, program=("trainer/main.py",), cwd=ROOT, forked=True):
-    """A program that has to end well, in a forked process or in a new interpreter."""
+def start(*flags, program=("trainer/main.py",), cwd=ROOT, forked=True, timeout=900):
+    """A program that has to end well, in a forked process or in a new interpreter, there within `timeout`
+    seconds."""
     command = [*map(str, program), *map(str, flags)]
     if forked:
         done = run_program(command, cwd, environment())
@@ -37,7 +38,7 @@ def start(*flags, program=("trainer/main.py",), cwd=ROOT, forked=True):
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=timeout,
             env=environment(),
         )
     assert done.returncode == 0, done.stderr[-6000:]

@@ -22,14 +22,14 @@ def rank_of_job(fault: str) -> int:
     signal.signal(signal.SIGTERM, watch.terminated)
     try:
         with watch.telling():
-            peers.barrier("the start")
+            peers.gather("the start", None)
             Path("ready").touch()
             if fault == "fails" and peers.rank == 2:
                 raise MemoryError("no room")
             if fault == "differs":
                 peers.agree("colour", peers.rank // 2, lambda name, *values: f"{name} has {values}")
             if peers.rank == 1:
-                peers.share_on_node("what rank 0 never gives", None)
+                peers.first_on_node("what rank 0 never gives", lambda: None)
             time.sleep(60)
     except (MemoryError, ValueError) as error:
         print("error:", watch.in_words(error), file=sys.stderr)

@@ -1,9 +1,9 @@
 """What grows with the number of ranks, from two starts that were measured: of all ranks, and of half.
 
 Both resume a checkpoint that all ranks have written. What all processes together do is taken as a + b x
-ranks, neither below 0: a for what is done once, b for what each does. A manifest has a line for each piece
-that a rank has written, so it grows with the ranks of the job that wrote it: what is read of manifests is
-multiplied by that.
+ranks, neither below 0: a for what is done once, b for what each does. A manifest grows
+with the ranks of the job that wrote it, less than they do: only its lines of files do. What is read of
+manifests is multiplied by the ranks, so it is an upper bound.
 """
 
 RANKS = (1024, 2048)

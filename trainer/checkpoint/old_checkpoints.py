@@ -36,7 +36,7 @@ class OldCheckpoints:
 
     def __init__(self, output: Path, limit: int | None):
         self._output, self._limit = output, limit
-        # A manifest may have 150 MB, so each is read once.
+        # A manifest of version 3 may have 150 MB, so each is read once.
         self._losses: dict[Path, float | None] = {}
 
     def prune(self, newest: Path, eval_loss: float | None) -> None:

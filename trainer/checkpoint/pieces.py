@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 import xxhash
@@ -67,6 +68,7 @@ class RankFiles:
 
     def __init__(self, path: Path, manifest: dict):
         self.path, self._listed, self._opened = path, manifest["files"], {}
+        self._opening: dict[int, Lock] = {}
         self._is_old = manifest["version"] == 3
 
     def open(self, rank: int) -> tuple[TensorFile, dict[str, dict]]:
@@ -74,16 +76,20 @@ class RankFiles:
 
         Raises ValueError where it is missing or damaged, and OSError where it cannot be read.
         """
-        if rank not in self._opened:  # threads that come together may open it twice
-            path = self.path / rank_file(rank)
-            listed = self._listed.get(path.name)
-            if not listed:
-                raise ValueError(f"{self.path}: a piece is in {path.name}, which {MANIFEST} does not list")
-            check_size(path, listed["bytes"])
-            file = TensorFile(path)
-            check_found(path, file.header_checksum, listed)
-            self._opened[rank] = file, described_pieces(file)
+        with self._opening.setdefault(rank, Lock()):  # threads come together, and each file is read once
+            if rank not in self._opened:
+                self._opened[rank] = self._read_header(rank)
         return self._opened[rank]
+
+    def _read_header(self, rank: int) -> tuple[TensorFile, dict[str, dict]]:
+        path = self.path / rank_file(rank)
+        listed = self._listed.get(path.name)
+        if not listed:
+            raise ValueError(f"{self.path}: a piece is in {path.name}, which {MANIFEST} does not list")
+        check_size(path, listed["bytes"])
+        file = TensorFile(path)
+        check_found(path, file.header_checksum, listed)
+        return file, described_pieces(file)
 
     def piece(self, rank: int, key: str, expected: dict, end: int) -> Piece:
         """The piece of the tensor `key` that a rank wrote, up to element `end` of its slice.

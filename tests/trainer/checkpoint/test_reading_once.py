@@ -5,19 +5,17 @@ Each process is a thread with a store in memory, and its rank has no device.
 
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import HashStore
 
 from parallel.buckets import Buckets
 from parallel.mesh import Mesh
-from parallel.runtime import Peers
 from parallel.shard import Shard
+from tests.support.processes import in_processes
 from tests.support.saved import SHAPES, as_version_3, give_shares, optimizer_of, save, whole
 from trainer.checkpoint.find import find_checkpoint
 from trainer.checkpoint.names import MANIFEST
@@ -33,19 +31,16 @@ def resume_together(output, world, tp=2, zero_1=True, resume="latest", state=Non
 
     of_rank(rank): the output directory as its node has it.
     """
-    store, state = HashStore(), state or {}
 
-    def process(rank):
-        peers = Peers(store, rank, world, rank % 2, f"host-{rank // 2}")
-        optimizer = optimizer_of(Mesh.create(rank, world, tp), 0, zero_1, **state)
-        directory = of_rank(rank) if of_rank else output
+    def process(peers):
+        optimizer = optimizer_of(Mesh.create(peers.rank, world, tp), 0, zero_1, **(state or {}))
+        directory = of_rank(peers.rank) if of_rank else output
         try:
             return find_checkpoint(str(directory), resume, False, optimizer.buckets, peers), optimizer
         except ValueError as error:
             return str(error), optimizer
 
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(process, range(world)))
+    return in_processes(process, world)
 
 
 def bytes_read():
