@@ -26,6 +26,7 @@ TINY = MODEL | {
 SETTINGS = {
     "row_length": 64,
     "rows": 2,
+    "micro_batch": 1,
     "steps": 2,
     "warmup": 2,
     "bf16": False,
@@ -148,6 +149,10 @@ def test_two_sides_on_the_same_tokens(tmp_path):
     )
     assert plain["target_tokens"] == 2 * (labels != -100).sum(1).mean()
     assert abs(plain["loss"] - np.log(96)) < 0.5 and plain["instructions"] > 500
+    one_graph = SETTINGS | {"micro_batch": 2}
+    make(tmp_path, TINY, one_graph, examples=50)
+    at_once = run("plain", tmp_path, one_graph)
+    assert abs(at_once["loss"] - plain["loss"]) < 1e-3 and at_once["instructions"] < plain["instructions"]
     # rows are as full as the packing of the same examples makes them
     pieces = Pieces(np.zeros(50, np.int64), tokens.offsets[:-1], tokens.offsets[1:])
     filled = len(tokens.input_ids) / (64 * len(pack(pieces.lengths.tolist(), 64)))
@@ -161,6 +166,8 @@ def test_bad_input_is_refused(tmp_path, capsys):
         ["--tokens", "1000"],
         ["--rounds", "0"],
         ["--max_seq_length", "0"],
+        ["--per_device_train_batch_size", "3"],
+        ["--per_device_train_batch_size", "0"],
         ["--json", str(tmp_path / "none" / "file")],
     ):
         with pytest.raises(SystemExit):

@@ -3,7 +3,8 @@ tokens a step.
 
     pip install trl==1.16.0 accelerate
     python -m tools.bench_peers [--rounds 3] [--steps 5] [--max_seq_length 512] [--tokens 4096] \\
-      [--model small] [--bf16] [--gradient_checkpointing none] [--huge_pages] [--json FILE]
+      [--per_device_train_batch_size 8] [--model small] [--bf16] [--gradient_checkpointing none] \\
+      [--huge_pages] [--json FILE]
     PJRT_DEVICE=GPU python -m tools.bench_peers --model llama3-8b --bf16 --max_seq_length 2048 \\
       --tokens 2048 [--peer_python PYTHON]
 
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.fail(error)
     print(
         f"{versions()}{device}\n{chosen.model}, {settings['rows']} rows of {chosen.max_seq_length} a step, "
-        f"{chosen.steps} warm steps a process, {chosen.rounds} rounds, peers "
+        f"{settings['micro_batch']} of them at once, {chosen.steps} warm steps a process, {chosen.rounds} rounds, peers "
         f"{'with' if chosen.huge_pages else 'without'} huge pages",
         flush=True,
     )
@@ -102,6 +103,12 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument(
         "--huge_pages", action="store_true", help="markstep's peers get large allocations in huge pages too"
     )
+    parser.add_argument(
+        "--per_device_train_batch_size",
+        type=int,
+        help="rows of a micro-batch of markstep and of the plain loop, which accumulate the others of a step; "
+        "default all. trl's has one row",
+    )
     models = ["small", *PRESETS]
     parser.add_argument("--model", choices=models, default="small", help="with random weights; default small")
     parser.add_argument("--bf16", action="store_true", help="all sides train in bf16; default fp32")
@@ -125,11 +132,17 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
             f"--rounds, --steps: at least 1 was expected; --max_seq_length: at least {SHORTEST}; --tokens: a "
             "multiple of it"
         )
+    micro_batch = rows if chosen.per_device_train_batch_size is None else chosen.per_device_train_batch_size
+    if micro_batch < 1 or rows % micro_batch:
+        parser.error(
+            f"--per_device_train_batch_size {micro_batch}: a divisor of {rows}, the rows of a step, was expected"
+        )
     if chosen.json and not chosen.json.absolute().parent.is_dir():
         parser.error(f"--json {chosen.json}: a file in a directory that exists was expected")
     return chosen, {
         "row_length": chosen.max_seq_length,
         "rows": rows,
+        "micro_batch": micro_batch,
         "steps": chosen.steps,
         "warmup": 3,
         "bf16": chosen.bf16,

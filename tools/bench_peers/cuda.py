@@ -63,18 +63,22 @@ def plain(directory: Path) -> dict:
     ended, started = [], None
     for step in range(settings["warmup"] + settings["steps"] + 1):
         chosen = np.arange(step * rows, (step + 1) * rows) % len(found["input_ids"])
-        inputs, targets = (
-            torch.from_numpy(found[name][chosen]).to(device) for name in ("input_ids", "labels")
-        )
-        loss = model(input_ids=inputs, labels=targets, use_cache=False).loss
-        loss.backward()
+        micro_batches = np.split(chosen, rows // settings["micro_batch"])
+        loss = 0.0
+        for micro_batch in micro_batches:
+            inputs, targets = (
+                torch.from_numpy(found[name][micro_batch]).to(device) for name in ("input_ids", "labels")
+            )
+            mean = model(input_ids=inputs, labels=targets, use_cache=False).loss / len(micro_batches)
+            mean.backward()
+            loss = loss + mean.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if started is not None:
             started.item()
             ended.append(time.perf_counter())
-        started = loss.detach()
+        started = loss
     # What is read in a step is the loss of the one before: `ended` are the ends of all but the last.
     return {
         **row_figures(ended[settings["warmup"] - 1 :], rows, found),

@@ -42,8 +42,9 @@ def adapted(directory: Path, settings: dict):
 def plain(directory: Path) -> dict:
     """Train a transformers model with peft's LoRA in a loop on torch_xla; returns the figures.
 
-    Rows are full and have no masks, so that examples see each other. As in markstep, the loss of a step is
-    read when the next one has started, so that the host traces while the device works.
+    Rows are full and have no masks, so that examples see each other. As in markstep, each micro-batch is a
+    graph, and the loss of a step is read when the next one has started, so that the host traces while the
+    device works.
     """
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     import torch
@@ -56,20 +57,31 @@ def plain(directory: Path) -> dict:
     rows, device = settings["rows"], torch_xla.device()
     model = get_peft_model(*adapted(directory, settings)).train().to(device)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-4)
-    ended, started = [], None
+    ended, started, instructions = [], None, 0
+
+    def sync(step):
+        nonlocal instructions
+        if step == 1:  # the first step also creates AdamW's moments
+            instructions += pending_instructions()
+        torch_xla.sync()
+
     for step in range(settings["warmup"] + settings["steps"]):
         chosen = np.arange(step * rows, (step + 1) * rows) % len(ids)
-        inputs, targets = (torch.from_numpy(each[chosen]).to(device) for each in (ids, labels))
-        loss = model(input_ids=inputs, labels=targets, use_cache=False).loss
-        loss.backward()
+        micro_batches = np.split(chosen, rows // settings["micro_batch"])
+        loss = 0.0
+        for number, micro_batch in enumerate(micro_batches):
+            if number:
+                sync(step)
+            inputs, targets = (torch.from_numpy(each[micro_batch]).to(device) for each in (ids, labels))
+            mean = model(input_ids=inputs, labels=targets, use_cache=False).loss / len(micro_batches)
+            mean.backward()
+            loss = loss + mean.detach()
         optimizer.step()
         optimizer.zero_grad()
-        if step == 1:  # the first step also creates AdamW's moments
-            instructions = pending_instructions()
-        torch_xla.sync()
+        sync(step)
         if started is not None:
             started.item()
-        started = loss.detach()
+        started = loss
         ended.append(time.perf_counter())
         if step == settings["warmup"] - 1:
             compiled = metric_data("CompileTime")[0]

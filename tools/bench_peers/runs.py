@@ -94,7 +94,8 @@ def flags_of(directory: Path, settings: dict) -> list:
 
 
 def step_instructions(directory: Path, settings: dict) -> int:
-    """The number of HLO instructions in markstep's step, by tools.bench_compile."""
+    """The number of HLO instructions in markstep's step, all micro-batches included, by
+    tools.bench_compile."""
     result, model = directory / "graph.json", directory / "config.json"
     flags = map(str, _flags_of_the_step(directory, settings))
     subprocess.run(
@@ -103,7 +104,9 @@ def step_instructions(directory: Path, settings: dict) -> int:
         check=True,
         capture_output=True,
     )
-    return json.loads(result.read_text(encoding="utf-8"))["graphs"]["step"]["instructions"]
+    graphs = json.loads(result.read_text(encoding="utf-8"))["graphs"]
+    times = {"micro_batch": settings["rows"] // settings["micro_batch"]}
+    return sum(times.get(name, 1) * graph["instructions"] for name, graph in graphs.items())
 
 
 def _flags_of_the_step(directory: Path, settings: dict) -> list:
@@ -111,7 +114,8 @@ def _flags_of_the_step(directory: Path, settings: dict) -> list:
         *("--dataset", directory / FILES["data"]),
         *("--data_cache_dir", directory / FILES["tokens"]),
         *("--max_seq_length", settings["row_length"]),
-        *("--per_device_train_batch_size", settings["rows"]),
+        *("--per_device_train_batch_size", settings["micro_batch"]),
+        *("--gradient_accumulation_steps", settings["rows"] // settings["micro_batch"]),
         *("--lora_r", 16),
         *("--lora_alpha", 32),
         *("--lr_scheduler_type", "constant"),
