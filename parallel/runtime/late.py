@@ -23,7 +23,7 @@ def who_is_late(places: list[Told], silent: set[int], allowed: float) -> list[in
     another phase that is slow, for at most `allowed` seconds.
 
     places: by rank. silent: the ranks that do not answer. They are late; so are others that are no further
-    and do not wait. Where all answer, those are late that have got through the fewest mark_steps, and, among
+    than one of these was last seen, and do not wait. Where all answer, those are late that have got through the fewest mark_steps, and, among
     these, do not wait.
     """
     order = {
@@ -33,7 +33,7 @@ def who_is_late(places: list[Told], silent: set[int], allowed: float) -> list[in
     behind = [rank for rank, each in order.items() if each == least]
     if silent:
         counts = [places[rank]["count"] if places[rank] else 0 for rank in silent]
-        behind = [rank for rank in behind if order[rank] < (min(counts), True)]
+        behind = [rank for rank in behind if order[rank] < (max(counts), True)]
     slow = {rank for rank in behind if places[rank]["slow"] and places[rank]["age"] <= allowed}
     late = sorted(silent.union(behind) - slow)
     if not late:

@@ -197,6 +197,8 @@ def test_who_is_late():
     assert who_is_late(places(near, near, works), {2}, 50) == [2]
     assert who_is_late(places(near, works, works), {2}, 50) == [1, 2]
     assert who_is_late(places(near, None, near), {1}, 50) == [1]
+    old = (6, False, False, 9, "a", 2)  # where a rank was a second before it fell silent
+    assert who_is_late(places(far, old, near, works), {1, 2}, 50) == [1, 2, 3]
 
 
 def test_a_report_of_a_thousand_ranks_is_short():
