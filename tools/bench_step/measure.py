@@ -174,14 +174,16 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None, begun:
         clock, peak, compiled = found.clock, found.peak, found.compiled
         lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     # Not between the moments at which mark_step returned: a traced step waits in it, a replayed one after it.
+    # So the seconds of a step that is replayed after a traced one, or the reverse, lack or have a wait more.
     seconds = np.array([line["step_seconds"] for line in lines])
-    in_free = seconds[parts.free]
+    alike = [step for step in parts.free if clock.replayed[step] == clock.replayed[max(step - 1, 0)]]
+    in_free = seconds[alike or list(parts.free)]
     free_lines = lines[parts.free.start : parts.free.stop]
     return {
         "step_seconds": float(np.median(in_free)),
         "step_seconds_least": float(in_free.min()),
         "step_seconds_most": float(in_free.max()),
-        **_replayed("step_replay_seconds", seconds, clock, parts.free),
+        **_replayed("step_replay_seconds", seconds, clock, alike),
         "step_trace_seconds": float(np.median(seconds[parts.traced_free])),
         "first_step_seconds": clock.ended[0] - begun - found.peak_seconds,
         **_rates(job, mesh, float(np.median(in_free)), free_lines, peak),
