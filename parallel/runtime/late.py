@@ -23,8 +23,8 @@ def who_is_late(places: list[Told], silent: set[int], allowed: float) -> list[in
     another phase that is slow, for at most `allowed` seconds.
 
     places: by rank. silent: the ranks that do not answer. They are late; so are others that are no further
-    than one of these was last seen, and do not wait. Where all answer, those are late that have got through the fewest mark_steps, and, among
-    these, do not wait.
+    than one of these was last seen, and do not wait. Where all answer, those are late that have got through
+    the fewest mark_steps, and, among these, do not wait.
     """
     order = {
         rank: (place["count"], place["waits"]) for rank, place in enumerate(places) if rank not in silent

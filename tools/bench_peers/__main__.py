@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.fail(error)
     print(
         f"{versions()}{device}\n{chosen.model}, {settings['rows']} rows of {chosen.max_seq_length} a step, "
-        f"{settings['micro_batch']} of them at once, {chosen.steps} warm steps a process, {chosen.rounds} rounds, peers "
-        f"{'with' if chosen.huge_pages else 'without'} huge pages",
+        f"{settings['micro_batch']} of them at once, {chosen.steps} warm steps a process, {chosen.rounds} "
+        f"rounds, peers {'with' if chosen.huge_pages else 'without'} huge pages",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as temporary:
@@ -135,7 +135,8 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     micro_batch = rows if chosen.per_device_train_batch_size is None else chosen.per_device_train_batch_size
     if micro_batch < 1 or rows % micro_batch:
         parser.error(
-            f"--per_device_train_batch_size {micro_batch}: a divisor of {rows}, the rows of a step, was expected"
+            f"--per_device_train_batch_size {micro_batch}: a divisor of {rows}, the rows of a step, was "
+            "expected"
         )
     if chosen.json and not chosen.json.absolute().parent.is_dir():
         parser.error(f"--json {chosen.json}: a file in a directory that exists was expected")

@@ -62,8 +62,7 @@ def plain(directory: Path) -> dict:
     optimizer = torch.optim.AdamW(trained, lr=2e-4, fused=device == "cuda")
     ended, started = [], None
     for step in range(settings["warmup"] + settings["steps"] + 1):
-        chosen = np.arange(step * rows, (step + 1) * rows) % len(found["input_ids"])
-        micro_batches = np.split(chosen, rows // settings["micro_batch"])
+        micro_batches = micro_batches_of(step, settings, len(found["input_ids"]))
         loss = 0.0
         for micro_batch in micro_batches:
             inputs, targets = (
@@ -86,6 +85,13 @@ def plain(directory: Path) -> dict:
         "first_step_seconds": ended[0] - BEGUN,
         "memory_bytes": memory_bytes(device),
     }
+
+
+def micro_batches_of(step: int, settings: dict, count: int) -> list[np.ndarray]:
+    """The numbers of the rows of each micro-batch of a step, among `count` rows that are taken in turn."""
+    rows = settings["rows"]
+    chosen = np.arange(step * rows, (step + 1) * rows) % count
+    return np.split(chosen, rows // settings["micro_batch"])
 
 
 def row_figures(ended: list[float], rows: int, found) -> dict:

@@ -18,7 +18,7 @@ import numpy as np
 BEGUN = time.perf_counter()  # before the slow imports
 
 from data.tokens import IGNORED, Tokens  # noqa: E402
-from tools.bench_peers.cuda import memory_bytes, random_model  # noqa: E402
+from tools.bench_peers.cuda import memory_bytes, micro_batches_of, random_model  # noqa: E402
 from tools.bench_peers.inputs import LORA, read  # noqa: E402
 
 
@@ -66,8 +66,7 @@ def plain(directory: Path) -> dict:
         torch_xla.sync()
 
     for step in range(settings["warmup"] + settings["steps"]):
-        chosen = np.arange(step * rows, (step + 1) * rows) % len(ids)
-        micro_batches = np.split(chosen, rows // settings["micro_batch"])
+        micro_batches = micro_batches_of(step, settings, len(ids))
         loss = 0.0
         for number, micro_batch in enumerate(micro_batches):
             if number:

@@ -149,7 +149,8 @@ def gemm_peak(dtype: str) -> float:
 
 
 def measure(config, world_size: int, steps: int, warmup: int, trace=None, begun: float | None = None) -> dict:
-    """Run the loop, and return the figures of a step: times in seconds, medians over `steps` steps.
+    """Run the loop, and return the figures of a step: times in seconds, medians over `steps` steps, or those
+    of them whose predecessor was traced, or replayed, too.
 
     Parts says which steps run; a StepTrace `trace` records RECORDED of them. `begun`: the time.perf_counter()
     from which the first step's seconds count; default: now. Raises ValueError for a job that cannot start.
@@ -176,7 +177,7 @@ def measure(config, world_size: int, steps: int, warmup: int, trace=None, begun:
     # Not between the moments at which mark_step returned: a traced step waits in it, a replayed one after it.
     # So the seconds of a step that is replayed after a traced one, or the reverse, lack or have a wait more.
     seconds = np.array([line["step_seconds"] for line in lines])
-    alike = [step for step in parts.free if clock.replayed[step] == clock.replayed[max(step - 1, 0)]]
+    alike = [step for step in parts.free if clock.replayed[step] == clock.replayed[step - 1]]
     in_free = seconds[alike or list(parts.free)]
     free_lines = lines[parts.free.start : parts.free.stop]
     return {
