@@ -34,8 +34,8 @@ def make(directory: Path, model: dict, settings: dict, examples: int = 1000, see
     """Write config.json, a tokenizer with a word for each token of the vocabulary, examples, and settings.
 
     settings: row_length, rows of a step, rows of a micro_batch (not trl's), steps, warmup, bf16,
-    gradient_checkpointing (none, selective, full), device (cpu, cuda). The examples have lengths such as dolly's, cut to a row; 30 to 70 % of each is the
-    prompt.
+    gradient_checkpointing (none, selective, full), device (cpu, cuda). The examples have lengths such as
+    dolly's, cut to a row; 30 to 70 % of each is the prompt.
     """
     from tools.example_lengths import draw_lengths
 
