@@ -164,9 +164,9 @@ def prepare_environment(world_size: int, stochastic_rounding: bool = False) -> N
     if devices.on_gpu():
         gpu.check()
         return
-    # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks. One rank
-    # waits in none, and is slower with more threads than cores. With donated buffers the first of several
-    # ranks' sync waits for the others; one rank only waits for its device, and needs less memory.
+    # Measured on torch_xla 2.9: with fewer threads than ranks that wait in a collective it deadlocks. One
+    # rank waits in none, and is slower with more threads than cores. With donated buffers the first of
+    # several ranks' sync waits for the others; one rank only waits for its device, and needs less memory.
     cores = len(os.sched_getaffinity(0))
     os.environ |= {
         "PJRT_DEVICE": "CPU",

@@ -120,7 +120,9 @@ def test_stochastic_rounding_is_switched_on_or_warned_of(monkeypatch, capsys, ne
     assert ("warning: --stochastic_rounding needs NeuronCores" in capsys.readouterr().err) is not neuron
 
 
-@pytest.mark.parametrize("cores, ranks, threads", [(2, 1, 2), (2, 3, 12), (1, 1, 1), (64, 1, 64), (64, 3, 64)])
+@pytest.mark.parametrize(
+    "cores, ranks, threads", [(2, 1, 2), (2, 3, 12), (1, 1, 1), (64, 1, 64), (64, 3, 64)]
+)
 def test_one_rank_has_a_thread_a_core_and_several_have_four_each(monkeypatch, cores, ranks, threads):
     from parallel import runtime
 

@@ -106,8 +106,8 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.add_argument(
         "--per_device_train_batch_size",
         type=int,
-        help="rows of a micro-batch of markstep and of the plain loop, which accumulate the others of a step; "
-        "default all. trl's has one row",
+        help="rows of a micro-batch of markstep and of the plain loop, which accumulate the others of a "
+        "step; default all. trl's has one row",
     )
     models = ["small", *PRESETS]
     parser.add_argument("--model", choices=models, default="small", help="with random weights; default small")
