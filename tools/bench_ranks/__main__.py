@@ -9,8 +9,9 @@ The walk is a start with a cold token cache, ten steps with saves, the same with
 restart of all, and a resume on half of the ranks (tools/bench_ranks/walk.py). For each part there is what all
 processes together have read of a checkpoint, of the base model and of tokens, the files that one of them had
 open at most, messages to the store, seconds and memory. The losses of the restarted run have to be those of
-the undisturbed one. After that the store's messages a second are measured, and what grows with the ranks is
-extrapolated to 1,024 and 2,048 (tools/bench_ranks/extrapolation.py).
+the undisturbed one. After that the store's messages a second are measured, with a connection for each process
+and with 16, and what grows with the ranks is extrapolated to 1,024 and 2,048
+(tools/bench_ranks/extrapolation.py).
 
 A full training needs 12 bytes of a checkpoint for each parameter, and about 15 times its size of memory here.
 """
@@ -67,7 +68,10 @@ def _walk(directory: Path, chosen: argparse.Namespace) -> dict:
     old = read_json(chosen.compare) if chosen.compare else None
     found = walk(directory, chosen.processes, chosen.machines, chosen.checkpoint_gb * 1e9, LIMIT_SECONDS)
     found["store"] = {
-        f"{clients} connections": messages_per_second(min(clients, 64), clients) for clients in (64, 1024)
+        f"{number * chosen.processes} connections": messages_per_second(
+            chosen.processes, number * chosen.processes
+        )
+        for number in (1, 16)
     }
     found["extrapolation"] = extrapolate(found)
     print_table(found, old)
