@@ -53,33 +53,11 @@ def linear_cross_entropy(
     )
 
 
-def parallel_cross_entropy(
-    vocab_parallel_logits: torch.Tensor,
-    target: torch.Tensor,
-    rank_index: torch.Tensor,
-    tensor_model_parallel_group: Group = ALONE,
-    ignore_index: int = -100,
-) -> torch.Tensor:
-    """The first result of linear_cross_entropy, of logits [..., vocabulary / ranks] that exist already, and
-    are not changed; target [...]."""
-    logits = vocab_parallel_logits.flatten(0, -2)
-    vocab_size = logits.shape[-1] * tensor_model_parallel_group.size()
-    losses, _ = linear_cross_entropy(
-        [(logits, None)],
-        target.flatten(),
-        rank_index,
-        vocab_size,
-        tensor_model_parallel_group,
-        ignore_index=ignore_index,
-    )
-    return losses.view(target.shape)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, target, rank_index, vocab_size, group, recompute, ignore_index, *operands):
         inputs, weights = operands[::2], operands[1::2]
-        columns = inputs[0].shape[1] if weights[0] is None else weights[0].shape[0]
+        columns = weights[0].shape[0]
         counted = target != ignore_index
         local, inside = local_index(
             torch.where(counted, target, torch.zeros_like(target)), columns, rank_index
@@ -89,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             padding = rank_index * columns + torch.arange(columns, device=target.device) >= vocab_size
 
         sizes, kept, statistics = chunk_sizes(len(target), columns), [], []
-        transposed = _transposed(weights)
+        transposed = [weight.t() for weight in weights]
         for place, *parts in _chunks(sizes, local.unsqueeze(-1), *inputs):
             kept.append(_product(parts, transposed))
             logits = _fp32(kept[-1], padding)
@@ -124,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_total.clone(),
         )
         keep_apart([*(inputs if again else ()), *kept, log_total])
-        transposed = _transposed(weights) if again else ()
+        transposed = [weight.t() for weight in weights] if again else []
         of_target = grad_losses * counted.float()
         per_token = (hits, largest, log_total, of_target, of_target + grad_log_sum_exp)
         columns = torch.arange(kept[-1].shape[1], device=hits.device)
@@ -152,7 +130,7 @@ class _Gradients:
         """grad [tokens, columns]; parts: x [tokens, features] of each factor."""
         for n, (x, weight) in enumerate(zip(parts, self._weights, strict=True)):
             if self._wants[2 * n]:
-                self._pieces[n].append(grad if weight is None else grad @ weight)
+                self._pieces[n].append(grad @ weight)
             if self._wants[2 * n + 1]:
                 more, before = grad.t() @ x, self._sums[n]
                 self._sums[n] = more if before is None else before + more.float()
@@ -169,14 +147,10 @@ def _chunks(sizes, *tensors):
     return [tensors] if len(sizes) == 1 else zip(*(each.split(sizes) for each in tensors), strict=True)
 
 
-def _transposed(weights):
-    return [None if weight is None else weight.t() for weight in weights]
-
-
 def _product(parts, transposed):
     """The logits of a chunk: the sum of x W^T over the factors."""
-    (logits, *others), (weight, *factors) = parts, transposed
-    logits = logits if weight is None else logits @ weight
+    (x, *others), (weight, *factors) = parts, transposed
+    logits = x @ weight
     for x, weight in zip(others, factors, strict=True):
         logits = torch.addmm(logits, x, weight)
     return logits

@@ -149,7 +149,6 @@ def losses_of(runtime, base):
     from model.llama import Llama
     from model.weights.loading import fill
     from model.weights.sources import SafetensorsFiles
-    from parallel.loss import parallel_cross_entropy
 
     stand_in_for_nxd()
     found = {}
@@ -165,7 +164,7 @@ def losses_of(runtime, base):
                 flash_attention=flash,
             )
             fill(model, SafetensorsFiles(Path(base)), runtime.device, 0)
-            losses = parallel_cross_entropy(model(*batch), labels.to(runtime.device), model.rank_index)
+            losses, _ = model.token_losses(model.hidden_states(*batch), labels.to(runtime.device))
             losses.sum().backward()
             runtime.mark_step()
             found.setdefault(checkpointing, []).append(

@@ -47,8 +47,14 @@ def sharded(runtime):
 
     from parallel.buckets import Buckets
     from parallel.gradients import clip_gradients, global_norm
-    from parallel.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear, column_parallel
-    from parallel.loss import parallel_cross_entropy
+    from parallel.layers import (
+        ColumnParallelLinear,
+        ParallelEmbedding,
+        RowParallelLinear,
+        column_parallel,
+        gather_inputs,
+    )
+    from parallel.loss import linear_cross_entropy
     from parallel.mesh import Mesh
     from parallel.shard import named_shards
 
@@ -73,7 +79,12 @@ def sharded(runtime):
         x = net["embed"](ids)
         up, gate = column_parallel(x, [net["up"], net["gate"]])
         x = x + net["down"](F.silu(up) * gate)
-        losses = parallel_cross_entropy(net["head"](x), target, net["head"].rank_index, mesh.tp)
+        head = net["head"]
+        x, _ = gather_inputs(x, [head])
+        losses, _ = linear_cross_entropy(
+            head.factors(x.flatten(0, 1)), target.flatten(), head.rank_index, VOCABULARY, mesh.tp
+        )
+        losses = losses.view_as(target)
         losses.sum().backward()
         gradients = [total / mesh.dp.size() for total in buckets.reduce(buckets.take_gradients(None))]
         norm = global_norm(buckets, gradients)

@@ -55,7 +55,6 @@ def sharded(runtime, tp, sequence_parallel, bases):
     from parallel.buckets import Buckets
     from parallel.collectives import all_reduce
     from parallel.gradients import clip_gradients, global_norm
-    from parallel.loss import parallel_cross_entropy
     from parallel.mesh import Mesh
     from parallel.shard import named_shards
 
@@ -80,8 +79,8 @@ def sharded(runtime, tp, sequence_parallel, bases):
             for before, ragged in ((0, False), (1, False), (2, False), (2, True)):
                 batch = micro_batch("ragged" if ragged else "three", mesh.dp.rank(), before)
                 batch = {name: tensor.to(runtime.device) for name, tensor in batch.items()}
-                logits = model(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-                losses = parallel_cross_entropy(logits, batch["labels"], model.rank_index, mesh.tp)
+                hidden = model.hidden_states(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
+                losses, _ = model.token_losses(hidden, batch["labels"])
                 losses.sum().backward()
                 sums.append(buckets.take_gradients([total.clone() for total in sums[before]]))
                 totals.append(
