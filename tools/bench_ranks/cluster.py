@@ -195,6 +195,8 @@ class Attempt:
 def prepare() -> None:
     """Import everything that a rank needs, so that its fork shares the memory; to be called once, first."""
     os.environ |= {"PJRT_DEVICE": "CPU", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # torch asks the DNS for the name of the store's machine, for each connection, and waits for an answer.
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
     import torch_xla.distributed.xla_backend  # noqa: F401
     import transformers  # noqa: F401
 
