@@ -106,7 +106,7 @@ class TensorFile:
 
     def __del__(self):
         if hasattr(self, "_key"):
-            self.close()
+            OPEN_FILES.close_later(self._key)
 
     def elements(self, name: str, first: int, count: int) -> torch.Tensor:
         """[count] elements of the flattened tensor, starting with number `first`, in the file's dtype."""

@@ -2,13 +2,16 @@
 
 import json
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from model.weights import descriptors
 from model.weights.descriptors import Descriptors
 from model.weights.safetensors_file import TensorFile
 from model.weights.sources import SafetensorsFiles
@@ -132,6 +135,41 @@ def test_a_file_that_is_read_stays_open(tmp_path):
     assert read(files[0])[0] == "0" and read(files[2]) == ("2", third.result()[1])
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none")
+
+
+def test_a_file_is_collected_at_any_moment(tmp_path):
+    """Python may call __del__ of a file before any line of opening another one. The file is closed then."""
+    files = [tmp_path / str(number) for number in range(3)]
+    for path in files:
+        path.write_text(path.name)
+
+    def is_open(path):
+        return any(file.resolve() == path for file in Path("/proc/self/fd").iterdir())
+
+    def read(path):
+        with pool.reading(path, path) as descriptor:
+            return os.pread(descriptor, 1, 0).decode()
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename == descriptors.__file__ and event == "line":
+            lines.append(frame.f_lineno)
+            if len(lines) == moment:
+                pool.close_later(files[0])
+        return trace
+
+    moment, lines = 0, []
+    while moment <= len(lines):
+        pool, lines, moment = Descriptors(2), [], moment + 1
+        assert read(files[0]) == "0" and read(files[1]) == "1" and is_open(files[0])
+        sys.settrace(trace)
+        try:
+            found = read(files[2])
+        finally:
+            sys.settrace(None)
+        assert found == "2" and read(files[1]) == "1" and not is_open(files[0])
+        for path in files:
+            pool.close(path)
+    assert moment > 20 and not any(map(is_open, files))
 
 
 def test_a_file_that_was_replaced_is_refused(tmp_path):

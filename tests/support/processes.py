@@ -15,6 +15,7 @@ def in_processes(function, world_size, a_machine=2):
     def process(rank):
         machine, local_rank = divmod(rank, a_machine)
         peers = Peers(store, rank, world_size, local_rank, f"host-{machine}", a_machine)
+        peers.limit_seconds = 120.0  # so that the error of another one is soon seen
         try:
             return function(peers)
         except ValueError as error:
