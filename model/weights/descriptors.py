@@ -26,7 +26,7 @@ class Descriptors:
     def __init__(self, most: int = MOST):
         self._most, self._open = most, OrderedDict()  # oldest use first
         self._changed = Condition(Lock())
-        self._left: deque[object] = deque()  # keys of files that are to be closed by who has the lock
+        self._left: deque[object] = deque()  # keys of files to close, by whoever has the lock
 
     @contextmanager
     def reading(self, key: object, path: Path) -> Iterator[int]:
