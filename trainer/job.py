@@ -2,8 +2,8 @@
 
 import fcntl
 import os
-import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +36,21 @@ from trainer.start.facts import agree_on_model, agree_on_rows, agree_on_start
 from trainer.tokenizer import load_tokenizer
 
 
+@dataclass
+class StopRequest:
+    """Whether this process was asked to stop after its step.
+
+    It is no threading.Event, whose `set` takes a lock: a signal's handler that interrupts a `set`, of another
+    signal say, would wait for that lock for ever.
+    """
+
+    was_made: bool = False
+
+    def make(self, *_) -> None:
+        """Ask for it; may be the handler of a signal."""
+        self.was_made = True
+
+
 @dataclass(frozen=True)
 class Job:
     """What every rank receives: the configuration, and the inputs that were read and checked for it."""
@@ -54,7 +69,7 @@ class Job:
     identity: dict
     deadline: float | None  # the time.monotonic() at which the run must have ended
     flash_attention: bool = False
-    terminated: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
+    stop_request: StopRequest = field(default_factory=StopRequest)  # of SIGTERM, or of a full disk
 
     @property
     def prompt_format(self) -> PromptFormat:
@@ -231,11 +246,14 @@ def lock(output_dir: str) -> None:
     if not meet().is_first or extracts_graphs():
         return
     try:
-        fcntl.flock(os.open(output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        descriptor = os.open(output_dir, os.O_RDONLY)
+        for _ in range(10):  # tools.show_run holds it for a moment, to see whether a run goes on
+            with suppress(BlockingIOError):
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.1)
         raise ValueError(
             f"--output_dir {output_dir} is in use by another run that has not ended: choose another"
-        ) from None
+        )
     except OSError as error:
         print(
             f"warning: --output_dir {output_dir} cannot be locked ({error.strerror}): "

@@ -69,7 +69,7 @@ def main() -> int:
         print(f"error: {watch.in_words(error)}", file=sys.stderr)
         return 1
     if not extracts_graphs():
-        signal.signal(signal.SIGTERM, lambda *_: job.terminated.set())
+        signal.signal(signal.SIGTERM, job.stop_request.make)
     # From here on, a ValueError is a bug in the loop, not bad input: it keeps its traceback.
     try:
         with watch.telling():
@@ -81,6 +81,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    from trainer.reporting.console import Log
+
+    sys.stdout, sys.stderr = Log(sys.stdout), Log(sys.stderr)
     status = main()
     if status:
         # After an error ranks may still be computing. XLA may abort a process that is taken down meanwhile,

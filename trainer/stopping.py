@@ -17,8 +17,8 @@ class Stopping:
     """
 
     def __init__(self, runtime: Runtime, job: Job):
-        """`job.terminated` is set by SIGTERM; only rank 0 watches the time."""
-        self._runtime, self._terminated = runtime, job.terminated
+        """`job.stop_request` is this process's; only rank 0 watches the time."""
+        self._runtime, self._asked = runtime, job.stop_request
         self._deadline = job.deadline if runtime.rank == 0 else None
         self._steps, self._last, self._held = deque(maxlen=10), time.monotonic(), None
 
@@ -30,7 +30,7 @@ class Stopping:
         """
         needed = 3 * max(self._steps, default=0.0) + 2 * save_seconds
         late = self._deadline is not None and time.monotonic() + needed > self._deadline
-        return torch.tensor([float(late or self._terminated.is_set())])
+        return torch.tensor([float(late or self._asked.was_made)])
 
     def should_stop(self, stop_requests: torch.Tensor) -> bool:
         """Whether a rank requested to stop one step ago or earlier.

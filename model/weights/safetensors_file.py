@@ -67,7 +67,7 @@ class TensorFile:
         self.path, self.entries, self.metadata = Path(path), {}, {}
         self._key = object()
         with self._reading() as descriptor:
-            _, size = self._identity = _identity(descriptor)
+            size, *_ = self._identity = _identity(descriptor)
             length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise ValueError(
@@ -114,7 +114,7 @@ class TensorFile:
         values = torch.empty(count, dtype=DTYPES[entry.dtype])
         view, offset = memoryview(values.view(torch.uint8).numpy()), entry.begin + first * values.itemsize
         with self._reading() as descriptor:
-            if _identity(descriptor) != self._identity:  # the file may have been opened anew
+            if _identity(descriptor) != self._identity:
                 raise ValueError(f"{self.path} was replaced while it was read")
             while len(view):
                 got = os.preadv(descriptor, [view], offset)  # at most 2 GB at once
@@ -137,10 +137,11 @@ class TensorFile:
             yield self.elements(name, first, min(chunk, count - first))
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
-    """(inode, bytes) of an open file: another file of the same path has others."""
+def _identity(descriptor: int) -> tuple[int, int, int]:
+    """(bytes, inode, time of the last change) of an open file: another file of the same path has others, and
+    so has this one once it was written to."""
     status = os.fstat(descriptor)
-    return status.st_ino, status.st_size
+    return status.st_size, status.st_ino, status.st_mtime_ns
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict:

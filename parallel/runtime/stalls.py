@@ -8,6 +8,7 @@ stacks.
 
 import json
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from parallel.runtime.watch import KEY
 SLOW = 8  # so many times as long may a compilation take: neuronx-cc can need an hour
 GRACE_SECONDS = 30.0  # after which another rank reports in place of rank 0
 PATIENCE_SECONDS = 10.0  # for which answers are waited for: ranks look once a second
+DISK_SECONDS = 2.0  # for which the thread of the watch waits for a file
 PORTION = 64  # values that are read at once
 
 
@@ -82,7 +84,7 @@ class Stalls:
         self._reported = False
 
     def look(self, store) -> None:
-        """Publish where this rank is, answer messages, and report where nothing moves. Does not wait."""
+        """Publish where this rank is, answer messages, and report where nothing moves."""
         now, stands = self._clock(), self._progress.place
         place = self._named(stands)
         if stands is not self._stood:
@@ -138,9 +140,10 @@ class Stalls:
         others = message["outside"].get(str(rank), {})
         for other, text in zip(others, stacks_from_outside(list(others.values())), strict=True):
             found[int(other)] = text, state_of(others[other])
-        for each, (text, words) in found.items():
-            self._write(message["directory"], f"rank-{each:05}.txt", text)
+        for each, (_, words) in found.items():
             store.set(f"stalls/found/{self._seen}/{each}", words)
+        for each, (text, _) in found.items():
+            self._write(message["directory"], f"rank-{each:05}.txt", text)
 
     def _go_on(self, store, current: Round, now: float) -> None:
         """The part of the rank that reports: look whether the answers have come, and act on them."""
@@ -187,22 +190,29 @@ class Stalls:
         head = f"stalled: rank {self._peers.rank} on {self._peers.host} has not moved for {age}"
         where = places_in_words(current.places, current.late)
         late = late_in_words(current.places, current.late, set(current.silent), found) or [NOBODY]
-        self._write(current.directory, "report.txt", "\n".join([head, *where, *late, ""]))
         folder = self._output / "stalls" / current.directory
-        lines = [*shortened(where), *shortened(late), f"stacks of ranks, and all of this: {folder}"]
-        say("\n  ".join([head, *lines]))
         if self._ends:
             ended = f"nothing has moved for {age} (--on_stall end); {late[0]}; see {folder}"
             store.compare_set(KEY, "", ended)  # an error of a rank would be the better reason
+        lines = [*shortened(where), *shortened(late), f"stacks of ranks, and all of this: {folder}"]
+        say("\n  ".join([head, *lines]))
+        self._write(current.directory, "report.txt", "\n".join([head, *where, *late, ""]))
 
     def _write(self, directory: str, name: str, text: str) -> None:
-        """Write a file of OUT/stalls. Where that cannot be, a warning is enough."""
+        """Write a file of OUT/stalls, and wait for it for a moment: a file system that does not answer may be
+        why nothing moves. Where it cannot be written, a warning is enough."""
         path = self._output / "stalls" / directory / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            say(f"warning: {path} cannot be written: {error.strerror}")
+
+        def write():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            except OSError as error:
+                say(f"warning: {path} cannot be written: {error.strerror}")
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(DISK_SECONDS)
 
 
 def watch_stalls(peers: Peers, output_dir: str, minutes: float, ends: bool) -> None:

@@ -20,7 +20,8 @@ def children(parent: int) -> set[int]:
     alive = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, number, *_ = path.read_text().rsplit(")", 1)[1].split()
+            # A name is cut after 15 bytes, which may be within a character.
+            state, number, *_ = path.read_text(errors="replace").rsplit(")", 1)[1].split()
         except OSError:  # it has ended meanwhile
             continue
         if int(number) == parent and state not in "ZX":

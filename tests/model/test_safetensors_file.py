@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,5 +182,10 @@ def test_a_file_that_was_replaced_is_refused(tmp_path):
     file.close()
     path.rename(tmp_path / "old")
     save_file({"a": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="x.safetensors was replaced while it was read"):
+        file.elements("a", 0, 3)
+    file = TensorFile(path)
+    (path.with_name("other")).write_bytes(path.read_bytes())
+    shutil.copyfile(path.with_name("other"), path)  # as long, and in place
     with pytest.raises(ValueError, match="x.safetensors was replaced while it was read"):
         file.elements("a", 0, 3)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from torch.distributed import HashStore
 
 from parallel.graph import backend
-from parallel.runtime import Peers, Progress, watch_stalls
+from parallel.runtime import Peers, Progress, stalls, watch_stalls
 from parallel.runtime.late import shortened, who_is_late, whose_stacks
 from parallel.runtime.progress import here
 from parallel.runtime.stalls import Stalls
@@ -123,6 +124,31 @@ def test_a_rank_that_does_not_answer_is_late_and_the_job_ends(tmp_path, capfd):
     ended = job.store.get(KEY).decode()
     assert ended.startswith("nothing has moved for 15 min (--on_stall end); late: rank 1 on host-0: "), ended
     assert str(job.reports[0].parent) in ended
+
+
+def test_a_file_system_that_does_not_answer_holds_up_no_report(tmp_path, capfd, monkeypatch):
+    answers, mkdir = threading.Event(), Path.mkdir
+    monkeypatch.setattr(stalls, "DISK_SECONDS", 0.01)
+    monkeypatch.setattr(Path, "mkdir", lambda *path, **how: answers.wait(60) and mkdir(*path, **how))
+    job = Job(tmp_path, ends=True)
+    job.step(11, 0, 1, 2, 3)
+    job.wait("waiting for the device", 0, 1, 2)
+    job.pass_time(int(LIMIT) + 15)
+    assert "stalled: rank 0 on host-0 has not moved for 15 min\n" in capfd.readouterr().err
+    assert b"nothing has moved for 15 min (--on_stall end); late: rank 3" in job.store.get(KEY)
+    assert not job.reports
+    answers.set()
+
+
+def test_a_process_whose_name_was_cut():
+    """Within a character: names in /proc are bytes."""
+    name = Path("/proc/self/comm")
+    before = name.read_bytes()
+    name.write_bytes("1训练模型脚本".encode()[:15])
+    try:
+        assert os.getpid() in children(os.getppid())
+    finally:
+        name.write_bytes(before)
 
 
 def test_another_rank_reports_where_rank_0_is_the_one_that_stands(tmp_path, capfd):

@@ -32,6 +32,7 @@ from trainer.reporting.console import say
 
 MODEL_FILES = ("config.json", "generation_config.json")
 WAIT_SECONDS = 30  # for the last save at the next one, before that is put off
+ALONE_SECONDS = 60.0  # after which a rank whose directory is missing ends the run, if no other one has
 REMOVALS = 3
 SAVE_SECONDS = 30.0  # the assumed duration of a save, until one was measured
 
@@ -53,7 +54,7 @@ class Saver:
         self._partial: Path | None = None  # the directory of the last save, while it was written
         self._late: LateFiles | None = None
         self._written = self._completed = None
-        self._put_off = False
+        self._put_off, self._missed = False, None
         self._begun = self.stalled = 0.0
         self._seconds = SAVE_SECONDS
         self._old = OldCheckpoints(self._output, job.config.save_total_limit)
@@ -141,11 +142,11 @@ class Saver:
         """Raise the error of the last save, where it has failed on this rank, and delete what it has written.
 
         A run ends as soon as a checkpoint could not be written. Of the other ranks, which then lack the
-        directory, only the first error counts.
+        directory, only the first error counts: theirs does where the run has not ended ALONE_SECONDS later.
         """
         for future in (self._written, self._completed):
             error = future.exception() if future and future.done() else None
-            if error and (future is self._completed or self._partial.exists()):
+            if error and (future is self._completed or self._partial.exists() or self._is_alone()):
                 for _ in range(REMOVALS):  # another rank may be making a file in it
                     shutil.rmtree(self._partial, ignore_errors=True)
                 if isinstance(error, OSError):
@@ -153,6 +154,12 @@ class Saver:
                         f"{self._partial} could not be written: {error}; the checkpoints before it are whole"
                     )
                 raise error
+
+    def _is_alone(self) -> bool:
+        """Whether the directory is missing for so long that no other rank's error can be the reason. It is on
+        one machine where --output_dir is not shared with the others."""
+        self._missed = self._missed or time.monotonic()
+        return time.monotonic() - self._missed > ALONE_SECONDS
 
     @property
     def _writers(self) -> list[int]:

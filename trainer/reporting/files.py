@@ -4,8 +4,7 @@ import json
 import math
 import os
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.weights.hub import naming
@@ -18,11 +17,11 @@ STARTS = "starts.jsonl"
 class RunFiles:
     """Appends lines to the files in --output_dir.
 
-    Where a line cannot be written, `stop` is set, so that the run saves its state and ends, and `error` is
-    the OSError.
+    Where a line cannot be written, `stop` is called, so that the run saves its state and ends, and `error`
+    is the OSError.
     """
 
-    def __init__(self, output: Path, stop: threading.Event):
+    def __init__(self, output: Path, stop: Callable[[], None]):
         self._output, self._stop = output, stop
         self.error: OSError | None = None
 
@@ -54,7 +53,7 @@ class RunFiles:
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
         except OSError as error:
             self.error = OSError(f"{self._output / name} could not be written: {error.strerror}")
-            self._stop.set()
+            self._stop()
             say(f"error: {self.error}: the run saves its state, and ends", sys.stderr)
 
 

@@ -70,7 +70,7 @@ class Metrics:
         if runtime.rank == 0:
             print(job.summary, flush=True)
         if self._active:
-            self._files = RunFiles(Path(job.config.output_dir), job.terminated)
+            self._files = RunFiles(Path(job.config.output_dir), job.stop_request.make)
             logged, evaluated = self._files.continue_from(first_step, bool(job.eval_rows))
             self._drawn = first_step if evaluated else None  # the evaluation that the curves have
             device, peak = device_and_peak()

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import threading
 import time
 from threading import Event
 from types import SimpleNamespace
@@ -100,6 +101,37 @@ def test_the_last_save_waits_for_the_one_before(tmp_path, monkeypatch, capsys):
     train(tmp_path, 5, save_steps=2)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 5]
     assert capsys.readouterr().err.count("the save after step 4 is put off") == 1
+
+
+def test_a_rank_that_lacks_the_directory_ends_the_run_if_no_other_one_does(tmp_path, monkeypatch):
+    """Of the ranks that cannot write, one speaks that finds the directory. Where it is on another machine's
+    disk, there is none."""
+    write, check, steps, errors = Saver._write, Saver.check, [], []
+    monkeypatch.setattr(writer, "WAIT_SECONDS", 0)
+
+    def checked(saver):
+        try:
+            check(saver)
+        except OSError as error:
+            errors.append(str(error))
+            raise
+
+    def lacks(saver, partial, state):
+        if saver.runtime.rank == 3:
+            saver._partial = partial = tmp_path / "of the other machine"
+        write(saver, partial, state)
+
+    def at_step(step, saver):
+        if saver.runtime.rank == 3 and step > 1:
+            saver._written.exception(60)
+            steps.append(step)
+            monkeypatch.setattr(writer, "ALONE_SECONDS", 60 if step < 4 else 0)
+
+    monkeypatch.setattr(Saver, "_write", lacks)
+    monkeypatch.setattr(Saver, "check", checked)
+    with pytest.raises(threading.BrokenBarrierError):  # of the other ranks
+        train(tmp_path, 9, at_step, save_steps=1)
+    assert steps == [2, 3, 4] and "of the other machine could not be written: [Errno 2]" in errors[0]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from parallel.runtime.peaks import Peak
 from trainer.config import Config
 from trainer.config_derived import SAMPLE
 from trainer.evaluation import Evaluation
+from trainer.job import StopRequest
 from trainer.reporting import metrics
 from trainer.reporting.metrics import Metrics
 
@@ -46,7 +46,7 @@ def started(config, lora=None, world_size=1, memory=None):
         summary="",
         eval_rows=[1],
         total_steps=3,
-        terminated=threading.Event(),
+        stop_request=StopRequest(),
     )
     return runtime, Metrics(runtime, job, 0, SimpleNamespace(epochs=float))
 
@@ -126,6 +126,6 @@ def test_each_machine_says_that_a_run_was_stopped(tmp_path, monkeypatch, capsys,
     else:
         monkeypatch.delenv("LOCAL_RANK", raising=False)  # ranks are threads of one process
     config = Config(output_dir=str(tmp_path))
-    job, loader = SimpleNamespace(config=config, terminated=None), SimpleNamespace(epochs=None)
+    job, loader = SimpleNamespace(config=config, stop_request=StopRequest()), SimpleNamespace(epochs=None)
     Metrics(SimpleNamespace(rank=32, executes=True), job, 0, loader).stopped(7)
     assert capsys.readouterr().out == said

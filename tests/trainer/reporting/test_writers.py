@@ -1,13 +1,13 @@
 """--report_to: the curves of TensorBoard and W&B, what they need, and writers that fail."""
 
 import sys
-import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainer.config import Config, parse
+from trainer.job import StopRequest
 from trainer.reporting import writers
 from trainer.reporting.files import RunFiles
 from trainer.reporting.writers import Curves, check_writers
@@ -19,7 +19,7 @@ def train(output, steps, evaluates_at=(), **flags):
     """The curves of a run whose train/loss at each step is 10 x step, after the files of it."""
     output.mkdir(exist_ok=True)
     config = Config(output_dir=str(output), **flags)
-    files = RunFiles(output, threading.Event())
+    files = RunFiles(output, StopRequest().make)
     logged, evaluated = files.continue_from(steps.start - 1, bool(evaluates_at))
     curves = Curves(SimpleNamespace(config=config), steps.start - 1, logged)
     for step in range(steps.start - 1, steps.stop):
