@@ -11,6 +11,7 @@ import torch
 from parallel.collectives import all_reduce, all_reduce_max, keep_apart
 from parallel.layers import local_index
 from parallel.mesh import ALONE, Group
+from parallel.pipeline import IGNORE_INDEX
 
 CHUNK_BYTES = 128 * 2**20  # of a chunk's logits in fp32
 MOST_CHUNKS = 16  # each adds some seventy operations to the graph
@@ -31,7 +32,6 @@ def linear_cross_entropy(
     vocab_size: int,
     group: Group = ALONE,
     recompute: bool = False,
-    ignore_index: int = -100,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The cross entropy of logits that are the sum of x W^T over the factors (x, W); both results have a
     gradient.
@@ -39,7 +39,7 @@ def linear_cross_entropy(
     x [tokens, features] is the same on all ranks, W [vocab_size / ranks, features] has this rank's columns of
     the logits. Where the ranks do not divide the vocabulary, the last ones have columns more, which count
     nothing. target [tokens] holds indices of the whole vocabulary; rank_index [1] is this rank's place in the
-    group. Returns (the negative log-likelihood in nats of each target, 0 where it is ignore_index; the
+    group. Returns (the negative log-likelihood in nats of each target, 0 where it is IGNORE_INDEX; the
     logarithm of the sum of each token's exp(logits)), fp32 [tokens].
 
     Logits have the dtype of x, the softmax is fp32. The backward keeps the logits, or with `recompute` those
@@ -48,17 +48,15 @@ def linear_cross_entropy(
     3): maximum, sum of exponentials and target logit cross the group, not the logits.
     """
     operands = [each for factor in factors for each in factor]
-    return _LinearCrossEntropy.apply(
-        target, rank_index, vocab_size, group, recompute, ignore_index, *operands
-    )
+    return _LinearCrossEntropy.apply(target, rank_index, vocab_size, group, recompute, *operands)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, target, rank_index, vocab_size, group, recompute, ignore_index, *operands):
+    def forward(ctx, target, rank_index, vocab_size, group, recompute, *operands):
         inputs, weights = operands[::2], operands[1::2]
         columns = weights[0].shape[0]
-        counted = target != ignore_index
+        counted = target != IGNORE_INDEX
         local, inside = local_index(
             torch.where(counted, target, torch.zeros_like(target)), columns, rank_index
         )
@@ -116,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = probabilities * of_all
             grad = torch.where(hit == columns, grad - of_target, grad)
             gradients.add(grad.to(logits.dtype), parts)
-        return *(None for _ in range(6)), *gradients.whole()
+        return *(None for _ in range(5)), *gradients.whole()
 
 
 class _Gradients:

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -248,9 +247,11 @@ def lock(output_dir: str) -> None:
     try:
         descriptor = os.open(output_dir, os.O_RDONLY)
         for _ in range(10):  # tools.show_run holds it for a moment, to see whether a run goes on
-            with suppress(BlockingIOError):
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            time.sleep(0.1)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.1)
         raise ValueError(
             f"--output_dir {output_dir} is in use by another run that has not ended: choose another"
         )

@@ -156,8 +156,8 @@ class Saver:
                 raise error
 
     def _is_alone(self) -> bool:
-        """Whether the directory is missing for so long that no other rank's error can be the reason. It is on
-        one machine where --output_dir is not shared with the others."""
+        """Whether the directory has been missing for so long that no other rank's error can be the reason. On
+        a machine that does not share --output_dir with the others it is never there."""
         self._missed = self._missed or time.monotonic()
         return time.monotonic() - self._missed > ALONE_SECONDS
 
